@@ -1,0 +1,1 @@
+"""Mixture-of-Experts layers for PyTorch at the speed of the hardware."""

@@ -1,0 +1,31 @@
+//! Element types of tensors that cross the language border.
+
+/// Floating-point element types. The discriminants are the codes Python passes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum DType {
+    /// IEEE single precision.
+    F32 = 0,
+    /// IEEE double precision.
+    F64 = 1,
+    /// bfloat16.
+    Bf16 = 2,
+    /// IEEE half precision.
+    F16 = 3,
+}
+
+impl DType {
+    /// The type with this code, if there is one.
+    pub fn from_code(code: u8) -> Option<Self> {
+        [Self::F32, Self::F64, Self::Bf16, Self::F16].into_iter().find(|d| *d as u8 == code)
+    }
+
+    /// Bytes of one element.
+    pub const fn size(self) -> usize {
+        match self {
+            Self::F64 => 8,
+            Self::F32 => 4,
+            Self::Bf16 | Self::F16 => 2,
+        }
+    }
+}

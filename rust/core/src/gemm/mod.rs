@@ -1,0 +1,1 @@
+//! Grouped GEMMs over the experts on the CPU.
