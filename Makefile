@@ -1,0 +1,104 @@
+# Every target does its own set-up in .venv; stamp files make the second call quick. `make help` lists them.
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+CARGO ?= cargo
+# The first Python >= 3.11 on the PATH; name another with `make PYTHON=/path/to/python3 …`.
+PYTHON ?= $(or $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done),python3)
+# Which CuPy the tests compile the kernels with; cuda12 on a machine with an older driver, empty for none.
+CUDA ?= $(if $(filter Linux,$(shell uname -s)),cuda13)
+
+MADE := $(VENV)/.made
+INSTALLED := $(VENV)/.installed
+LINTERS := $(VENV)/.linters
+SOURCES := Cargo.toml Cargo.lock pyproject.toml README.md LICENSE \
+	$(shell find rust cuda python \( -name '__pycache__' -prune \) -o ! -name '*.so' ! -name '*.pyc' -print 2>/dev/null)
+
+comma := ,
+EXTRAS := test,bench$(if $(CUDA),$(comma)$(CUDA))
+
+# The cargo commands below must see the interpreter that the wheel is built for.
+export PYO3_PYTHON := $(abspath $(BIN))/python
+export UV_HTTP_TIMEOUT ?= 300
+
+# uv installs torch and its five gigabytes of CUDA libraries in half a minute; pip serves where uv has no wheel.
+install = if [ -x $(BIN)/uv ]; then $(BIN)/uv pip install --python $(BIN)/python $(1); \
+	else $(BIN)/python -m pip install $(1); fi
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test doctor lint format bench build wheel sdist dev clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+demo: $(INSTALLED) ## set up, then train a dense and a mixture-of-experts model and compare them (ARGS="--steps 100")
+	$(BIN)/moekern demo $(ARGS)
+
+test: $(INSTALLED) ## set up, then run every test that needs no GPU, and each benchmark once
+	$(CARGO) test --workspace --locked --quiet
+	$(if $(CUDA),! $(BIN)/moekern compile --help >/dev/null 2>&1 || $(BIN)/moekern compile)
+	$(BIN)/python -m pytest benches --benchmark-disable -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+
+doctor: $(INSTALLED) ## say what this machine can run
+	$(BIN)/moekern doctor
+
+lint: $(INSTALLED) $(LINTERS) ## formatters, linters and type checker, warnings as errors
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets --locked --quiet -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --locked --quiet
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(LINTERS) ## rewrite the sources in the project's format
+	$(CARGO) fmt --all
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: $(INSTALLED) ## run the benchmarks; the record goes to benches/results/NAME.json (NAME=latest, ARGS="-k plan")
+	$(BIN)/python -m pytest benches --benchmark-only --benchmark-json=benches/results/$(or $(NAME),latest).json $(ARGS)
+
+build: dev ## the same as dev
+
+dev: $(MADE) ## compile the extension into python/moekern and install the package editable
+	@rm -f $(INSTALLED)
+	@$(BIN)/python -m pip uninstall -y -q moekern 2>/dev/null || true
+	$(call install,-q maturin)
+	$(BIN)/maturin develop --release --locked --extras $(EXTRAS) $(if $(wildcard $(BIN)/uv),--uv)
+
+wheel: $(MADE) ## build the wheel into dist/
+	@rm -f dist/moekern-*.whl
+	$(BIN)/maturin build --release --locked --interpreter $(BIN)/python --out dist
+
+sdist: $(MADE) ## build the source distribution into dist/
+	@rm -f dist/moekern-*.tar.gz
+	$(BIN)/maturin sdist --out dist
+
+clean: ## remove what the other targets made
+	rm -rf $(VENV) target dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find python -name '*.so' -delete
+
+$(MADE):
+	@command -v $(firstword $(PYTHON)) >/dev/null || { echo "moekern needs Python >= 3.11, and $(PYTHON) was not found: install python3 and python3-venv with the system's package manager, or name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "moekern needs Python >= 3.11, and $(PYTHON) is $$($(PYTHON) --version 2>&1): install a newer one from https://www.python.org/downloads/ or name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) lacks the venv module: install it, on Debian and Ubuntu with: apt-get install python3-venv" >&2; exit 1; }
+	@command -v $(CARGO) >/dev/null || { echo "moekern needs Rust >= 1.88, and $(CARGO) was not found: install it from https://rustup.rs, then open a new shell" >&2; exit 1; }
+	@$(CARGO) --version | awk '{split($$2, v, "."); exit !(v[1] > 1 || v[2] >= 88)}' || { echo "moekern needs Rust >= 1.88, and this is $$($(CARGO) --version): run rustup update, or install a newer one from https://rustup.rs" >&2; exit 1; }
+	@command -v cc >/dev/null || { echo "Rust needs a C linker, and cc was not found: install gcc or clang, on Debian and Ubuntu with: apt-get install build-essential" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --only-binary :all: uv || echo "uv has no wheel for this machine: going on with pip"
+	$(call install,-q 'maturin>=1.9.4$(comma)<2')
+	@touch $@
+
+$(INSTALLED): $(MADE) $(SOURCES)
+	@$(MAKE) --no-print-directory wheel
+	@$(BIN)/python -m pip uninstall -y -q moekern 2>/dev/null || true
+	$(call install,"moekern[$(EXTRAS)] @ file://$$(echo $(CURDIR)/dist/moekern-*.whl)")
+	@touch $@
+
+$(LINTERS): $(MADE) pyproject.toml
+	$(call install,--group dev)
+	@touch $@
