@@ -1,0 +1,294 @@
+// Hopper's asynchronous machinery as one-line functions named by what they do: mbarriers, bulk tensor copies, wgmma,
+// cp.async gathers, stmatrix, register hand-over. Every kernel of this directory is written in these verbs.
+//
+// Conventions: a shared-memory address is a u32 in the shared window (see shared_address); `barrier` is the address of
+// an 8-byte mbarrier; `bytes` counts what a transaction barrier still expects. Functions that must be executed by all
+// threads of a warp or a warpgroup say so; everything else is meant for one elected thread.
+//
+// No header is included anywhere in this directory: NVRTC compiles these files on machines without a CUDA toolkit.
+#pragma once
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+// CUtensorMap, opaque; passed by value as a __grid_constant__ kernel parameter.
+struct alignas(128) TensorMap {
+  u64 opaque[16];
+};
+
+#define DEVICE __device__ __forceinline__
+
+// ---------------------------------------------------------------------------------------------- places and identities
+
+DEVICE u32 shared_address(const void* pointer) { return (u32)__cvta_generic_to_shared(pointer); }
+
+// 128-byte swizzled tiles repeat every 1024 bytes: stage bases must be aligned to that, and the launch only promises 16.
+DEVICE u32 align_1024(u32 address) { return (address + 1023) & ~1023u; }
+
+DEVICE u32 cluster_rank() {
+  u32 rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// The address of the same shared-memory location in another block of the cluster.
+DEVICE u32 in_block(u32 address, u32 rank) {
+  u32 mapped;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
+  return mapped;
+}
+
+// Warpgroup index, known to the compiler to be uniform: setmaxnreg and role branches need that.
+DEVICE u32 warpgroup_index() { return __shfl_sync(0xffffffffu, threadIdx.x / 128, 0); }
+
+// ------------------------------------------------------------------------------------------------------------ mbarriers
+
+DEVICE void barrier_init(u32 barrier, u32 arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+// Makes the initialisation visible to the copy engine and to the other blocks of the cluster (cluster_sync follows).
+DEVICE void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+DEVICE void barrier_wait(u32 barrier, u32 parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra finished;\n"
+      "bra again;\n"
+      "finished:\n"
+      "}" ::"r"(barrier), "r"(parity)
+      : "memory");
+}
+
+DEVICE void barrier_arrive(u32 barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+DEVICE void barrier_arrive_expect(u32 barrier, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// Arrives on the barrier of a block of the cluster. The plain form on purpose: `.release.cluster` compiles to a
+// GPU-wide memory barrier before every arrive, worth 25 % of a GEMM; nothing written generically is published here.
+DEVICE void barrier_arrive_in_block(u32 barrier, u32 rank) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(in_block(barrier, rank)) : "memory");
+}
+
+// Arrives once this thread's earlier cp.async have landed; counts as one of the barrier's expected arrivals.
+DEVICE void barrier_arrive_after_copies(u32 barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+// All threads of all blocks of the cluster (warps converged).
+DEVICE void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
+// Named barrier over one warpgroup. Literal ids: a run-time id makes the compiler reserve all sixteen.
+template <int Id> DEVICE void warpgroup_sync() { asm volatile("bar.sync %0, 128;" ::"n"(Id) : "memory"); }
+
+// ---------------------------------------------------------------------------------------------------------- fences, PDL
+
+// Orders this thread's generic shared-memory accesses (stmatrix, cp.async) before later ones of the copy engine and wgmma.
+DEVICE void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// ------------------------------------------------------------------------------------------------------ register hand-over
+
+// All four warps of a warpgroup; the kernel needs __launch_bounds__(threads, 1).
+template <int Count> DEVICE void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Count)); }
+template <int Count> DEVICE void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Count)); }
+
+// --------------------------------------------------------------------------------------------- bulk tensor copies (TMA)
+
+// Multicast forms write the box to the same address in both blocks of a cluster of two and complete the barrier of each.
+
+DEVICE void tma_load_2d(u32 target, const TensorMap* map, u32 barrier, int c0, int c1) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(target),
+               "l"(map), "r"(barrier), "r"(c0), "r"(c1)
+               : "memory");
+}
+
+DEVICE void tma_load_3d(u32 target, const TensorMap* map, u32 barrier, int c0, int c1, int c2) {
+  asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(target),
+               "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2)
+               : "memory");
+}
+
+DEVICE void tma_load_4d(u32 target, const TensorMap* map, u32 barrier, int c0, int c1, int c2, int c3) {
+  asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(target),
+               "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+               : "memory");
+}
+
+DEVICE void tma_multicast_2d(u32 target, const TensorMap* map, u32 barrier, int c0, int c1) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(target),
+      "l"(map), "r"(barrier), "r"(c0), "r"(c1), "h"((u16)3)
+      : "memory");
+}
+
+DEVICE void tma_multicast_3d(u32 target, const TensorMap* map, u32 barrier, int c0, int c1, int c2) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(target),
+      "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "h"((u16)3)
+      : "memory");
+}
+
+DEVICE void tma_multicast_4d(u32 target, const TensorMap* map, u32 barrier, int c0, int c1, int c2, int c3) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(target),
+      "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "h"((u16)3)
+      : "memory");
+}
+
+
+DEVICE void tma_store_3d(const TensorMap* map, u32 source, int c0, int c1, int c2) {
+  asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map), "r"(source), "r"(c0), "r"(c1),
+               "r"(c2)
+               : "memory");
+}
+
+DEVICE void tma_store_4d(const TensorMap* map, u32 source, int c0, int c1, int c2, int c3) {
+  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map), "r"(source), "r"(c0),
+               "r"(c1), "r"(c2), "r"(c3)
+               : "memory");
+}
+
+DEVICE void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Until at most `Pending` of this thread's store groups still read shared memory …
+template <int Pending> DEVICE void tma_store_wait_read() { asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(Pending) : "memory"); }
+// … or are not yet complete. The storing thread waits for all of them before its block exits.
+template <int Pending> DEVICE void tma_store_wait() { asm volatile("cp.async.bulk.wait_group %0;" ::"n"(Pending) : "memory"); }
+
+// Ragged boxes: a tensor of rows is described with one or two extra dimensions, shifted by RAGGED rows, so that the
+// hardware clips a box at the last row of an expert although the next expert's rows follow in memory (cuda/README.md).
+// Row r of an expert's `rows` rows beginning at `first`:
+//   store map {features, RAGGED, 2^31-1}, base - RAGGED rows:       coordinates (f, RAGGED - rows + r, first + rows)
+//   load map  {features, RAGGED, 2^31-1, 2^31-1}, strides s, 2^35 - s, s:  (f, RAGGED - rows + r, RAGGED, first + rows)
+constexpr int RAGGED = 1 << 30;
+
+// ---------------------------------------------------------------------------------------------------------------- wgmma
+
+// Operand descriptors for 128-byte swizzled tiles of 64 16-bit elements a row.
+// K-major: rows of 64 k; stride between groups of 8 rows 1024 B. 16 k further: address + 32 B, descriptor + 2.
+DEVICE u64 descriptor_k_major(u32 address) { return (1ull << 62) | (64ull << 32) | (1ull << 16) | ((address & 0x3FFFF) >> 4); }
+constexpr int K_MAJOR_STEP = 2;
+// MN-major: rows of 64 m (or n), 64 k rows a block of 8192 B; the leading offset steps to the next 64 m. 16 k further:
+// 16 rows of 128 B = 2048 B, descriptor + 128.
+DEVICE u64 descriptor_mn_major(u32 address) { return (1ull << 62) | (64ull << 32) | (512ull << 16) | ((address & 0x3FFFF) >> 4); }
+constexpr int MN_MAJOR_STEP = 128;
+// 8192 B further (the next 64 rows of a K-major tile, the next 64 m of an MN-major one): descriptor + 512.
+constexpr int BLOCK_8192 = 512;
+
+DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int Pending> DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory"); }
+
+// Wgmma<N, Element, TransposeA, TransposeB>::issue(accumulators, a, b, accumulate): m64nNk16, fp32 accumulators. The
+// 64 specialisations are text without information, so the loader generates them (moekern/backends/cuda/wgmma.py).
+struct Bf16;
+struct F16;
+template <int N, class Element, int TransposeA, int TransposeB> struct Wgmma;
+#include "wgmma.cuh"
+
+// -------------------------------------------------------------------------------------------------------- element types
+
+// Two 16-bit elements in a register: `low` is the one at the lower address.
+struct Bf16 {
+  static DEVICE u32 pack(float low, float high) {
+    u32 packed;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    return packed;
+  }
+  static DEVICE float low(u32 packed) { return __uint_as_float(packed << 16); }
+  static DEVICE float high(u32 packed) { return __uint_as_float(packed & 0xffff0000u); }
+};
+
+struct F16 {
+  static DEVICE u32 pack(float low, float high) {
+    u32 packed;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    return packed;
+  }
+  static DEVICE float low(u32 packed) {
+    float value;
+    asm("{ .reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l; }" : "=f"(value) : "r"(packed));
+    return value;
+  }
+  static DEVICE float high(u32 packed) {
+    float value;
+    asm("{ .reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h; }" : "=f"(value) : "r"(packed));
+    return value;
+  }
+};
+
+// ------------------------------------------------------------------------------------------------------ gather: cp.async
+
+#define COPY_16 "cp.async.cg.shared.global.L2::256B "
+
+// Eight 16-byte copies back to back, destinations `Step` bytes apart. One asm block, because a copy keeps its address
+// registers busy until the memory pipe has read them: with eight distinct register pairs, computed before the slot is
+// waited for, the eight issue in a row; written one by one the compiler recycles four pairs and each waits (8-11 % of
+// the up projection).
+template <int Step> DEVICE void copy_8_rows(u32 target, const u8* const (&row)[8], u64 offset) {
+  asm volatile(COPY_16 "[%0], [%1], 16;\n" COPY_16 "[%0+%9], [%2], 16;\n" COPY_16 "[%0+%10], [%3], 16;\n" COPY_16
+                       "[%0+%11], [%4], 16;\n" COPY_16 "[%0+%12], [%5], 16;\n" COPY_16 "[%0+%13], [%6], 16;\n" COPY_16
+                       "[%0+%14], [%7], 16;\n" COPY_16 "[%0+%15], [%8], 16;" ::"r"(target),
+               "l"(row[0] + offset), "l"(row[1] + offset), "l"(row[2] + offset), "l"(row[3] + offset), "l"(row[4] + offset),
+               "l"(row[5] + offset), "l"(row[6] + offset), "l"(row[7] + offset), "n"(Step), "n"(2 * Step), "n"(3 * Step), "n"(4 * Step),
+               "n"(5 * Step), "n"(6 * Step), "n"(7 * Step)
+               : "memory");
+}
+
+DEVICE void copy_16(u32 target, const u8* source) {
+  asm volatile(COPY_16 "[%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
+}
+
+// Copies `bytes` (0 or 16) and fills the rest with zeros; with 0 the source is not read.
+DEVICE void copy_16_or_zero(u32 target, const u8* source, u32 bytes) {
+  asm volatile(COPY_16 "[%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(bytes) : "memory");
+}
+
+#undef COPY_16
+
+DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int Pending> DEVICE void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory"); }
+
+// The 16-byte chunk of a row inside a 128-byte swizzled tile: what the copy engine writes with SWIZZLE_128B.
+DEVICE u32 swizzled(u32 row, u32 chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
+
+// ----------------------------------------------------------------------------------------------- shared and global vectors
+
+// Four 8x8 matrices of 16-bit elements; lane l supplies the address of row l % 8 of matrix l / 8. All lanes.
+DEVICE void store_matrices(u32 address, u32 a, u32 b, u32 c, u32 d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+DEVICE void store_matrices_transposed(u32 address, u32 a, u32 b, u32 c, u32 d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
+}
+
+DEVICE uint4 load_shared(u32 address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
+  return v;
+}
+DEVICE void store_shared(u32 address, uint4 v) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+// Global vectors used once: streamed past what the L2 should keep.
+DEVICE uint4 load_streamed(const void* address) {
+  uint4 v;
+  asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address));
+  return v;
+}
+DEVICE void store_streamed(void* address, uint4 v) {
+  asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+DEVICE void store_global(void* address, uint4 v) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}

@@ -1,0 +1,213 @@
+"""From CUDA sources to loaded kernels: include resolution, NVRTC, a cache of cubins on disk, CuPy modules.
+
+Compilation needs NVRTC (through CuPy) but neither a GPU nor a driver, so continuous integration builds every kernel.
+Nothing here imports torch, and CuPy is imported when it is first needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import tempfile
+import threading
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .wgmma import wgmma_source
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+ARCHITECTURES = ("sm_90a",)
+OLDEST_NVRTC = (12, 9)  # earlier ones serialise wgmma
+# ptxas says these when setmaxnreg is ignored (C7508) or wgmma is serialised (C7510 … C7519), in place of an error.
+_FATAL_NOTE = re.compile(r"C75(08|1\d)|C7602")
+_SPILL = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
+_INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"\s*$')
+
+
+class KernelError(RuntimeError):
+    """A kernel could not be compiled or loaded; the message says what is missing and what is accepted."""
+
+
+@dataclass(frozen=True)
+class KernelSource:
+    """One compilation: a file of the CUDA directory and the macros that choose the variant."""
+
+    file: str
+    macros: tuple[tuple[str, int | str], ...] = ()
+
+    @staticmethod
+    def of(file: str, macros: Mapping[str, int | str]) -> KernelSource:
+        """Make a source from a mapping of macros, in canonical order."""
+        return KernelSource(file, tuple(sorted(macros.items())))
+
+    def __str__(self) -> str:
+        return " ".join([self.file, *(f"{name}={value}" for name, value in self.macros)])
+
+
+def cuda_directory() -> Path:
+    """The directory of the CUDA sources: `MOEKERN_CUDA_DIR`, the installed package's, or a source checkout's."""
+    chosen = os.environ.get("MOEKERN_CUDA_DIR")
+    if chosen:
+        candidates = [Path(chosen)]
+    else:
+        package = Path(__file__).resolve().parents[2]
+        candidates = [package / "cuda", package.parents[1] / "cuda"]
+    for candidate in candidates:
+        if (candidate / "hopper.cuh").is_file():
+            return candidate
+    raise KernelError(
+        f"the CUDA sources are not in {' or '.join(map(str, candidates))}; reinstall moekern or set MOEKERN_CUDA_DIR "
+        "to a directory that holds hopper.cuh"
+    )
+
+
+def expand(file: str) -> str:
+    """The text of a source with its quoted includes put in place, each file once."""
+    directory = cuda_directory()
+    seen: set[str] = set()
+
+    def lines_of(name: str) -> list[str]:
+        if name in seen:
+            return []
+        seen.add(name)
+        if name == "wgmma.cuh":
+            return wgmma_source().splitlines()
+        path = directory / name
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise KernelError(f"cannot read the CUDA source {path}: {error}") from error
+        out = [f'#line 1 "{name}"']
+        for number, line in enumerate(text.splitlines(), 1):
+            include = _INCLUDE.match(line)
+            if include:
+                out += [*lines_of(include[1]), f'#line {number + 1} "{name}"']
+            elif line.strip() != "#pragma once":
+                out.append(line)
+        return out
+
+    return "\n".join(lines_of(file)) + "\n"
+
+
+@cache
+def _nvrtc() -> Any:
+    try:
+        from cupy.cuda import nvrtc
+    except ImportError as error:
+        raise KernelError(
+            f"the CUDA kernels need CuPy, which cannot be imported ({error}); install moekern[cuda13] or moekern[cuda12]"
+        ) from error
+    try:
+        version = tuple(nvrtc.getVersion())
+    except Exception as error:
+        raise KernelError(f"CuPy found no NVRTC library ({error}); install nvidia-cuda-nvrtc or a CUDA toolkit") from error
+    if version < OLDEST_NVRTC:
+        raise KernelError(
+            f"NVRTC {version[0]}.{version[1]} serialises Hopper's wgmma; {OLDEST_NVRTC[0]}.{OLDEST_NVRTC[1]} or newer is "
+            "needed: upgrade nvidia-cuda-nvrtc"
+        )
+    return nvrtc
+
+
+def compile_source(source: KernelSource, arch: str = "sm_90a") -> tuple[bytes, str]:
+    """Compile one variant to a cubin; returns the cubin and the compiler's log (registers, spills).
+
+    Raises KernelError for an unknown architecture, a compile error, a spill, or a note of ptxas that setmaxnreg was
+    ignored or wgmma serialised.
+    """
+    if arch not in ARCHITECTURES:
+        raise KernelError(f"arch: got {arch!r}; kernels exist for {', '.join(ARCHITECTURES)}")
+    nvrtc = _nvrtc()
+    options = (f"--gpu-architecture={arch}", "--std=c++17", "--ptxas-options=-v", "--no-source-include")
+    options += tuple(f"-D{name}={value}" for name, value in source.macros)
+    program = nvrtc.createProgram(expand(source.file), source.file, (), ())
+    try:
+        try:
+            nvrtc.compileProgram(program, options)
+        except nvrtc.NVRTCError as error:
+            raise KernelError(f"{source}: {error}\n{nvrtc.getProgramLog(program)}") from error
+        log = nvrtc.getProgramLog(program)
+        cubin = nvrtc.getCUBIN(program)
+    finally:
+        nvrtc.destroyProgram(program)
+    note = _FATAL_NOTE.search(log)
+    spills = [match[0] for match in _SPILL.finditer(log) if match[1] != "0" or match[2] != "0"]
+    if note or spills:
+        raise KernelError(f"{source}: {note[0] if note else spills[0]}: such a kernel would be slow\n{log}")
+    return cubin, log
+
+
+def cache_directory() -> Path:
+    """Where cubins are kept: `MOEKERN_CACHE_DIR`, by default `~/.cache/moekern`."""
+    chosen = os.environ.get("MOEKERN_CACHE_DIR")
+    return Path(chosen) if chosen else Path.home() / ".cache" / "moekern"
+
+
+def cubin_path(source: KernelSource, arch: str = "sm_90a") -> Path:
+    """The cached cubin of a variant, compiled first if need be.
+
+    The file's name is a hash of everything that determines its content; it appears by an atomic rename, so that
+    processes may compile the same variant at once.
+    """
+    version = _nvrtc().getVersion()
+    digest = hashlib.sha256(repr((expand(source.file), source.macros, arch, version)).encode()).hexdigest()
+    path = cache_directory() / f"{Path(source.file).stem}-{digest[:32]}.cubin"
+    if path.is_file():
+        return path
+    cubin, _ = compile_source(source, arch)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.stem, delete=False) as partial:
+            partial.write(cubin)
+        os.replace(partial.name, path)
+    except OSError as error:
+        raise KernelError(
+            f"cannot write compiled kernels to {path.parent} ({error}); set MOEKERN_CACHE_DIR to a writable directory"
+        ) from error
+    return path
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A loaded kernel function of one device."""
+
+    handle: int  # CUfunction
+    module: Any  # keeps the module loaded
+
+
+_kernels: dict[tuple[int, KernelSource, str], Kernel] = {}
+_lock = threading.Lock()
+
+
+def load(source: KernelSource, name: str, device: int, shared_bytes: int = 0) -> Kernel:
+    """The kernel `name` of a variant on a device, compiled and loaded on first use.
+
+    `shared_bytes` is the dynamic shared memory it will be launched with. Must not run for the first time while a CUDA
+    graph is being captured: loading a module is not allowed there.
+    """
+    key = (device, source, name)
+    kernel = _kernels.get(key)
+    if kernel is not None:
+        return kernel
+    with _lock:
+        if key in _kernels:
+            return _kernels[key]
+        path = cubin_path(source)
+        import cupy
+
+        try:
+            with cupy.cuda.Device(device):
+                module = cupy.RawModule(path=str(path))
+                function = module.get_function(name)
+                if shared_bytes > 48 * 1024:
+                    function.max_dynamic_shared_size_bytes = shared_bytes
+                handle = int(function.kernel.ptr)
+        except Exception as error:
+            raise KernelError(f"cannot load {source} on device {device}: {error}") from error
+        _kernels[key] = Kernel(handle, (module, function))
+        return _kernels[key]
