@@ -1,0 +1,191 @@
+"""The differentiable verbs: what is saved, what is recomputed, and how they differentiate twice.
+
+Saved for the backward pass of the experts: x, the pre-activation, the router weights and the plan. The activation is
+recomputed, the down projection's output is never needed again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moekern import ops
+from moekern.backends import reference
+
+Ctx = Any  # torch types the context of a Function loosely
+
+
+class _Experts(torch.autograd.Function):
+    """Arguments: x, scores, w_gate_up, w_down, b_gate_up, b_down, order, inverse, offsets, *settings, backend."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        x: Tensor,
+        scores: Tensor | None,
+        w_gate_up: Tensor,
+        w_down: Tensor,
+        b_gate_up: Tensor | None,
+        b_down: Tensor | None,
+        order: Tensor,
+        inverse: Tensor,
+        offsets: Tensor,
+        top_k: int,
+        activation: str,
+        transposed: bool,
+        interleaved: bool,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        return ops.experts_forward(  # type: ignore[no-any-return]
+            x, scores, order, inverse, offsets, w_gate_up, w_down, b_gate_up, b_down,
+            top_k, activation, transposed, interleaved, True, backend,
+        )  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx: Ctx, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*inputs[:9], output[1])
+        ctx.settings = inputs[9:]
+
+    @staticmethod
+    def backward(ctx: Ctx, dout: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        nothing = (None,) * 8
+        if dout is None:
+            return (None,) * 6 + nothing
+        *inputs, pre = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[:6])
+        arguments = (dout.contiguous(), *inputs, pre, needs, *ctx.settings)
+        twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        grads = _ExpertsGrad.apply(*arguments) if twice else _ExpertsGrad.forward(*arguments)
+        return (*(g if wanted else None for g, wanted in zip(grads, needs, strict=True)), *nothing)
+
+
+class _ExpertsGrad(torch.autograd.Function):
+    """The gradient as a function of its own, so that it can be differentiated again."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        dout: Tensor,
+        x: Tensor,
+        scores: Tensor | None,
+        w_gate_up: Tensor,
+        w_down: Tensor,
+        b_gate_up: Tensor | None,
+        b_down: Tensor | None,
+        order: Tensor,
+        inverse: Tensor,
+        offsets: Tensor,
+        pre: Tensor,
+        needs: list[bool],
+        *settings: Any,
+    ) -> tuple[Tensor, ...]:
+        top_k, activation, transposed, interleaved, backend = settings
+        return ops.experts_backward(  # type: ignore[no-any-return]
+            dout, x, pre, scores, order, inverse, offsets, w_gate_up, w_down, b_gate_up, b_down,
+            top_k, activation, transposed, interleaved, needs, backend,
+        )  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx: Ctx, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:10])
+        ctx.needs = inputs[11]
+        ctx.settings = inputs[12:16]
+        ctx.tail = len(inputs) - 7
+
+    @staticmethod
+    def backward(ctx: Ctx, *ggrads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """Differentiate the reference twice: the gradient it gives, along ``ggrads``."""
+        dout, *inputs = ctx.saved_tensors
+        order, inverse, offsets = inputs[6:]
+        arguments = (dout, *inputs[:6])
+        present = [i for i, t in enumerate(arguments) if t is not None]
+        wanted = [i for i in range(6) if ctx.needs[i] and ggrads[i] is not None]
+        if not wanted:
+            return (None,) * (7 + ctx.tail)
+
+        def fill(values: tuple[Tensor, ...], places: list[int]) -> list[Tensor | None]:
+            filled: list[Tensor | None] = [None] * 7
+            for i, value in zip(places, values, strict=True):
+                filled[i] = value
+            return filled
+
+        def gradient(*values: Tensor) -> tuple[Tensor, ...]:
+            dout, *leaves = fill(values, present)
+
+            def output(*chosen: Tensor) -> Tensor:
+                args = list(leaves)
+                for i, value in zip(wanted, chosen, strict=True):
+                    args[i] = value
+                return reference.experts(*args[:2], order, inverse, offsets, *args[2:], *ctx.settings)
+
+            _, pullback = torch.func.vjp(output, *(leaves[i] for i in wanted))
+            return pullback(dout)  # type: ignore[no-any-return]
+
+        _, pullback = torch.func.vjp(gradient, *(arguments[i] for i in present))
+        second = pullback(tuple(ggrads[i] for i in wanted))
+        return (*fill(second, present), *(None,) * ctx.tail)
+
+
+class _GroupedMM(torch.autograd.Function):
+    """``kind`` names the layout of b; each gradient is a grouped product of another kind."""
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor, offsets: Tensor, kind: str, backend: str) -> Tensor:  # type: ignore[override]
+        return ops.grouped_mm(a, b, offsets, kind, backend)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Ctx, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:3])
+        ctx.kind, ctx.backend_name = inputs[3:]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Ctx, dout: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if dout is None:
+            return (None,) * 5
+        a, b, offsets = ctx.saved_tensors
+        dout = dout.contiguous()
+        da = db = None
+        kind = ctx.kind
+        if ctx.needs_input_grad[0]:
+            da = grouped_mm(b, dout, offsets, "nt", ctx.backend_name) if kind == "tn" else grouped_mm(
+                dout, b, offsets, "nn" if kind == "nt" else "nt", ctx.backend_name
+            )  # fmt: skip
+        if ctx.needs_input_grad[1]:
+            if kind == "tn":
+                db = grouped_mm(a, dout, offsets, "nn", ctx.backend_name)
+            else:
+                left, right = (dout, a) if kind == "nt" else (a, dout)
+                db = grouped_mm(left, right, offsets, "tn", ctx.backend_name)
+        return da, db, None, None, None
+
+
+def experts(
+    x: Tensor,
+    scores: Tensor | None,
+    plan: tuple[Tensor, Tensor, Tensor],
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    b_gate_up: Tensor | None,
+    b_down: Tensor | None,
+    settings: tuple[int, str, bool, bool],
+    backend: str,
+) -> Tensor:
+    """The experts' output, differentiable in everything floating; saves nothing when no gradient can be asked for."""
+    floating = (x, scores, w_gate_up, w_down, b_gate_up, b_down)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in floating):
+        return _Experts.apply(*floating, *plan, *settings, backend)[0]  # type: ignore[no-any-return, no-untyped-call]
+    out, _ = ops.experts_forward(
+        x, scores, *plan, w_gate_up, w_down, b_gate_up, b_down, *settings, False, backend
+    )
+    return out  # type: ignore[no-any-return]
+
+
+def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor, kind: str, backend: str) -> Tensor:
+    """Differentiable grouped product; see :func:`moekern.grouped_mm`."""
+    if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
+        return _GroupedMM.apply(a, b, offsets, kind, backend)  # type: ignore[no-any-return, no-untyped-call]
+    return ops.grouped_mm(a, b, offsets, kind, backend)  # type: ignore[no-any-return]

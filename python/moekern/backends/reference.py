@@ -1,0 +1,211 @@
+"""The specification: every verb in plain torch, in any floating dtype, on any device.
+
+Words: slot = flat index ``t * top_k + k`` of ``topk_ids[T, K]``; row = position of a slot after sorting by expert.
+Nothing here is fast; every other backend is tested against it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moekern.activations import ACTIVATIONS, join, split
+
+
+def plan(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sort the slots by expert, keeping slot order within an expert.
+
+    Args:
+        topk_ids: ``[T, K]`` integer. Ids outside ``0 .. num_experts - 1`` are sentinels and sort last.
+        num_experts: E.
+
+    Returns:
+        ``order`` int32 ``[S]`` (row -> slot), ``inverse`` int32 ``[S]`` (slot -> row), ``offsets`` int32 ``[E + 1]``.
+    """
+    ids = topk_ids.reshape(-1).to(torch.int64)
+    ids = torch.where((ids >= 0) & (ids < num_experts), ids, num_experts)
+    order = torch.argsort(ids, stable=True)
+    rows = torch.arange(ids.numel(), device=ids.device)
+    inverse = torch.empty_like(order).scatter_(0, order, rows)
+    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device).scatter_add_(0, ids, torch.ones_like(ids))
+    offsets = torch.cat((counts.new_zeros(1), counts[:num_experts].cumsum(0)))
+    return order.to(torch.int32), inverse.to(torch.int32), offsets.to(torch.int32)
+
+
+def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor, kind: str) -> Tensor:
+    """Multiply each expert's rows by its matrix.
+
+    Args:
+        a: ``[R, k]``.
+        b: ``[E, n, k]`` for ``kind="nt"``, ``[E, k, n]`` for ``"nn"``, ``[R, n]`` for ``"tn"``.
+        offsets: int32 ``[E + 1]``; rows of expert e are ``offsets[e]:offsets[e + 1]``.
+        kind: ``"nt"`` and ``"nn"`` give ``[R, n]`` with zeros past ``offsets[E]``; ``"tn"`` gives ``a_e^T b_e``, ``[E, k, n]``.
+    """
+    bounds = offsets.tolist()
+    spans = list(zip(bounds[:-1], bounds[1:], strict=True))
+    if kind == "tn":
+        return torch.stack([a[i:j].mT @ b[i:j] for i, j in spans])
+    parts = [a[i:j] @ (b[e].mT if kind == "nt" else b[e]) for e, (i, j) in enumerate(spans)]
+    past_the_end = a.new_zeros(a.shape[0] - bounds[-1], b.shape[1] if kind == "nt" else b.shape[2])
+    return torch.cat((*parts, past_the_end))
+
+
+def _bias_rows(bias: Tensor, offsets: Tensor, rows: int) -> Tensor:
+    """The bias of each row's expert, ``[rows, n]``, zero past the last expert."""
+    row = torch.arange(rows, device=offsets.device)
+    expert = torch.searchsorted(offsets[1:].to(row.dtype), row, right=True)
+    return torch.cat((bias, torch.zeros_like(bias[:1])))[expert]
+
+
+def _linear(a: Tensor, w: Tensor, bias: Tensor | None, offsets: Tensor, transposed: bool) -> Tensor:
+    out = grouped_mm(a, w, offsets, "nn" if transposed else "nt")
+    return out if bias is None else out + _bias_rows(bias, offsets, a.shape[0])
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _slot_scores(scores: Tensor | None, inverse: Tensor, offsets: Tensor, like: Tensor) -> Tensor:
+    """The router weight of every slot in the accumulation dtype, exactly zero for sentinels."""
+    if scores is None:
+        scores = torch.ones(inverse.shape, dtype=_accumulator(like.dtype), device=like.device)
+    is_real = inverse.reshape(-1) < offsets[-1]
+    return torch.where(is_real, scores.reshape(-1).to(_accumulator(like.dtype)), 0)
+
+
+def _forward(
+    x: Tensor,
+    scores: Tensor | None,
+    order: Tensor,
+    inverse: Tensor,
+    offsets: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    b_gate_up: Tensor | None,
+    b_down: Tensor | None,
+    top_k: int,
+    activation: str,
+    transposed: bool,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor]:
+    act = ACTIVATIONS[activation]
+    rows = x[(order // top_k).long()]
+    pre = _linear(rows, w_gate_up, b_gate_up, offsets, transposed)
+    y = _linear(act.forward(*split(pre, act, interleaved)), w_down, b_down, offsets, transposed)
+    weights = _slot_scores(scores, inverse, offsets, x).reshape(x.shape[0], top_k, 1)
+    by_slot = y[inverse.long()].reshape(x.shape[0], top_k, y.shape[-1])
+    return (by_slot.to(weights.dtype) * weights).sum(1).to(x.dtype), pre
+
+
+def experts(*args: Tensor | None | int | str | bool) -> Tensor:
+    """The layer's output as one differentiable torch expression; same arguments as :func:`experts_forward` less ``save``."""
+    return _forward(*args)[0]  # type: ignore[arg-type]
+
+
+def experts_forward(
+    x: Tensor,
+    scores: Tensor | None,
+    order: Tensor,
+    inverse: Tensor,
+    offsets: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    b_gate_up: Tensor | None,
+    b_down: Tensor | None,
+    top_k: int,
+    activation: str,
+    transposed: bool,
+    interleaved: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    """Run every token through its experts.
+
+    Args:
+        x: ``[T, H]``.
+        scores: ``[T, K]`` router weights in float32 (float64 for float64 ``x``), or None for ones.
+        order, inverse, offsets: The plan.
+        w_gate_up: ``[E, 2I, H]``; ``[E, I, H]`` for a plain activation; last two swapped if ``transposed``.
+        w_down: ``[E, H, I]``; last two swapped if ``transposed``.
+        b_gate_up, b_down: ``[E, 2I]`` and ``[E, H]``, or None.
+        top_k: K.
+        activation: A name of :data:`moekern.activations.ACTIVATIONS`.
+        transposed, interleaved: Layout of the weights, see :func:`moekern.experts`.
+        save: Whether the pre-activation is wanted.
+
+    Returns:
+        Output ``[T, H]`` and the pre-activation ``[S, 2I]`` (empty without ``save``).
+    """
+    out, pre = _forward(
+        x, scores, order, inverse, offsets, w_gate_up, w_down, b_gate_up, b_down, top_k, activation, transposed, interleaved
+    )
+    return out, pre if save else pre.new_empty(0)
+
+
+def experts_backward(
+    dout: Tensor,
+    x: Tensor,
+    pre: Tensor,
+    scores: Tensor | None,
+    order: Tensor,
+    inverse: Tensor,
+    offsets: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    b_gate_up: Tensor | None,
+    b_down: Tensor | None,
+    top_k: int,
+    activation: str,
+    transposed: bool,
+    interleaved: bool,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, scores, w_gate_up, w_down, b_gate_up, b_down; empty where ``needs`` says no.
+
+    Nothing of size ``[S, H]`` was saved: the down projection's output is not needed, because
+    ``dS_r = <dO_t W_down, A_r> + <dO_t, b_down>``.
+    """
+    act = ACTIVATIONS[activation]
+    empty = x.new_empty(0)
+    rows = pre.shape[0]
+    token = (order // top_k).long()
+    real = (torch.arange(rows, device=x.device) < offsets[-1]).unsqueeze(1)
+    weight = _slot_scores(scores, inverse, offsets, x)[order.long()].unsqueeze(1)
+
+    g, u = split(torch.where(real, pre, 0), act, interleaved)
+    a = act.forward(g, u)
+    dout_rows = torch.where(real, dout[token], 0)
+    da_unscaled = grouped_mm(dout_rows, w_down, offsets, "nt" if transposed else "nn").to(weight.dtype)
+
+    d_scores = empty
+    if needs[1]:
+        per_row = (da_unscaled * a.to(weight.dtype)).sum(1)
+        if b_down is not None:
+            per_row = per_row + (dout_rows.to(weight.dtype) * _bias_rows(b_down, offsets, rows).to(weight.dtype)).sum(1)
+        d_scores = per_row[inverse.long()].reshape(x.shape[0], top_k)
+
+    dg, du = act.backward((da_unscaled * weight).to(x.dtype), g, u)
+    dh = join(dg, du, interleaved)
+    scaled_a = (a * weight).to(x.dtype)
+
+    dx = empty
+    if needs[0]:
+        dx_rows = grouped_mm(dh, w_gate_up, offsets, "nt" if transposed else "nn")
+        by_slot = dx_rows[inverse.long()].reshape(x.shape[0], top_k, x.shape[1])
+        dx = by_slot.to(weight.dtype).sum(1).to(x.dtype)
+
+    def weight_gradient(out_grad: Tensor, inp: Tensor) -> Tensor:
+        return grouped_mm(inp, out_grad, offsets, "tn") if transposed else grouped_mm(out_grad, inp, offsets, "tn")
+
+    def bias_gradient(row_grad: Tensor) -> Tensor:
+        ones = torch.ones(rows, 1, dtype=row_grad.dtype, device=x.device)
+        return grouped_mm(ones, row_grad, offsets, "tn").squeeze(1).to(x.dtype)
+
+    return (
+        dx,
+        d_scores,
+        weight_gradient(dh, x[token]) if needs[2] else empty,
+        weight_gradient(dout_rows, scaled_a) if needs[3] else empty,
+        bias_gradient(dh.to(weight.dtype)) if needs[4] else empty,
+        bias_gradient(dout_rows.to(weight.dtype) * weight) if needs[5] else empty,
+    )

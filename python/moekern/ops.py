@@ -1,0 +1,136 @@
+"""The verbs as torch operators: static shapes, a shape function each, and dispatch to a backend.
+
+The operators carry no autograd of their own: :mod:`moekern.autograd` wraps them, which costs half of what
+``register_autograd`` does per call. Every argument has been checked above this layer.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+
+_PLAN = "plan(Tensor topk_ids, int num_experts, str backend) -> (Tensor, Tensor, Tensor)"
+_FORWARD = (
+    "experts_forward(Tensor x, Tensor? scores, Tensor order, Tensor inverse, Tensor offsets, Tensor w_gate_up, "
+    "Tensor w_down, Tensor? b_gate_up, Tensor? b_down, int top_k, str activation, bool transposed, bool interleaved, "
+    "bool save, str backend) -> (Tensor, Tensor)"
+)
+_BACKWARD = (
+    "experts_backward(Tensor dout, Tensor x, Tensor pre, Tensor? scores, Tensor order, Tensor inverse, "
+    "Tensor offsets, Tensor w_gate_up, Tensor w_down, Tensor? b_gate_up, Tensor? b_down, int top_k, str activation, "
+    "bool transposed, bool interleaved, bool[] needs, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_GROUPED_MM = "grouped_mm(Tensor a, Tensor b, Tensor offsets, str kind, str backend) -> Tensor"
+
+_library = torch.library.Library("moekern", "DEF")
+for _schema in (_PLAN, _FORWARD, _BACKWARD, _GROUPED_MM):
+    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+_modules: dict[str, ModuleType] = {}
+
+
+def _backend(name: str) -> ModuleType:
+    """The module of a backend, imported when first needed: CUDA brings CuPy with it."""
+    module = _modules.get(name)
+    if module is None:
+        module = _modules[name] = importlib.import_module(f"moekern.backends.{name}")
+    return module
+
+
+def _plan(topk_ids: Tensor, num_experts: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    return _backend(backend).plan(topk_ids, num_experts)  # type: ignore[no-any-return]
+
+
+def _experts_forward(*args) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+    return _backend(args[-1]).experts_forward(*args[:-1])  # type: ignore[no-any-return]
+
+
+def _experts_backward(*args) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
+    return _backend(args[-1]).experts_backward(*args[:-1])  # type: ignore[no-any-return]
+
+
+def _grouped_mm(a: Tensor, b: Tensor, offsets: Tensor, kind: str, backend: str) -> Tensor:
+    return _backend(backend).grouped_mm(a, b, offsets, kind)  # type: ignore[no-any-return]
+
+
+def _plan_shape(topk_ids: Tensor, num_experts: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    slots = topk_ids.numel()
+    return (
+        topk_ids.new_empty(slots, dtype=torch.int32),
+        topk_ids.new_empty(slots, dtype=torch.int32),
+        topk_ids.new_empty(num_experts + 1, dtype=torch.int32),
+    )
+
+
+def _experts_forward_shape(
+    x: Tensor,
+    scores: Tensor | None,
+    order: Tensor,
+    inverse: Tensor,
+    offsets: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    b_gate_up: Tensor | None,
+    b_down: Tensor | None,
+    top_k: int,
+    activation: str,
+    transposed: bool,
+    interleaved: bool,
+    save: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    pre = x.new_empty(order.shape[0], w_gate_up.shape[2 if transposed else 1]) if save else x.new_empty(0)
+    return x.new_empty(x.shape), pre
+
+
+def _experts_backward_shape(
+    dout: Tensor,
+    x: Tensor,
+    pre: Tensor,
+    scores: Tensor | None,
+    order: Tensor,
+    inverse: Tensor,
+    offsets: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    b_gate_up: Tensor | None,
+    b_down: Tensor | None,
+    top_k: int,
+    activation: str,
+    transposed: bool,
+    interleaved: bool,
+    needs: list[bool],
+    backend: str,
+) -> tuple[Tensor, ...]:
+    of = (x, scores, w_gate_up, w_down, b_gate_up, b_down)
+    return tuple(
+        t.new_empty(t.shape) if wanted and t is not None else x.new_empty(0) for t, wanted in zip(of, needs, strict=True)
+    )
+
+
+def _grouped_mm_shape(a: Tensor, b: Tensor, offsets: Tensor, kind: str, backend: str) -> Tensor:
+    if kind == "tn":
+        return a.new_empty(offsets.shape[0] - 1, a.shape[1], b.shape[1])
+    return a.new_empty(a.shape[0], b.shape[1 if kind == "nt" else 2])
+
+
+for _name, _kernel, _shape in (
+    ("plan", _plan, _plan_shape),
+    ("experts_forward", _experts_forward, _experts_forward_shape),
+    ("experts_backward", _experts_backward, _experts_backward_shape),
+    ("grouped_mm", _grouped_mm, _grouped_mm_shape),
+):
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"moekern::{_name}", _shape, lib=_library)
+
+plan = torch.ops.moekern.plan.default
+experts_forward = torch.ops.moekern.experts_forward.default
+experts_backward = torch.ops.moekern.experts_backward.default
+grouped_mm = torch.ops.moekern.grouped_mm.default
+
+__all__ = ["experts_backward", "experts_forward", "grouped_mm", "plan"]
