@@ -1,0 +1,91 @@
+"""Argument checks of the public functions: each names the argument, what was got and what is accepted.
+
+They read shapes, dtypes and devices only, never values, so that they cost a microsecond and trace under torch.compile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGER = (torch.int64, torch.int32, torch.uint8, torch.uint16)
+OFFSETS = (torch.int32, torch.int64)
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+def is_tensor(name: str, value: object) -> None:
+    """Raises TypeError unless ``value`` is a dense (strided) tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: got layout {value.layout}, expected a dense tensor (torch.strided)")
+
+
+def has_dtype(name: str, value: Tensor, accepted: Sequence[torch.dtype]) -> None:
+    """Raises TypeError unless the dtype is one of those accepted."""
+    if value.dtype not in accepted:
+        raise TypeError(f"{name}: got dtype {_names([value.dtype])}, expected {_names(accepted)}")
+
+
+def has_shape(name: str, value: Tensor, shape: Sequence[int | str], hint: str = "") -> None:
+    """Raises ValueError unless the shape fits.
+
+    Args:
+        shape: One entry a dimension: a number that must be met, or the name of a free dimension.
+        hint: What the numbers stand for, added to the message.
+    """
+    fits = value.ndim == len(shape) and all(
+        isinstance(want, str) or got == want for got, want in zip(value.shape, shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join(str(s) for s in shape)
+        raise ValueError(
+            f"{name}: got shape {tuple(value.shape)}, expected [{wanted}]" + (f" ({hint})" if hint else "")
+        )
+
+
+def same_device(name: str, value: Tensor, reference_name: str, reference: Tensor) -> None:
+    """Raises ValueError unless both tensors are on one device."""
+    if value.device != reference.device:
+        raise ValueError(
+            f"{name}: got device {value.device}, expected {reference.device}, the device of {reference_name}"
+        )
+
+
+def is_int(name: str, value: object, low: int, high: int | None = None, hint: str = "") -> None:
+    """Raises TypeError unless ``value`` is an integer (symbolic ones too), ValueError unless ``low <= value <= high``."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected an int")
+    if value < low or (high is not None and value > high):
+        bounds = f"at least {low}" if high is None else f"{low} to {high}"
+        raise ValueError(f"{name}: got {value}, expected {bounds}" + (f" ({hint})" if hint else ""))
+
+
+def is_bool(name: str, value: object) -> None:
+    """Raises TypeError unless ``value`` is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a bool")
+
+
+def one_of(name: str, value: object, accepted: Sequence[str]) -> None:
+    """Raises TypeError unless ``value`` is a string, ValueError unless it is one of those accepted."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected one of {', '.join(accepted)}")
+    if value not in accepted:
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(accepted)}")
+
+
+def topk_ids(name: str, value: object) -> None:
+    """Checks the experts chosen for each token: an integer tensor ``[T, K]``."""
+    is_tensor(name, value)
+    assert isinstance(value, Tensor)
+    has_dtype(name, value, INTEGER)
+    has_shape(name, value, ("tokens", "top_k"))
+    if value.numel() >= 2**31:
+        raise ValueError(f"{name}: got {value.numel()} slots, expected fewer than 2**31")
