@@ -1,1 +1,23 @@
 //! Grouped GEMMs over the experts on the CPU.
+//!
+//! One build serves every CPU: kernels are generic over a vector unit (`simd`), compiled for each instruction
+//! set, and chosen when they are called (`isa`). Operands are fp32, bf16 or fp16 (`format`); sums are fp32.
+
+// Until the kernels that use all of it are in.
+#![allow(dead_code, unused_macros, unused_imports)]
+
+mod format;
+mod grouped;
+mod isa;
+mod math;
+mod pack;
+mod scratch;
+mod simd;
+#[cfg(target_arch = "x86_64")]
+mod simd_avx2;
+#[cfg(target_arch = "x86_64")]
+mod simd_avx512;
+mod simd_scalar;
+
+pub use grouped::{Gather, Grouped};
+pub use isa::{ISA_VARIABLE, Isa, IsaError};

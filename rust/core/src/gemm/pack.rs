@@ -1,0 +1,220 @@
+//! Copies of operands in the order in which the kernels read them.
+
+#![allow(unsafe_op_in_unsafe_fn)]
+
+use super::format::{Format, Kind};
+use super::simd::{Kernel, Narrow, Simd, prefetch};
+use std::marker::PhantomData;
+
+/// `to[word of k][width]` from rows given by address: the rows become lanes. Lanes without a row are zero.
+pub struct PackTransposed<'a, F> {
+    /// At most `width` rows of `k` elements.
+    pub rows: &'a [*const u8],
+    /// Any width; a multiple of eight is fast.
+    pub width: usize,
+    /// Elements of a row.
+    pub k: usize,
+    /// `F::words(k) * width` words.
+    pub to: *mut f32,
+    pub format: PhantomData<F>,
+}
+
+impl<F: Format> Kernel for PackTransposed<'_, F> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let Self { rows, width, k, to, .. } = self;
+        let word_bytes = F::BYTES * F::PER_WORD;
+        let whole = k / F::PER_WORD / 8 * 8;
+        let mut word = 0;
+        while word < whole {
+            let mut lane = 0;
+            while lane < width {
+                let mut block = [<S::Narrow as Simd>::zero(); 8];
+                for (i, row) in block.iter_mut().enumerate() {
+                    if lane + i < rows.len() {
+                        *row = F::load_words::<S::Narrow>(rows[lane + i].add(word * word_bytes));
+                    }
+                }
+                S::Narrow::transpose(&mut block);
+                let out = to.add(word * width + lane);
+                if lane + 8 <= width {
+                    for (i, &column) in block.iter().enumerate() {
+                        S::Narrow::store(out.add(i * width), column);
+                    }
+                } else {
+                    let mut column = [0f32; 8];
+                    for (i, &v) in block.iter().enumerate() {
+                        S::Narrow::store(column.as_mut_ptr(), v);
+                        for (j, &x) in column.iter().enumerate().take(width - lane) {
+                            *out.add(i * width + j) = x;
+                        }
+                    }
+                }
+                lane += 8;
+            }
+            word += 8;
+        }
+        while word < F::words(k) {
+            for lane in 0..width {
+                *to.add(word * width + lane) = if lane < rows.len() {
+                    F::load_word(rows[lane].add(word * word_bytes), k - word * F::PER_WORD)
+                } else {
+                    0.0
+                };
+            }
+            word += 1;
+        }
+    }
+}
+
+/// `to[step][row][LANES]` from rows given by address: k stays in the lanes, as the dot kernels read it. A step
+/// is a vector of words, or where bf16 is widened two: the even elements of all rows, then the odd ones. The
+/// last step is filled with zeros.
+pub struct PackSteps<'a, F> {
+    /// Rows of `k` elements.
+    pub rows: &'a [*const u8],
+    /// Elements of a row.
+    pub k: usize,
+    /// `steps * rows * LANES` words, twice that where bf16 is widened.
+    pub to: *mut f32,
+    pub format: PhantomData<F>,
+}
+
+/// Elements of k in one step of the dot kernels.
+pub const fn step_elements<S: Simd, F: Format>() -> usize {
+    match F::KIND {
+        Kind::F32 | Kind::F16 => S::LANES,
+        Kind::Bf16 | Kind::Bf16Pairs => 2 * S::LANES,
+    }
+}
+
+/// Words of `PackSteps` for one row.
+pub const fn step_words<S: Simd, F: Format>(k: usize) -> usize {
+    let per_step = if matches!(F::KIND, Kind::Bf16) { 2 * S::LANES } else { S::LANES };
+    k.div_ceil(step_elements::<S, F>()) * per_step
+}
+
+impl<F: Format> Kernel for PackSteps<'_, F> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let Self { rows, k, mut to, .. } = self;
+        let step_bytes = step_elements::<S, F>() * F::BYTES;
+        let row_bytes = k * F::BYTES;
+        let mut at = 0;
+        while at < row_bytes {
+            for (i, &row) in rows.iter().enumerate() {
+                let mut partial = [0u8; 64];
+                let mut from = row.add(at);
+                if at + step_bytes > row_bytes {
+                    from.copy_to_nonoverlapping(partial.as_mut_ptr(), row_bytes - at);
+                    from = partial.as_mut_ptr();
+                }
+                match F::KIND {
+                    Kind::F32 | Kind::Bf16Pairs => S::store(to.add(i * S::LANES), S::load(from.cast())),
+                    Kind::F16 => S::store(to.add(i * S::LANES), S::load_f16(from.cast())),
+                    Kind::Bf16 => {
+                        let words = S::load(from.cast());
+                        S::store(to.add(i * S::LANES), S::widen_even(words));
+                        S::store(to.add((rows.len() + i) * S::LANES), S::widen_odd(words));
+                    }
+                }
+            }
+            to = to.add(rows.len() * S::LANES * if matches!(F::KIND, Kind::Bf16) { 2 } else { 1 });
+            at += step_bytes;
+        }
+    }
+}
+
+/// `to[panel][word of k][width]` from the columns of rows given by address: the rows become k. The last
+/// panel's missing columns, and the second half of an odd last pair, are zero.
+pub struct PackColumns<'a, F> {
+    /// The rows, in the order of k.
+    pub rows: &'a [*const u8],
+    /// First column.
+    pub column: usize,
+    /// How many columns.
+    pub columns: usize,
+    /// Columns of a panel, a multiple of eight.
+    pub width: usize,
+    /// `ceil(columns / width)` panels.
+    pub to: *mut f32,
+    /// Words from one panel to the next.
+    pub panel_stride: usize,
+    /// Rows ahead of the copy to prefetch; 0 for none.
+    pub prefetch_rows: usize,
+    pub format: PhantomData<F>,
+}
+
+impl<F: Format> Kernel for PackColumns<'_, F> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let paired = matches!(F::KIND, Kind::Bf16Pairs);
+        let lines = (self.columns * F::BYTES).div_ceil(64);
+        let mut k = 0;
+        while k < self.rows.len() {
+            let first = self.rows[k].add(self.column * F::BYTES);
+            let second = if paired && k + 1 < self.rows.len() {
+                self.rows[k + 1].add(self.column * F::BYTES)
+            } else {
+                std::ptr::null()
+            };
+            if self.prefetch_rows > 0 {
+                for ahead in 0..F::PER_WORD {
+                    if let Some(row) = self.rows.get(k + ahead + self.prefetch_rows) {
+                        for line in 0..lines {
+                            prefetch(row.wrapping_add(self.column * F::BYTES + line * 64));
+                        }
+                    }
+                }
+            }
+            let mut to = self.to.add(k / F::PER_WORD * self.width);
+            let mut panel_column = 0;
+            while panel_column < self.columns {
+                let mut c = 0;
+                while c < self.width {
+                    let at = panel_column + c;
+                    let left = self.columns.saturating_sub(at);
+                    let words = if left >= 8 {
+                        Self::eight::<S::Narrow>(
+                            first.add(at * F::BYTES),
+                            if second.is_null() { second } else { second.add(at * F::BYTES) },
+                        )
+                    } else {
+                        let (mut a, mut b) = ([0u8; 32], [0u8; 32]);
+                        if left > 0 {
+                            first.add(at * F::BYTES).copy_to_nonoverlapping(a.as_mut_ptr(), left * F::BYTES);
+                        }
+                        if left > 0 && !second.is_null() {
+                            second.add(at * F::BYTES).copy_to_nonoverlapping(b.as_mut_ptr(), left * F::BYTES);
+                        }
+                        Self::eight::<S::Narrow>(a.as_ptr(), b.as_ptr())
+                    };
+                    S::Narrow::store(to.add(c), words);
+                    c += 8;
+                }
+                to = to.add(self.panel_stride);
+                panel_column += self.width;
+            }
+            k += F::PER_WORD;
+        }
+    }
+}
+
+impl<F: Format> PackColumns<'_, F> {
+    /// Eight words from eight elements of one row, or of two (the second absent if null).
+    #[inline(always)]
+    unsafe fn eight<S: Narrow>(first: *const u8, second: *const u8) -> S::V {
+        if !matches!(F::KIND, Kind::Bf16Pairs) {
+            return F::load_words::<S>(first);
+        }
+        let zeros = [0u16; 8];
+        let second = if second.is_null() { zeros.as_ptr() } else { second.cast() };
+        S::load_zipped(first.cast(), second)
+    }
+}
