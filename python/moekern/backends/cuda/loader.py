@@ -114,6 +114,15 @@ def _nvrtc() -> Any:
     return nvrtc
 
 
+def _whole(cubin: bytes) -> bytes:
+    """The cubin with its last byte: CuPy takes it for a string's terminator and drops it, and tools refuse the file.
+
+    The byte is the top of a program header's 64-bit alignment, zero in every file; where the file ends its header says.
+    """
+    start, size, count = (int.from_bytes(cubin[i:j], "little") for i, j in ((32, 40), (54, 56), (56, 58)))
+    return cubin.ljust(start + size * count, b"\0")
+
+
 def compile_source(source: KernelSource, arch: str = "sm_90a") -> tuple[bytes, str]:
     """Compile one variant to a cubin; returns the cubin and the compiler's log (registers, spills).
 
@@ -132,7 +141,7 @@ def compile_source(source: KernelSource, arch: str = "sm_90a") -> tuple[bytes, s
         except nvrtc.NVRTCError as error:
             raise KernelError(f"{source}: {error}\n{nvrtc.getProgramLog(program)}") from error
         log = nvrtc.getProgramLog(program)
-        cubin = nvrtc.getCUBIN(program)
+        cubin = _whole(nvrtc.getCUBIN(program))
     finally:
         nvrtc.destroyProgram(program)
     note = _FATAL_NOTE.search(log)
