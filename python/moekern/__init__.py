@@ -1,1 +1,39 @@
-"""Mixture-of-Experts layers for PyTorch at the speed of the hardware."""
+"""Mixture-of-Experts layers for PyTorch at the speed of the hardware.
+
+The public names::
+
+    mlp = mk.MoE(hidden_size=2048, intermediate_size=1024, num_experts=64, top_k=8)
+    mlp = mk.MoE.from_dense(dense_mlp, num_experts=8, top_k=2)
+    weights, ids = mk.route(logits, top_k=8)
+    y = mk.experts(x, ids, weights, w_gate_up, w_down)
+    plan = mk.plan(ids, num_experts=64)
+    y_sorted = mk.grouped_mlp(x_sorted, plan.offsets, w_gate_up, w_down)
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from moekern.balance import aux_loss, load_balancing_loss
+from moekern.dispatch import backend
+from moekern.functional import experts, grouped_mlp, grouped_mm
+from moekern.layer import MoE
+from moekern.plan import Plan, plan
+from moekern.router import route
+
+try:
+    __version__ = version("moekern")
+except PackageNotFoundError:  # the sources on PYTHONPATH, not installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "MoE",
+    "Plan",
+    "__version__",
+    "aux_loss",
+    "backend",
+    "experts",
+    "grouped_mlp",
+    "grouped_mm",
+    "load_balancing_loss",
+    "plan",
+    "route",
+]

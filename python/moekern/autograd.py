@@ -21,7 +21,7 @@ class _Experts(torch.autograd.Function):
     """Arguments: x, scores, w_gate_up, w_down, b_gate_up, b_down, order, inverse, offsets, *settings, backend."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         x: Tensor,
         scores: Tensor | None,
         w_gate_up: Tensor,
@@ -50,7 +50,7 @@ class _Experts(torch.autograd.Function):
         ctx.settings = inputs[9:]
 
     @staticmethod
-    def backward(ctx: Ctx, dout: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Ctx, dout: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         nothing = (None,) * 8
         if dout is None:
             return (None,) * 6 + nothing
@@ -66,7 +66,7 @@ class _ExpertsGrad(torch.autograd.Function):
     """The gradient as a function of its own, so that it can be differentiated again."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         dout: Tensor,
         x: Tensor,
         scores: Tensor | None,
@@ -96,7 +96,7 @@ class _ExpertsGrad(torch.autograd.Function):
         ctx.tail = len(inputs) - 7
 
     @staticmethod
-    def backward(ctx: Ctx, *ggrads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Ctx, *ggrads: Tensor | None) -> tuple[Any, ...]:
         """Differentiate the reference twice: the gradient it gives, along ``ggrads``."""
         dout, *inputs = ctx.saved_tensors
         order, inverse, offsets = inputs[6:]
@@ -104,16 +104,16 @@ class _ExpertsGrad(torch.autograd.Function):
         present = [i for i, t in enumerate(arguments) if t is not None]
         wanted = [i for i in range(6) if ctx.needs[i] and ggrads[i] is not None]
         if not wanted:
-            return (None,) * (7 + ctx.tail)
+            return (None,) * (7 + ctx.tail)  # type: ignore[no-any-return]
 
-        def fill(values: tuple[Tensor, ...], places: list[int]) -> list[Tensor | None]:
-            filled: list[Tensor | None] = [None] * 7
+        def fill(values: tuple[Tensor, ...], places: list[int]) -> list[Any]:
+            filled: list[Any] = [None] * 7
             for i, value in zip(places, values, strict=True):
                 filled[i] = value
             return filled
 
         def gradient(*values: Tensor) -> tuple[Tensor, ...]:
-            dout, *leaves = fill(values, present)
+            upstream, leaves = values[0], fill(values, present)[1:]
 
             def output(*chosen: Tensor) -> Tensor:
                 args = list(leaves)
@@ -121,10 +121,10 @@ class _ExpertsGrad(torch.autograd.Function):
                     args[i] = value
                 return reference.experts(*args[:2], order, inverse, offsets, *args[2:], *ctx.settings)
 
-            _, pullback = torch.func.vjp(output, *(leaves[i] for i in wanted))
-            return pullback(dout)  # type: ignore[no-any-return]
+            pullback = torch.func.vjp(output, *(leaves[i] for i in wanted))[1]
+            return pullback(upstream)  # type: ignore[no-any-return]
 
-        _, pullback = torch.func.vjp(gradient, *(arguments[i] for i in present))
+        pullback = torch.func.vjp(gradient, *(arguments[i] for i in present))[1]
         second = pullback(tuple(ggrads[i] for i in wanted))
         return (*fill(second, present), *(None,) * ctx.tail)
 
@@ -133,7 +133,7 @@ class _GroupedMM(torch.autograd.Function):
     """``kind`` names the layout of b; each gradient is a grouped product of another kind."""
 
     @staticmethod
-    def forward(a: Tensor, b: Tensor, offsets: Tensor, kind: str, backend: str) -> Tensor:  # type: ignore[override]
+    def forward(a: Tensor, b: Tensor, offsets: Tensor, kind: str, backend: str) -> Tensor:
         return ops.grouped_mm(a, b, offsets, kind, backend)  # type: ignore[no-any-return]
 
     @staticmethod
@@ -143,7 +143,7 @@ class _GroupedMM(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Ctx, dout: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Ctx, dout: Tensor | None) -> tuple[Tensor | None, ...]:
         if dout is None:
             return (None,) * 5
         a, b, offsets = ctx.saved_tensors
@@ -177,15 +177,13 @@ def experts(
     """The experts' output, differentiable in everything floating; saves nothing when no gradient can be asked for."""
     floating = (x, scores, w_gate_up, w_down, b_gate_up, b_down)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in floating):
-        return _Experts.apply(*floating, *plan, *settings, backend)[0]  # type: ignore[no-any-return, no-untyped-call]
-    out, _ = ops.experts_forward(
-        x, scores, *plan, w_gate_up, w_down, b_gate_up, b_down, *settings, False, backend
-    )
+        return _Experts.apply(*floating, *plan, *settings, backend)[0]  # type: ignore[no-any-return]
+    out, _ = ops.experts_forward(x, scores, *plan, w_gate_up, w_down, b_gate_up, b_down, *settings, False, backend)
     return out  # type: ignore[no-any-return]
 
 
 def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor, kind: str, backend: str) -> Tensor:
     """Differentiable grouped product; see :func:`moekern.grouped_mm`."""
     if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
-        return _GroupedMM.apply(a, b, offsets, kind, backend)  # type: ignore[no-any-return, no-untyped-call]
+        return _GroupedMM.apply(a, b, offsets, kind, backend)  # type: ignore[no-any-return]
     return ops.grouped_mm(a, b, offsets, kind, backend)  # type: ignore[no-any-return]

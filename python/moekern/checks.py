@@ -59,7 +59,7 @@ def same_device(name: str, value: Tensor, reference_name: str, reference: Tensor
 
 
 def is_int(name: str, value: object, low: int, high: int | None = None, hint: str = "") -> None:
-    """Raises TypeError unless ``value`` is an integer (symbolic ones too), ValueError unless ``low <= value <= high``."""
+    """Raises TypeError unless ``value`` is an integer (symbolic too), ValueError unless ``low <= value <= high``."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name}: got {type(value).__name__}, expected an int")
     if value < low or (high is not None and value > high):

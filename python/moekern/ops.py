@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
-
 
 _PLAN = "plan(Tensor topk_ids, int num_experts, str backend) -> (Tensor, Tensor, Tensor)"
 _FORWARD = (
@@ -27,7 +27,7 @@ _BACKWARD = (
 )
 _GROUPED_MM = "grouped_mm(Tensor a, Tensor b, Tensor offsets, str kind, str backend) -> Tensor"
 
-_library = torch.library.Library("moekern", "DEF")
+_library: Any = torch.library.Library("moekern", "DEF")  # type: ignore[no-untyped-call]
 for _schema in (_PLAN, _FORWARD, _BACKWARD, _GROUPED_MM):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -109,7 +109,8 @@ def _experts_backward_shape(
 ) -> tuple[Tensor, ...]:
     of = (x, scores, w_gate_up, w_down, b_gate_up, b_down)
     return tuple(
-        t.new_empty(t.shape) if wanted and t is not None else x.new_empty(0) for t, wanted in zip(of, needs, strict=True)
+        t.new_empty(t.shape) if wanted and t is not None else x.new_empty(0)
+        for t, wanted in zip(of, needs, strict=True)
     )
 
 

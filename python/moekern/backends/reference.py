@@ -6,6 +6,8 @@ Nothing here is fast; every other backend is tested against it.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,9 @@ def plan(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     order = torch.argsort(ids, stable=True)
     rows = torch.arange(ids.numel(), device=ids.device)
     inverse = torch.empty_like(order).scatter_(0, order, rows)
-    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device).scatter_add_(0, ids, torch.ones_like(ids))
+    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device).scatter_add_(
+        0, ids, torch.ones_like(ids)
+    )
     offsets = torch.cat((counts.new_zeros(1), counts[:num_experts].cumsum(0)))
     return order.to(torch.int32), inverse.to(torch.int32), offsets.to(torch.int32)
 
@@ -39,10 +43,11 @@ def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor, kind: str) -> Tensor:
         a: ``[R, k]``.
         b: ``[E, n, k]`` for ``kind="nt"``, ``[E, k, n]`` for ``"nn"``, ``[R, n]`` for ``"tn"``.
         offsets: int32 ``[E + 1]``; rows of expert e are ``offsets[e]:offsets[e + 1]``.
-        kind: ``"nt"`` and ``"nn"`` give ``[R, n]`` with zeros past ``offsets[E]``; ``"tn"`` gives ``a_e^T b_e``, ``[E, k, n]``.
+        kind: ``"nt"`` and ``"nn"`` give ``[R, n]`` with zeros past ``offsets[E]``; ``"tn"`` gives ``a_e^T b_e``,
+            ``[E, k, n]``.
     """
     bounds = offsets.tolist()
-    spans = list(zip(bounds[:-1], bounds[1:], strict=True))
+    spans = list(itertools.pairwise(bounds))
     if kind == "tn":
         return torch.stack([a[i:j].mT @ b[i:j] for i, j in spans])
     parts = [a[i:j] @ (b[e].mT if kind == "nt" else b[e]) for e, (i, j) in enumerate(spans)]
@@ -98,8 +103,8 @@ def _forward(
     return (by_slot.to(weights.dtype) * weights).sum(1).to(x.dtype), pre
 
 
-def experts(*args: Tensor | None | int | str | bool) -> Tensor:
-    """The layer's output as one differentiable torch expression; same arguments as :func:`experts_forward` less ``save``."""
+def experts(*args: Tensor | int | str | bool | None) -> Tensor:
+    """The output as one differentiable torch expression; the arguments of :func:`experts_forward` less ``save``."""
     return _forward(*args)[0]  # type: ignore[arg-type]
 
 
@@ -137,8 +142,9 @@ def experts_forward(
         Output ``[T, H]`` and the pre-activation ``[S, 2I]`` (empty without ``save``).
     """
     out, pre = _forward(
-        x, scores, order, inverse, offsets, w_gate_up, w_down, b_gate_up, b_down, top_k, activation, transposed, interleaved
-    )
+        x, scores, order, inverse, offsets, w_gate_up, w_down, b_gate_up, b_down,
+        top_k, activation, transposed, interleaved,
+    )  # fmt: skip
     return out, pre if save else pre.new_empty(0)
 
 

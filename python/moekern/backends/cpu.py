@@ -1,0 +1,134 @@
+"""The verbs on the CPU: shapes and allocation here, all work in Rust.
+
+float64 has no kernels of its own and is served by the reference, except for planning.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moekern import _core
+from moekern.activations import ACTIVATIONS
+from moekern.backends import reference
+
+_DTYPE = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
+_ID_TYPE = {torch.uint8: 0, torch.uint16: 1, torch.int32: 2, torch.int64: 3}
+_KIND = {"nt": 0, "nn": 1, "tn": 2}
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _aligned(t: Tensor) -> Tensor:
+    """The tensor itself, or a copy if its elements straddle addresses (views of foreign buffers can)."""
+    return t if t.data_ptr() % t.element_size() == 0 else t.clone()
+
+
+def plan(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`moekern.backends.reference.plan`."""
+    ids = _aligned(topk_ids.contiguous())
+    slots = ids.numel()
+    order = torch.empty(slots, dtype=torch.int32)
+    inverse = torch.empty(slots, dtype=torch.int32)
+    offsets = torch.empty(num_experts + 1, dtype=torch.int32)
+    _core.plan(
+        ids.data_ptr(), _ID_TYPE[ids.dtype], slots, num_experts,
+        order.data_ptr(), inverse.data_ptr(), offsets.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return order, inverse, offsets
+
+
+def experts_forward(
+    x: Tensor,
+    scores: Tensor | None,
+    order: Tensor,
+    inverse: Tensor,
+    offsets: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    b_gate_up: Tensor | None,
+    b_down: Tensor | None,
+    top_k: int,
+    activation: str,
+    transposed: bool,
+    interleaved: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`moekern.backends.reference.experts_forward`."""
+    if x.dtype == torch.float64:
+        return reference.experts_forward(
+            x, scores, order, inverse, offsets, w_gate_up, w_down, b_gate_up, b_down,
+            top_k, activation, transposed, interleaved, save,
+        )  # fmt: skip
+    x, w_gate_up, w_down = _aligned(x), _aligned(w_gate_up), _aligned(w_down)
+    tokens, hidden = x.shape
+    experts, intermediate = w_down.shape[0], w_down.shape[1 if transposed else 2]
+    out = torch.empty_like(x)
+    pre = x.new_empty(order.shape[0], w_gate_up.shape[2 if transposed else 1]) if save else x.new_empty(0)
+    _core.experts_forward(
+        _DTYPE[x.dtype], torch.get_num_threads(), tokens, hidden, intermediate, experts, top_k,
+        ACTIVATIONS[activation].code, transposed, interleaved,
+        x.data_ptr(), _address(scores), order.data_ptr(), inverse.data_ptr(), offsets.data_ptr(),
+        w_gate_up.data_ptr(), w_down.data_ptr(), _address(b_gate_up), _address(b_down),
+        pre.data_ptr() if save else 0, out.data_ptr(),
+    )  # fmt: skip
+    return out, pre
+
+
+def experts_backward(
+    dout: Tensor,
+    x: Tensor,
+    pre: Tensor,
+    scores: Tensor | None,
+    order: Tensor,
+    inverse: Tensor,
+    offsets: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    b_gate_up: Tensor | None,
+    b_down: Tensor | None,
+    top_k: int,
+    activation: str,
+    transposed: bool,
+    interleaved: bool,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    """See :func:`moekern.backends.reference.experts_backward`."""
+    if x.dtype == torch.float64:
+        return reference.experts_backward(
+            dout, x, pre, scores, order, inverse, offsets, w_gate_up, w_down, b_gate_up, b_down,
+            top_k, activation, transposed, interleaved, needs,
+        )  # fmt: skip
+    dout, x, w_gate_up, w_down = _aligned(dout), _aligned(x), _aligned(w_gate_up), _aligned(w_down)
+    tokens, hidden = x.shape
+    experts, intermediate = w_down.shape[0], w_down.shape[1 if transposed else 2]
+    gradients = tuple(
+        torch.empty_like(t) if wanted and t is not None else x.new_empty(0)
+        for t, wanted in zip((x, scores, w_gate_up, w_down, b_gate_up, b_down), needs, strict=True)
+    )
+    _core.experts_backward(
+        _DTYPE[x.dtype], torch.get_num_threads(), tokens, hidden, intermediate, experts, top_k,
+        ACTIVATIONS[activation].code, transposed, interleaved,
+        dout.data_ptr(), x.data_ptr(), pre.data_ptr(), _address(scores),
+        order.data_ptr(), inverse.data_ptr(), offsets.data_ptr(),
+        w_gate_up.data_ptr(), w_down.data_ptr(), _address(b_gate_up), _address(b_down),
+        *(g.data_ptr() if wanted else 0 for g, wanted in zip(gradients, needs, strict=True)),
+    )  # fmt: skip
+    return gradients
+
+
+def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor, kind: str) -> Tensor:
+    """See :func:`moekern.backends.reference.grouped_mm`."""
+    if a.dtype == torch.float64:
+        return reference.grouped_mm(a, b, offsets, kind)
+    a, b = _aligned(a), _aligned(b)
+    experts, (rows, k) = offsets.shape[0] - 1, a.shape
+    n = b.shape[1] if kind != "nn" else b.shape[2]
+    out = a.new_empty(experts, k, n) if kind == "tn" else a.new_empty(rows, n)
+    _core.grouped_mm(
+        _DTYPE[a.dtype], torch.get_num_threads(), _KIND[kind], experts, rows, k, n,
+        a.data_ptr(), b.data_ptr(), offsets.data_ptr(), out.data_ptr(),
+    )  # fmt: skip
+    return out
