@@ -57,8 +57,9 @@ format: $(LINTERS) ## rewrite the sources in the project's format
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: $(INSTALLED) ## run the benchmarks; the record goes to benches/results/NAME.json (NAME=latest, ARGS="-k plan")
+bench: $(INSTALLED) ## run the benchmarks; figures go to benches/results/NAME.json and .md (NAME=latest, ARGS="-k plan")
 	$(BIN)/python -m pytest benches --benchmark-only --benchmark-json=benches/results/$(or $(NAME),latest).json $(ARGS)
+	$(BIN)/python benches/report.py benches/results/$(or $(NAME),latest).json
 
 build: dev ## the same as dev
 

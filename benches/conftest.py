@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -75,11 +76,13 @@ def machine() -> dict[str, Any]:
 
 def pytest_benchmark_generate_machine_info(config: Any) -> dict[str, Any]:
     """Replaces pytest-benchmark's own description, which names the host but not the cores or the versions."""
-    return machine()
+    return {**machine(), "command": " ".join(["python -m pytest", *map(shlex.quote, config.invocation_params.args)])}
 
 
 def pytest_benchmark_update_json(config: Any, benchmarks: Any, output_json: dict[str, Any]) -> None:
     """Drops every single timing, megabytes that the statistics sum up, and rounds the rest to four figures."""
+    for local in ("project", "branch"):
+        output_json["commit_info"].pop(local, None)
     for record in output_json["benchmarks"]:
         stats = record["stats"]
         stats.pop("data", None)
