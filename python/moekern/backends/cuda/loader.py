@@ -100,16 +100,19 @@ def _nvrtc() -> Any:
         from cupy.cuda import nvrtc
     except ImportError as error:
         raise KernelError(
-            f"the CUDA kernels need CuPy, which cannot be imported ({error}); install moekern[cuda13] or moekern[cuda12]"
+            f"the CUDA kernels need CuPy, which cannot be imported ({error}); "
+            "install moekern[cuda13] or moekern[cuda12]"
         ) from error
     try:
         version = tuple(nvrtc.getVersion())
     except Exception as error:
-        raise KernelError(f"CuPy found no NVRTC library ({error}); install nvidia-cuda-nvrtc or a CUDA toolkit") from error
+        raise KernelError(
+            f"CuPy found no NVRTC library ({error}); install nvidia-cuda-nvrtc or a CUDA toolkit"
+        ) from error
     if version < OLDEST_NVRTC:
         raise KernelError(
-            f"NVRTC {version[0]}.{version[1]} serialises Hopper's wgmma; {OLDEST_NVRTC[0]}.{OLDEST_NVRTC[1]} or newer is "
-            "needed: upgrade nvidia-cuda-nvrtc"
+            f"NVRTC {version[0]}.{version[1]} serialises Hopper's wgmma; "
+            f"{OLDEST_NVRTC[0]}.{OLDEST_NVRTC[1]} or newer is needed: upgrade nvidia-cuda-nvrtc"
         )
     return nvrtc
 
@@ -132,8 +135,8 @@ def compile_source(source: KernelSource, arch: str = "sm_90a") -> tuple[bytes, s
     if arch not in ARCHITECTURES:
         raise KernelError(f"arch: got {arch!r}; kernels exist for {', '.join(ARCHITECTURES)}")
     nvrtc = _nvrtc()
-    options = (f"--gpu-architecture={arch}", "--std=c++17", "--ptxas-options=-v", "--no-source-include")
-    options += tuple(f"-D{name}={value}" for name, value in source.macros)
+    macros = (f"-D{name}={value}" for name, value in source.macros)
+    options = (f"--gpu-architecture={arch}", "--std=c++17", "--ptxas-options=-v", "--no-source-include", *macros)
     program = nvrtc.createProgram(expand(source.file), source.file, (), ())
     try:
         try:
