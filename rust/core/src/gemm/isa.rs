@@ -106,7 +106,7 @@ impl fmt::Display for IsaError {
 
 impl std::error::Error for IsaError {}
 
-/// Evaluates `$body` with the type `$S` bound to the vector unit of `$isa`.
+/// Evaluates `$body` with the type `$S` bound to the fp32 vector unit of `$isa`.
 macro_rules! with_simd {
     ($isa:expr, $S:ident => $body:expr) => {{
         #[allow(unused_imports)]
@@ -118,13 +118,8 @@ macro_rules! with_simd {
                 $body
             }
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => {
+            Isa::Avx512 | Isa::Avx512Bf16 => {
                 type $S = $crate::gemm::simd_avx512::Avx512;
-                $body
-            }
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512Bf16 => {
-                type $S = $crate::gemm::simd_avx512::Avx512Bf16;
                 $body
             }
             _ => {
@@ -135,3 +130,40 @@ macro_rules! with_simd {
     }};
 }
 pub(crate) use with_simd;
+
+/// Evaluates `$body` with `$S` bound to a vector unit and `$F` to the format in which it multiplies operands of
+/// type `$dtype`. Only bf16 has kernels of its own for `Avx512Bf16`; the other types share those of `Avx512`.
+macro_rules! with_kernels {
+    ($isa:expr, $dtype:expr, $S:ident, $F:ident => $body:expr) => {{
+        use $crate::dtype::DType;
+        use $crate::gemm::format;
+        use $crate::gemm::isa::{Isa, with_simd};
+        match ($isa, $dtype) {
+            #[cfg(target_arch = "x86_64")]
+            (Isa::Avx512Bf16, DType::Bf16) => {
+                type $S = $crate::gemm::simd_avx512::Avx512Bf16;
+                type $F = format::Bf16Pairs;
+                $body
+            }
+            (isa, dtype) => {
+                let isa = isa.min(Isa::Avx512);
+                match dtype {
+                    DType::F32 => {
+                        type $F = format::F32;
+                        with_simd!(isa, $S => $body)
+                    }
+                    DType::Bf16 => {
+                        type $F = format::Bf16;
+                        with_simd!(isa, $S => $body)
+                    }
+                    DType::F16 => {
+                        type $F = format::F16;
+                        with_simd!(isa, $S => $body)
+                    }
+                    DType::F64 => unreachable!("fp64 is served by the reference"),
+                }
+            }
+        }
+    }};
+}
+pub(crate) use with_kernels;

@@ -6,9 +6,15 @@
 // Until the kernels that use all of it are in.
 #![allow(dead_code, unused_macros, unused_imports)]
 
+mod activation;
+mod dot;
 mod format;
+mod forward;
+mod forward_block;
+mod forward_kernels;
 mod grouped;
 mod isa;
+mod lanes;
 mod math;
 mod pack;
 mod scratch;
@@ -18,6 +24,10 @@ mod simd_avx2;
 #[cfg(target_arch = "x86_64")]
 mod simd_avx512;
 mod simd_scalar;
+mod store;
+mod tickets;
 
+pub use activation::Activation;
+pub use forward::{Epilogue, grouped_nt};
 pub use grouped::{Gather, Grouped};
 pub use isa::{ISA_VARIABLE, Isa, IsaError};

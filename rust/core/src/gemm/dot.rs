@@ -1,0 +1,150 @@
+//! The forward kernel for a few rows: k stays in the lanes of both operands, so nothing is broadcast or
+//! transposed, and the sums over the lanes at the end cost nothing beside the weights that had to be read.
+
+#![allow(unsafe_op_in_unsafe_fn)]
+
+use super::format::{Format, Kind};
+use super::pack::step_elements;
+use super::simd::{Kernel, Narrow, Simd, prefetch};
+use std::marker::PhantomData;
+
+/// How far ahead weights are prefetched within a row, in bytes.
+const AHEAD: usize = 2048;
+
+/// `out[row][feature] = bias[feature] + sum over k of weights[feature][k] * x[row][k]` for
+/// `tiles * FEATURES` features.
+pub struct Dot<F, const ROWS: usize, const FEATURES: usize> {
+    /// `ROWS` rows from `PackSteps`.
+    pub steps: *const f32,
+    /// Elements of a weight row.
+    pub k: usize,
+    /// The first weight row.
+    pub weights: *const u8,
+    /// Bytes from one weight row to the next.
+    pub stride: usize,
+    /// Groups of `FEATURES` rows.
+    pub tiles: usize,
+    /// The weight rows read after these, by whichever kernel: prefetched towards the end.
+    pub next: *const u8,
+    /// fp32, one a feature, or null.
+    pub bias: *const f32,
+    pub out: *mut f32,
+    /// Values from one row of `out` to the next.
+    pub out_stride: usize,
+    pub format: PhantomData<F>,
+}
+
+impl<F: Format, const ROWS: usize, const FEATURES: usize> Kernel for Dot<F, ROWS, FEATURES> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let Self { k, stride, tiles, next, .. } = self;
+        let step_bytes = step_elements::<S, F>() * F::BYTES;
+        let total = k * F::BYTES;
+        let row_bytes = total / 64 * 64;
+        let ahead = if row_bytes < AHEAD { row_bytes } else { AHEAD };
+        let turn = row_bytes - ahead;
+        let mut weights = self.weights;
+        let mut out = self.out;
+        let mut bias = self.bias;
+        for tile in 0..tiles {
+            let mut sums = [[S::zero(); FEATURES]; ROWS];
+            let following = weights.wrapping_add(FEATURES * stride);
+            let next_tile = if tile + 1 < tiles { following } else { next };
+            let mut x = self.steps;
+            let mut w = weights;
+            let mut at = 0;
+            while at < row_bytes {
+                let fetch = if at < turn { w.wrapping_add(ahead) } else { next_tile.wrapping_add(at - turn) };
+                for n in 0..FEATURES {
+                    prefetch(fetch.wrapping_add(n * stride));
+                }
+                let mut within = 0;
+                while within < 64 {
+                    x = step::<S, F, ROWS, FEATURES>(&mut sums, x, w, stride);
+                    w = w.add(step_bytes);
+                    within += step_bytes;
+                }
+                at += 64;
+            }
+            while at + step_bytes <= total {
+                x = step::<S, F, ROWS, FEATURES>(&mut sums, x, w, stride);
+                w = w.add(step_bytes);
+                at += step_bytes;
+            }
+            if at < total {
+                let mut partial = [[0u8; 64]; FEATURES];
+                for (n, bytes) in partial.iter_mut().enumerate() {
+                    w.add(n * stride).copy_to_nonoverlapping(bytes.as_mut_ptr(), total - at);
+                }
+                step::<S, F, ROWS, FEATURES>(&mut sums, x, partial.as_ptr().cast(), 64);
+            }
+            for (r, row) in sums.iter().enumerate() {
+                let mut folded = [<S::Narrow as Simd>::zero(); 8];
+                for (n, &sum) in row.iter().enumerate() {
+                    folded[n] = S::fold(sum);
+                }
+                let mut values = [0f32; 8];
+                <S::Narrow as Simd>::store(values.as_mut_ptr(), S::Narrow::sum_each(folded));
+                for (n, &value) in values.iter().enumerate().take(FEATURES) {
+                    let start = if bias.is_null() { 0.0 } else { *bias.add(n) };
+                    *out.add(r * self.out_stride + n) = start + value;
+                }
+            }
+            if !bias.is_null() {
+                bias = bias.add(FEATURES);
+            }
+            out = out.add(FEATURES);
+            weights = following;
+        }
+    }
+}
+
+/// One step of every row and feature. Returns where the next step's activations are.
+#[inline(always)]
+unsafe fn step<S: Simd, F: Format, const ROWS: usize, const FEATURES: usize>(
+    sums: &mut [[S::V; FEATURES]; ROWS],
+    x: *const f32,
+    w: *const u8,
+    stride: usize,
+) -> *const f32 {
+    let mut wide = [S::zero(); FEATURES];
+    for (n, v) in wide.iter_mut().enumerate() {
+        let at = w.add(n * stride);
+        *v = if matches!(F::KIND, Kind::F16) { S::load_f16(at.cast()) } else { S::load(at.cast()) };
+    }
+    if matches!(F::KIND, Kind::Bf16) {
+        let mut half = [S::zero(); FEATURES];
+        for n in 0..FEATURES {
+            half[n] = S::widen_even(wide[n]);
+        }
+        for (r, row) in sums.iter_mut().enumerate() {
+            let xv = S::load(x.add(r * S::LANES));
+            for n in 0..FEATURES {
+                row[n] = S::fma(xv, half[n], row[n]);
+            }
+        }
+        for n in 0..FEATURES {
+            half[n] = S::widen_odd(wide[n]);
+        }
+        for (r, row) in sums.iter_mut().enumerate() {
+            let xv = S::load(x.add((ROWS + r) * S::LANES));
+            for n in 0..FEATURES {
+                row[n] = S::fma(xv, half[n], row[n]);
+            }
+        }
+        return x.add(2 * ROWS * S::LANES);
+    }
+    for (r, row) in sums.iter_mut().enumerate() {
+        let xv = S::load(x.add(r * S::LANES));
+        for n in 0..FEATURES {
+            row[n] = if matches!(F::KIND, Kind::Bf16Pairs) {
+                S::dot_pairs(row[n], xv, wide[n])
+            } else {
+                S::fma(xv, wide[n], row[n])
+            };
+        }
+    }
+    x.add(ROWS * S::LANES)
+}

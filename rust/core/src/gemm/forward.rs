@@ -1,0 +1,126 @@
+//! The forward grouped GEMM: `out = activation(a[source] * b^T + bias)` for the rows of every expert, weights
+//! `[n, k]`.
+//!
+//! Activations are packed, with the gather fused, by every thread for itself; weights are read where they lie.
+//! A block of features is computed into fp32 scratch and leaves it once: bias, activation, rounding.
+
+use super::activation::Activation;
+use super::format::Format;
+use super::forward_block::{Block, Packed, Segment};
+use super::grouped::Grouped;
+use super::isa::with_kernels;
+use super::scratch::{Scratch, with_scratch};
+use super::simd::Simd;
+use super::tickets::{Ticket, Tickets, units};
+use crate::pool::parallel;
+
+/// What happens to the sums before they are stored.
+#[derive(Clone, Copy)]
+pub struct Epilogue {
+    /// Applied to the sums; if gated, two columns of the product become one of the output.
+    pub activation: Option<Activation>,
+    /// Gate and up columns alternate, instead of all gate columns preceding all up columns.
+    pub interleaved: bool,
+    /// Where the rounded sums are stored before the activation, `[rows, n]`; null if not wanted.
+    pub pre: *mut u8,
+}
+
+// The pointer is shared by the threads of a call, which write disjoint parts.
+unsafe impl Send for Epilogue {}
+unsafe impl Sync for Epilogue {}
+
+impl Epilogue {
+    /// Sums are only rounded.
+    pub const NONE: Self = Self { activation: None, interleaved: false, pre: std::ptr::null_mut() };
+
+    /// Columns of the product for one column of the output.
+    pub fn columns(&self) -> usize {
+        self.activation.map_or(1, Activation::columns)
+    }
+}
+
+/// One pass over all experts' rows, shared by the threads of a call.
+pub struct Forward<'a> {
+    /// The product; its `n` counts weight rows, `out` has `n / epilogue.columns()` columns.
+    pub job: Grouped,
+    pub epilogue: Epilogue,
+    pub tickets: &'a Tickets<'a>,
+    /// The pass that writes `a`: a unit's rows are waited for.
+    pub after: Option<&'a Tickets<'a>>,
+}
+
+/// `out[row, :] = a[source(row), :] * b[expert]^T + bias[expert]`, weights `[experts, n, k]`, then the epilogue.
+///
+/// # Safety
+/// The job's and the epilogue's pointers are as documented there.
+pub unsafe fn grouped_nt(job: &Grouped, epilogue: &Epilogue) {
+    let units = unsafe { units(job) };
+    let tickets = Tickets::new(&units, job.n / epilogue.columns(), epilogue.columns(), job.threads);
+    let pass = Forward { job: *job, epilogue: *epilogue, tickets: &tickets, after: None };
+    parallel(job.threads, &|_| with_scratch(|scratch| unsafe { pass.work(scratch) }));
+}
+
+impl Forward<'_> {
+    /// Draws and computes tickets until none is left. Called by every thread.
+    ///
+    /// # Safety
+    /// As for [`grouped_nt`].
+    pub unsafe fn work(&self, scratch: &mut Scratch) {
+        let _guard = self.tickets.guard();
+        with_kernels!(self.job.isa, self.job.dtype, S, F => unsafe { self.work_with::<S, F>(scratch) });
+    }
+
+    unsafe fn work_with<S: Simd, F: Format>(&self, scratch: &mut Scratch) {
+        let mut packed: Option<(usize, Packed)> = None;
+        let mut unit = 0;
+        while let Some(ticket) = self.tickets.draw(unit) {
+            unit = ticket.unit;
+            if packed.as_ref().is_none_or(|(of, _)| *of != unit) {
+                if let Some(after) = self.after {
+                    after.wait(unit);
+                }
+                packed = Some((unit, unsafe { self.pack::<S, F>(unit, scratch) }));
+            }
+            if let Some((_, packed)) = &packed {
+                unsafe { self.compute::<S, F>(&ticket, packed, scratch) };
+            }
+            self.tickets.finish(&ticket);
+        }
+    }
+
+    unsafe fn pack<S: Simd, F: Format>(&self, unit: usize, scratch: &mut Scratch) -> Packed {
+        let (job, rows) = (&self.job, self.tickets.units()[unit].rows.clone());
+        let Scratch { panels, rows: addresses, .. } = scratch;
+        unsafe {
+            job.gather.addresses(rows, job.a, job.k * F::BYTES, addresses);
+            Packed::new::<S, F>(addresses, job.k, panels)
+        }
+    }
+
+    unsafe fn compute<S: Simd, F: Format>(&self, ticket: &Ticket, packed: &Packed, scratch: &mut Scratch) {
+        let step = self.tickets.block();
+        let mut start = ticket.features.start;
+        while start < ticket.features.end {
+            let end = (start + step).min(ticket.features.end);
+            let next = if end < ticket.features.end {
+                self.weights::<F>(ticket.unit, end)
+            } else {
+                match self.tickets.peek(ticket.unit) {
+                    Some(next) => self.weights::<F>(next.unit, next.features.start),
+                    None => self.weights::<F>(ticket.unit, start),
+                }
+            };
+            let unit = &self.tickets.units()[ticket.unit];
+            let block = Block { job: &self.job, epilogue: &self.epilogue, unit, features: start..end, next };
+            unsafe { block.run::<S, F>(packed, scratch) };
+            start = end;
+        }
+    }
+
+    /// Where the weights of a unit's feature begin.
+    fn weights<F: Format>(&self, unit: usize, feature: usize) -> *const u8 {
+        let expert = self.tickets.units()[unit].expert;
+        let row = expert * self.job.n + Segment::first_row(&self.epilogue, feature);
+        self.job.b.wrapping_add(row * self.job.k * F::BYTES)
+    }
+}
