@@ -64,10 +64,12 @@ bench: $(INSTALLED) ## run the benchmarks; figures go to benches/results/NAME.js
 build: dev ## the same as dev
 
 dev: $(MADE) ## compile the extension into python/moekern and install the package editable
-	@rm -f $(INSTALLED)
+	@rm -rf $(INSTALLED) python/moekern/cuda
 	@$(BIN)/python -m pip uninstall -y -q moekern 2>/dev/null || true
 	$(call install,-q maturin)
 	$(BIN)/maturin develop --release --locked --extras $(EXTRAS) $(if $(wildcard $(BIN)/uv),--uv)
+	@# maturin leaves copies of the kernels there; a link lets an edit of cuda/ take effect without a build.
+	@rm -rf python/moekern/cuda && ln -s ../../cuda python/moekern/cuda
 
 wheel: $(MADE) ## build the wheel into dist/
 	@rm -f dist/moekern-*.whl
@@ -79,7 +81,7 @@ sdist: $(MADE) ## build the source distribution into dist/
 
 clean: ## remove what the other targets made
 	rm -rf $(VENV) target dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
-	find python -name '*.so' -delete
+	rm -rf python/moekern/cuda python/moekern/*.so
 
 $(MADE):
 	@command -v $(firstword $(PYTHON)) >/dev/null || { echo "moekern needs Python >= 3.11, and $(PYTHON) was not found: install python3 and python3-venv with the system's package manager, or name one: make PYTHON=/path/to/python3" >&2; exit 1; }
