@@ -5,4 +5,7 @@
 
 pub mod dtype;
 pub mod gemm;
+pub mod plan;
 pub mod pool;
+pub mod stats;
+pub mod tiles;

@@ -255,6 +255,7 @@ fn spin_until(done: impl Fn() -> bool) -> bool {
     }
     let start = Instant::now();
     while start.elapsed() < SPIN {
+        thread::yield_now(); // the thread that is waited for may need this very core
         if poll() {
             return true;
         }
