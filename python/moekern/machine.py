@@ -1,0 +1,54 @@
+"""Facts about the machine at hand, for `moekern doctor` and for the head of reports."""
+
+import importlib.util
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+# What decides which CPU kernels run, or would matter to the next ones.
+CPU_FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_fp16", "amx_bf16")
+
+
+def cpu_name() -> str:
+    return cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def cpu_features() -> list[str]:
+    """Those of CPU_FEATURES that the processor has; empty where the system has no /proc/cpuinfo."""
+    flags = set(cpuinfo("flags").split())
+    return [feature for feature in CPU_FEATURES if feature in flags]
+
+
+def cpuinfo(field: str) -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.split(":", 1)[1].strip() for line in lines if line.split(":")[0].strip() == field), "")
+
+
+def usable_cores() -> int:
+    """Cores this process may run on: fewer than the machine has in many containers."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def package_version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def is_importable(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+def device_name(device: str) -> str:
+    """What computes: the GPU's name, or the CPU's with the threads PyTorch uses."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"
