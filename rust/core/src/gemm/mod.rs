@@ -7,16 +7,25 @@
 #![allow(dead_code, unused_macros, unused_imports)]
 
 mod activation;
+mod activation_grad;
+mod axpy;
+mod column_sums;
 mod dot;
+mod experts_backward;
 mod format;
 mod forward;
 mod forward_block;
 mod forward_kernels;
 mod grouped;
 mod isa;
+mod jobs;
 mod lanes;
 mod math;
+mod nn;
 mod pack;
+mod panels;
+mod round;
+mod score_grad;
 mod scratch;
 mod simd;
 #[cfg(target_arch = "x86_64")]
@@ -26,8 +35,14 @@ mod simd_avx512;
 mod simd_scalar;
 mod store;
 mod tickets;
+mod tile;
+mod tn;
+mod token_sums;
 
 pub use activation::Activation;
+pub use experts_backward::{ExpertsBackward, experts_backward};
 pub use forward::{Epilogue, grouped_nt};
 pub use grouped::{Gather, Grouped};
 pub use isa::{ISA_VARIABLE, Isa, IsaError};
+pub use nn::grouped_nn;
+pub use tn::{GroupedTn, grouped_tn, larger_than_cache};

@@ -1,0 +1,177 @@
+//! "nn" for few rows: whole weight rows, read once and in order, added into results that stay in the cache.
+//!
+//! A column strip small enough for registers would walk down all weight rows, a page apart each, at half the
+//! memory's rate or less. Here a group of consecutive weight rows is read from left to right while the next
+//! group is prefetched; what that costs is a load and a store of the results for each group.
+
+#![allow(unsafe_op_in_unsafe_fn)]
+
+use super::format::{Format, Kind};
+use super::simd::{Kernel, Simd, prefetch};
+use std::marker::PhantomData;
+
+/// Weight rows of a group: words of the summed index.
+const GROUP: usize = 8;
+
+/// Rows of activations that one call takes.
+pub const fn axpy_rows<S: Simd>() -> usize {
+    if S::LANES == 16 { 8 } else { 4 }
+}
+
+/// Columns that the kernel moves at once; it takes whole steps only.
+pub const fn axpy_columns<S: Simd, F: Format>() -> usize {
+    S::LANES * F::PER_WORD
+}
+
+/// The kernel sums over multiples of this many elements: a group, or half of one where words are pairs.
+pub const AXPY_ELEMENTS: usize = GROUP;
+
+/// `sums[row][..columns] += left^T * weights`, or `=` if `fresh`.
+///
+/// Where words are pairs the columns of each step are kept in the order of `Simd::interleave`; [`InOrder`] puts
+/// them right when the sum is complete.
+pub struct Axpy<F> {
+    /// Elements of the summed index that this call takes, a multiple of [`AXPY_ELEMENTS`].
+    pub k: usize,
+    /// `[words][rows]`.
+    pub left: *const f32,
+    /// First weight of the first row.
+    pub weights: *const u8,
+    /// Bytes from one weight row to the next.
+    pub weight_stride: usize,
+    /// fp32 results.
+    pub sums: *mut f32,
+    /// Values from one row of the results to the next.
+    pub sums_stride: usize,
+    /// A multiple of [`axpy_columns`].
+    pub columns: usize,
+    /// Whether this is the first call for these results.
+    pub fresh: bool,
+    /// Whether to prefetch; only the first of several calls on the same weights should.
+    pub prefetch: bool,
+    pub format: PhantomData<F>,
+}
+
+impl<F: Format> Axpy<F> {
+    /// Runs the kernel for `rows` rows, at most [`axpy_rows`].
+    ///
+    /// # Safety
+    /// The CPU supports `S`, and the operands are as described.
+    pub unsafe fn run<S: Simd>(self, rows: usize) {
+        macro_rules! pick {
+            ($($n:literal)*) => {
+                match rows {
+                    $($n => S::enter(AxpyRows::<F, $n>(self)),)*
+                    _ => unreachable!("{rows} rows"),
+                }
+            };
+        }
+        if const { S::LANES == 16 } { pick!(1 2 3 4 5 6 7 8) } else { pick!(1 2 3 4) }
+    }
+}
+
+struct AxpyRows<F, const ROWS: usize>(Axpy<F>);
+
+impl<F: Format, const ROWS: usize> Kernel for AxpyRows<F, ROWS> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let c = &self.0;
+        let words = F::words(c.k);
+        let (mut left, mut weights) = (c.left, c.weights);
+        let mut fresh = c.fresh;
+        let mut word = 0;
+        while word + GROUP <= words {
+            group::<S, F, ROWS, GROUP>(c, left, weights, fresh);
+            left = left.add(GROUP * ROWS);
+            weights = weights.wrapping_add(GROUP * F::PER_WORD * c.weight_stride);
+            fresh = false;
+            word += GROUP;
+        }
+        if matches!(F::KIND, Kind::Bf16Pairs) && word < words {
+            group::<S, F, ROWS, { GROUP / 2 }>(c, left, weights, fresh);
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn group<S: Simd, F: Format, const ROWS: usize, const WORDS: usize>(
+    c: &Axpy<F>,
+    left: *const f32,
+    weights: *const u8,
+    fresh: bool,
+) {
+    let paired = matches!(F::KIND, Kind::Bf16Pairs);
+    let step = axpy_columns::<S, F>();
+    let next = weights.wrapping_add(WORDS * F::PER_WORD * c.weight_stride);
+    let mut column = 0;
+    while column < c.columns {
+        let at = column * F::BYTES;
+        // Half-line steps prefetch every other time.
+        if c.prefetch && at.is_multiple_of(64) {
+            for i in 0..WORDS * F::PER_WORD {
+                prefetch(next.wrapping_add(i * c.weight_stride + at));
+            }
+        }
+        let (mut w0, mut w1) = ([S::zero(); WORDS], [S::zero(); WORDS]);
+        for i in 0..WORDS {
+            let row = weights.add(i * F::PER_WORD * c.weight_stride + at);
+            if paired {
+                (w0[i], w1[i]) = S::interleave(S::load(row.cast()), S::load(row.add(c.weight_stride).cast()));
+            } else {
+                w0[i] = F::load_widened::<S>(row);
+            }
+        }
+        for r in 0..ROWS {
+            let to = c.sums.add(r * c.sums_stride + column);
+            let mut a = if fresh { S::zero() } else { S::load(to) };
+            if paired {
+                let mut b = if fresh { S::zero() } else { S::load(to.add(S::LANES)) };
+                for i in 0..WORDS {
+                    let l = S::splat_bits(left.add(i * ROWS + r).cast::<u32>().read());
+                    a = S::dot_pairs(a, l, w0[i]);
+                    b = S::dot_pairs(b, l, w1[i]);
+                }
+                S::store(to.add(S::LANES), b);
+            } else {
+                for (i, &w) in w0.iter().enumerate() {
+                    a = S::fma(S::splat(*left.add(i * ROWS + r)), w, a);
+                }
+            }
+            S::store(to, a);
+        }
+        column += step;
+    }
+}
+
+/// Puts the results of paired words into the order of their columns.
+pub struct InOrder {
+    /// The results.
+    pub sums: *mut f32,
+    /// Values from one row to the next.
+    pub stride: usize,
+    /// Rows.
+    pub rows: usize,
+    /// Columns, a multiple of `2 * LANES`.
+    pub columns: usize,
+}
+
+impl Kernel for InOrder {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        for r in 0..self.rows {
+            let row = self.sums.add(r * self.stride);
+            let mut column = 0;
+            while column < self.columns {
+                let to = row.add(column);
+                let (a, b) = S::deinterleave(S::load(to), S::load(to.add(S::LANES)));
+                S::store(to, a);
+                S::store(to.add(S::LANES), b);
+                column += 2 * S::LANES;
+            }
+        }
+    }
+}

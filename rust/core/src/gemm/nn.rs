@@ -1,0 +1,310 @@
+//! Grouped "nn": `out[row, :] = a[source(row), :] * b[expert]` with `b[expert]` of shape `[k, n]`.
+//!
+//! The form of a gradient with respect to activations, and of a forward pass with transposed weights. A ticket
+//! is some rows of an expert and some columns. Its sums are formed in fp32 in the second-level cache and handed
+//! to a [`Finish`], which is where bias, rounding or the gradient of the activation happen.
+//!
+//! | rows of the expert | form                                                                     |
+//! |--------------------|--------------------------------------------------------------------------|
+//! | few                | [`super::axpy`]: weight rows as they lie in memory                       |
+//! | more               | [`super::tile`]: blocks of 256 x 256 weights are packed, the next one being prefetched |
+
+#![allow(unsafe_op_in_unsafe_fn)]
+
+use super::axpy::{AXPY_ELEMENTS, Axpy, InOrder, axpy_columns, axpy_rows};
+use super::format::{Format, Kind};
+use super::grouped::Grouped;
+use super::isa::with_kernels;
+use super::jobs::{Job, Worker, even_parts, run_jobs};
+use super::pack::PackTransposed;
+use super::panels::PackPanels;
+use super::round::RoundRows;
+use super::simd::Simd;
+use super::tile::{Prefetch, Store, Tiles, tile_rows};
+use std::marker::PhantomData;
+
+/// Tickets start at multiples of this many columns.
+pub const COLUMN_BLOCK: usize = 256;
+
+/// Elements of the summed index in a packed block.
+const DEPTH: usize = 256;
+
+/// Rows of a ticket: their sums, their share of a packed block and the block itself share the second-level cache.
+const TICKET_ROWS: usize = 512;
+
+/// Rows packed ahead of the copy; only the first block of a thread is not yet prefetched by the tiles.
+const PACK_AHEAD: usize = 8;
+
+/// Elements of the summed index for which all rows are done before the next ones, if few rows need several calls:
+/// their weights stay in the first-level cache or near it.
+const AXPY_DEPTH: usize = 64;
+
+/// Up to how many rows weights are read in place.
+pub(super) const fn few_rows<S: Simd, F: Format>() -> usize {
+    // Without bf16 units AVX-512 has registers to spare and the packed form costs more than it saves.
+    if S::LANES == 16 && !matches!(F::KIND, Kind::Bf16Pairs) { 16 } else { 8 }
+}
+
+/// Finished sums of some rows and columns.
+pub struct Block {
+    /// The expert.
+    pub expert: usize,
+    /// First row, in the order of the plan.
+    pub row: usize,
+    /// How many rows.
+    pub rows: usize,
+    /// First column, a multiple of [`COLUMN_BLOCK`].
+    pub column: usize,
+    /// How many columns.
+    pub columns: usize,
+    /// The sums.
+    pub sums: *mut f32,
+    /// Values from one row to the next; those between `columns` and the next multiple of 16 can be written.
+    pub stride: usize,
+}
+
+/// Takes blocks as they are finished, while they are in the cache.
+pub trait Finish: Sync {
+    /// Consumes the sums.
+    ///
+    /// # Safety
+    /// The CPU supports `S`, and the block is one of the GEMM that this was made for.
+    unsafe fn finish<S: Simd>(&self, block: &Block);
+}
+
+/// Adds the bias, rounds, stores.
+pub struct StoreRows<F> {
+    /// `[rows, n]`.
+    pub out: *mut u8,
+    /// `[experts, n]` or null.
+    pub bias: *const u8,
+    /// Columns of `out`.
+    pub n: usize,
+    pub format: PhantomData<F>,
+}
+
+// Tickets write disjoint parts.
+unsafe impl<F> Sync for StoreRows<F> {}
+
+impl<F: Format> Finish for StoreRows<F> {
+    unsafe fn finish<S: Simd>(&self, block: &Block) {
+        let at = |row: usize| (row * self.n + block.column) * F::BYTES;
+        S::enter(RoundRows::<F> {
+            from: block.sums,
+            from_stride: block.stride,
+            bias: if self.bias.is_null() { self.bias } else { self.bias.add(at(block.expert)) },
+            to: self.out.add(at(block.row)),
+            to_stride: self.n * F::BYTES,
+            rows: block.rows,
+            columns: block.columns,
+            format: PhantomData,
+        });
+    }
+}
+
+/// The grouped GEMM of `args`, `b[expert]` being `[k, n]`.
+///
+/// # Safety
+/// The pointers of `args` are as documented there.
+pub unsafe fn grouped_nn(args: &Grouped) {
+    with_kernels!(args.isa, args.dtype, S, F => {
+        let finish = StoreRows::<F> { out: args.out, bias: args.bias, n: args.n, format: PhantomData };
+        run_jobs(args.threads, &[&NnJob::<S, F, _>::new(args, finish)]);
+    });
+}
+
+struct Ticket {
+    expert: usize,
+    row: usize,
+    rows: usize,
+    column: usize,
+    columns: usize,
+    /// Tickets of a group share their rows.
+    group: usize,
+}
+
+/// A grouped "nn" as tickets. `out` and `bias` of the arguments are not used.
+pub struct NnJob<S, F, E> {
+    args: Grouped,
+    tickets: Vec<Ticket>,
+    finish: E,
+    types: PhantomData<fn() -> (S, F)>,
+}
+
+impl<S: Simd, F: Format, E: Finish> NnJob<S, F, E> {
+    /// Cuts the work.
+    ///
+    /// # Safety
+    /// The pointers of `args` are as documented there, and stay so while tickets run.
+    pub unsafe fn new(args: &Grouped, finish: E) -> Self {
+        let mut tickets = Vec::new();
+        let busy = (0..args.experts).filter(|&e| !args.rows(e).is_empty()).count();
+        for expert in 0..args.experts {
+            let range = args.rows(expert);
+            for (start, rows) in even_parts(range.len(), TICKET_ROWS) {
+                // Whole weight rows are best for few rows, unless threads would have nothing to do.
+                let width = if Self::in_place(args, rows) {
+                    let cuts = (2 * args.threads).div_ceil(busy).min(args.n.div_ceil(2 * COLUMN_BLOCK)).max(1);
+                    args.n.div_ceil(cuts).next_multiple_of(COLUMN_BLOCK)
+                } else {
+                    COLUMN_BLOCK
+                };
+                let group = tickets.len();
+                for column in (0..args.n).step_by(width) {
+                    let columns = width.min(args.n - column);
+                    tickets.push(Ticket { expert, row: range.start + start, rows, column, columns, group });
+                }
+            }
+        }
+        Self { args: *args, tickets, finish, types: PhantomData }
+    }
+
+    /// Whether the weights of `rows` rows are read in place.
+    fn in_place(args: &Grouped, rows: usize) -> bool {
+        rows <= few_rows::<S, F>()
+            && args.k.is_multiple_of(AXPY_ELEMENTS)
+            && args.n.is_multiple_of(axpy_columns::<S, F>())
+    }
+
+    /// Packs a ticket's rows, unless the thread has them already: strips `[words][height]` one after the other.
+    unsafe fn pack_rows(&self, ticket: &Ticket, height: usize, worker: &mut Worker) -> *const f32 {
+        let words = F::words(self.args.k);
+        let to = worker.scratch.panels.words(ticket.rows * words);
+        if worker.packed != ticket.group {
+            let list = &mut worker.scratch.rows;
+            for (start, count) in even_parts(ticket.rows, height) {
+                let first = ticket.row + start;
+                self.args.gather.addresses(first..first + count, self.args.a, self.args.k * F::BYTES, list);
+                S::enter(PackTransposed::<F> {
+                    rows: list,
+                    width: count,
+                    k: self.args.k,
+                    to: to.add(start * words),
+                    format: PhantomData,
+                });
+            }
+            worker.packed = ticket.group;
+        }
+        to
+    }
+
+    unsafe fn weights(&self, ticket: &Ticket) -> *const u8 {
+        let row_bytes = self.args.n * F::BYTES;
+        self.args.b.add(ticket.expert * self.args.k * row_bytes + ticket.column * F::BYTES)
+    }
+
+    unsafe fn run_in_place(&self, ticket: &Ticket, worker: &mut Worker) {
+        let (k, words) = (self.args.k, F::words(self.args.k));
+        let left = self.pack_rows(ticket, axpy_rows::<S>(), worker);
+        let strips = even_parts(ticket.rows, axpy_rows::<S>());
+        let stride = sums_stride(ticket.columns);
+        let sums = worker.scratch.results.words(ticket.rows * stride);
+        let weight_stride = self.args.n * F::BYTES;
+        let weights = self.weights(ticket);
+        let depth = if ticket.rows <= axpy_rows::<S>() { k } else { AXPY_DEPTH };
+        for from in (0..k).step_by(depth) {
+            for (start, count) in strips.clone() {
+                Axpy::<F> {
+                    k: depth.min(k - from),
+                    left: left.add(start * words + from / F::PER_WORD * count),
+                    weights: weights.add(from * weight_stride),
+                    weight_stride,
+                    sums: sums.add(start * stride),
+                    sums_stride: stride,
+                    columns: ticket.columns,
+                    fresh: from == 0,
+                    prefetch: start == 0,
+                    format: PhantomData,
+                }
+                .run::<S>(count);
+            }
+        }
+        if matches!(F::KIND, Kind::Bf16Pairs) {
+            S::enter(InOrder { sums, stride, rows: ticket.rows, columns: ticket.columns });
+        }
+        self.finish.finish::<S>(&ticket.block(sums, stride));
+    }
+
+    unsafe fn run_packed(&self, ticket: &Ticket, worker: &mut Worker) {
+        let (k, words) = (self.args.k, F::words(self.args.k));
+        let left = self.pack_rows(ticket, tile_rows::<S>(), worker);
+        let strips = even_parts(ticket.rows, tile_rows::<S>());
+        let width = 2 * S::LANES;
+        let panels = ticket.columns.div_ceil(width);
+        let stride = sums_stride(panels * width);
+        let sums = worker.scratch.results.words(ticket.rows * stride);
+        let packed = worker.scratch.weights.words(F::words(DEPTH) * panels * width);
+        let weight_stride = self.args.n * F::BYTES;
+        let weights = self.weights(ticket);
+        for from in (0..k).step_by(DEPTH) {
+            let depth = DEPTH.min(k - from);
+            let list = &mut worker.scratch.rows;
+            list.clear();
+            list.extend((from..from + depth).map(|row| weights.add(row * weight_stride)));
+            S::enter(PackPanels::<F> {
+                rows: list,
+                column: 0,
+                columns: ticket.columns,
+                prefetch_rows: PACK_AHEAD,
+                to: packed,
+                format: PhantomData,
+            });
+            let steps = strips.clone().count() * panels * F::words(depth);
+            let mut ahead = if from + depth < k {
+                let next = weights.add((from + depth) * weight_stride);
+                Prefetch::new(next, weight_stride, DEPTH.min(k - from - depth), ticket.columns * F::BYTES, steps)
+            } else if let Some(next) = worker.upcoming.map(|i| &self.tickets[i]) {
+                // Weights read in place are prefetched as they are read: only their beginning is needed.
+                let rows = if Self::in_place(&self.args, next.rows) { 2 * AXPY_ELEMENTS } else { DEPTH.min(k) };
+                Prefetch::new(self.weights(next), weight_stride, rows, next.columns * F::BYTES, steps)
+            } else {
+                Prefetch::none()
+            };
+            for (start, count) in strips.clone() {
+                let tiles = Tiles {
+                    words: F::words(depth),
+                    left: left.add(start * words + from / F::PER_WORD * count),
+                    right: packed,
+                    panels,
+                    panel_stride: F::words(depth) * width,
+                    out: sums.add(start * stride).cast(),
+                    out_stride: stride * 4,
+                    out_step: width * 4,
+                    store: if from == 0 { Store::Set } else { Store::Add },
+                };
+                tiles.run::<S, F>(count, &mut ahead);
+            }
+        }
+        self.finish.finish::<S>(&ticket.block(sums, stride));
+    }
+}
+
+impl<S: Simd, F: Format, E: Finish> Job for NnJob<S, F, E> {
+    fn tickets(&self) -> usize {
+        self.tickets.len()
+    }
+
+    fn run(&self, ticket: usize, worker: &mut Worker) {
+        let ticket = &self.tickets[ticket];
+        // The caller of `new` vouches for the pointers.
+        unsafe {
+            if Self::in_place(&self.args, ticket.rows) {
+                self.run_in_place(ticket, worker);
+            } else {
+                self.run_packed(ticket, worker);
+            }
+        }
+    }
+}
+
+impl Ticket {
+    fn block(&self, sums: *mut f32, stride: usize) -> Block {
+        let &Self { expert, row, rows, column, columns, .. } = self;
+        Block { expert, row, rows, column, columns, sums, stride }
+    }
+}
+
+/// Values from one row of sums to the next: one cache line more than needed, so that rows do not share sets.
+fn sums_stride(columns: usize) -> usize {
+    columns.next_multiple_of(16) + 16
+}

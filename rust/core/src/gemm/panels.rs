@@ -1,0 +1,161 @@
+//! Packing of operands whose summed index runs over rows: bands of the left one, panels of the right one.
+//!
+//! A word is what `Format` says: one value, or the bf16 values of two consecutive rows.
+
+#![allow(unsafe_op_in_unsafe_fn)]
+
+use super::format::{Format, Kind};
+use super::simd::{Kernel, Simd, prefetch};
+use std::marker::PhantomData;
+
+/// Words that a band may be written beyond its end; the next one starts no earlier.
+pub const BAND_SLACK: usize = 16;
+
+/// Columns of some rows cut into bands: `to[band][word][height]`, [`BAND_SLACK`] words between the bands.
+///
+/// The left operand of [`super::tile`]: a step of it is broadcast, so `height` need not suit the vectors.
+pub struct PackBands<'a, F> {
+    /// The rows, in the order of the sum.
+    pub rows: &'a [*const u8],
+    /// First column.
+    pub column: usize,
+    /// How many; the last band may be narrower than the others.
+    pub columns: usize,
+    /// Columns that a row has.
+    pub width: usize,
+    /// Columns of a band, at most `LANES`.
+    pub height: usize,
+    /// `band_words` for each band.
+    pub to: *mut f32,
+    pub format: PhantomData<F>,
+}
+
+/// Words from one band to the next.
+pub fn band_words<F: Format>(depth: usize, height: usize) -> usize {
+    F::words(depth) * height + BAND_SLACK
+}
+
+impl<F: Format> Kernel for PackBands<'_, F> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let pitch = band_words::<F>(self.rows.len(), self.height);
+        // A vector of words reads this many elements of a row.
+        let reach = S::LANES * F::PER_WORD;
+        for word in 0..F::words(self.rows.len()) {
+            let (first, second) = rows_of_word::<F>(self.rows, word);
+            let (mut done, mut band) = (0, self.to);
+            while done < self.columns {
+                let height = self.height.min(self.columns - done);
+                let (c, to) = (self.column + done, band.add(word * height));
+                if c + reach <= self.width && !second.is_null() {
+                    // A whole vector: the surplus lands where the next word goes, or in the slack.
+                    let at = c * F::BYTES;
+                    S::store(to, one_vector::<S, F>(first.add(at), second.add(at)));
+                } else {
+                    for i in 0..height {
+                        *to.add(i) = word_of_rows::<F>(first, second, c + i);
+                    }
+                }
+                done += height;
+                band = band.add(pitch);
+            }
+        }
+    }
+}
+
+/// Columns of some rows cut into panels of two vectors: `to[panel][word][2 * LANES]`, the last one filled up
+/// with zeros. The right operand of [`super::tile`].
+pub struct PackPanels<'a, F> {
+    /// The rows, in the order of the sum.
+    pub rows: &'a [*const u8],
+    /// First column.
+    pub column: usize,
+    /// How many.
+    pub columns: usize,
+    /// How many rows ahead of the copy to prefetch; 0 for none.
+    pub prefetch_rows: usize,
+    /// `F::words(rows) * 2 * LANES` for each panel.
+    pub to: *mut f32,
+    pub format: PhantomData<F>,
+}
+
+impl<F: Format> Kernel for PackPanels<'_, F> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let width = 2 * S::LANES;
+        let words = F::words(self.rows.len());
+        let whole = self.columns / width;
+        let lines = (self.columns * F::BYTES).div_ceil(64);
+        for word in 0..words {
+            if self.prefetch_rows > 0 {
+                for i in 0..F::PER_WORD {
+                    if let Some(row) = self.rows.get(word * F::PER_WORD + self.prefetch_rows + i) {
+                        for line in 0..lines {
+                            prefetch(row.wrapping_add(self.column * F::BYTES + line * 64));
+                        }
+                    }
+                }
+            }
+            let (first, second) = rows_of_word::<F>(self.rows, word);
+            let mut to = self.to.add(word * width);
+            for panel in 0..whole {
+                let at = (self.column + panel * width) * F::BYTES;
+                let second = if second.is_null() { second } else { second.add(at) };
+                let (a, b) = two_vectors::<S, F>(first.add(at), second);
+                S::store(to, a);
+                S::store(to.add(S::LANES), b);
+                to = to.add(words * width);
+            }
+            if whole * width < self.columns {
+                for i in 0..width {
+                    let c = whole * width + i;
+                    *to.add(i) = if c < self.columns { word_of_rows::<F>(first, second, self.column + c) } else { 0.0 };
+                }
+            }
+        }
+    }
+}
+
+/// The rows whose elements word `word` holds. The second is the first again where a word holds one element,
+/// and null past the last row.
+#[inline(always)]
+unsafe fn rows_of_word<F: Format>(rows: &[*const u8], word: usize) -> (*const u8, *const u8) {
+    if F::PER_WORD == 1 {
+        return (rows[word], rows[word]);
+    }
+    (rows[2 * word], rows.get(2 * word + 1).copied().unwrap_or(std::ptr::null()))
+}
+
+/// The words of `2 * LANES` columns, in order. A null second row reads as zeros.
+#[inline(always)]
+unsafe fn two_vectors<S: Simd, F: Format>(first: *const u8, second: *const u8) -> (S::V, S::V) {
+    if !matches!(F::KIND, Kind::Bf16Pairs) {
+        return (F::load_widened::<S>(first), F::load_widened::<S>(first.add(S::LANES * F::BYTES)));
+    }
+    let below = if second.is_null() { S::zero() } else { S::load(second.cast()) };
+    let (a, b) = S::interleave(S::load(first.cast()), below);
+    S::deinterleave(a, b)
+}
+
+/// The words of `LANES` columns. Where words are pairs, `2 * LANES` elements are read.
+#[inline(always)]
+unsafe fn one_vector<S: Simd, F: Format>(first: *const u8, second: *const u8) -> S::V {
+    match F::KIND {
+        Kind::Bf16Pairs => two_vectors::<S, F>(first, second).0,
+        _ => F::load_widened::<S>(first),
+    }
+}
+
+/// One word from column `c`.
+#[inline(always)]
+unsafe fn word_of_rows<F: Format>(first: *const u8, second: *const u8, c: usize) -> f32 {
+    if !matches!(F::KIND, Kind::Bf16Pairs) {
+        return F::load_one(first.add(c * F::BYTES));
+    }
+    let element = |row: *const u8| u32::from(row.cast::<u16>().add(c).read());
+    f32::from_bits(element(first) | if second.is_null() { 0 } else { element(second) << 16 })
+}

@@ -1,0 +1,303 @@
+//! Grouped "tn" (varlen-K): `out[expert][p, n] = sum over its rows of a[row, p] * b[row, n]`, the form of a
+//! gradient with respect to weights.
+//!
+//! A ticket is an expert and some rows of its result, across all columns. Both operands are packed: `b` once by
+//! each thread for each expert, `a` for each ticket. Finished tiles go past the caches when the results are
+//! larger than those, which saves reading what is about to be overwritten. An expert without rows gets zeros,
+//! by sums over nothing.
+
+#![allow(unsafe_op_in_unsafe_fn)]
+
+use super::format::{Format, Kind};
+use super::grouped::Gather;
+use super::isa::{Isa, with_kernels};
+use super::jobs::{Job, Worker, run_jobs};
+use super::panels::{PackBands, PackPanels, band_words};
+use super::round::RoundRows;
+use super::scratch::advise_huge_pages;
+use super::simd::{Simd, fence};
+use super::tile::{Prefetch, Store, Tiles, tile_rows};
+use crate::dtype::DType;
+use std::marker::PhantomData;
+
+/// About how many rows of the result a ticket has.
+const TICKET_ROWS: usize = 256;
+
+/// Rows of the operands that are packed at a time. Experts with more form their sums in fp32 in memory.
+const DEPTH: usize = 1024;
+
+/// Bytes of panels used for all bands before the next ones: half of the second-level cache of most CPUs.
+const PANEL_BYTES: usize = 256 << 10;
+
+/// The arguments of a grouped "tn". All matrices are row-major and of type `dtype` (not fp64).
+#[derive(Clone, Copy)]
+pub struct GroupedTn {
+    /// Instruction set of the kernels.
+    pub isa: Isa,
+    /// Threads to use, at least one.
+    pub threads: usize,
+    /// Element type of `a`, `b` and `out`.
+    pub dtype: DType,
+    /// Number of experts.
+    pub experts: usize,
+    /// `experts + 1` ascending row offsets, the first 0.
+    pub offsets: *const i32,
+    /// Columns of `a`, rows of each result.
+    pub p: usize,
+    /// Columns of `b` and of each result.
+    pub n: usize,
+    /// Left operand, `p` columns.
+    pub a: *const u8,
+    /// Which of its rows are read.
+    pub gather_a: Gather,
+    /// Right operand, `n` columns.
+    pub b: *const u8,
+    /// Which of its rows are read.
+    pub gather_b: Gather,
+    /// `[experts, p, n]`, all of it written.
+    pub out: *mut u8,
+    /// Whether the results go past the caches; see [`larger_than_cache`].
+    pub stream: bool,
+}
+
+// The pointers are shared by the threads of a call, which write disjoint parts of `out`.
+unsafe impl Send for GroupedTn {}
+unsafe impl Sync for GroupedTn {}
+
+/// Computes `args`.
+///
+/// # Safety
+/// The pointers of `args` are as documented there.
+pub unsafe fn grouped_tn(args: &GroupedTn) {
+    with_kernels!(args.isa, args.dtype, S, F => {
+        run_jobs(args.threads, &[&TnJob::<S, F>::new(args)]);
+    });
+}
+
+/// Whether so many bytes of results do not fit the last cache, so that writing past it is faster.
+pub fn larger_than_cache(bytes: usize) -> bool {
+    use std::sync::OnceLock;
+    static LAST_CACHE: OnceLock<usize> = OnceLock::new();
+    let last = *LAST_CACHE.get_or_init(|| {
+        let text = std::fs::read_to_string("/sys/devices/system/cpu/cpu0/cache/index3/size").unwrap_or_default();
+        let kib = text.trim().strip_suffix('K').and_then(|n| n.parse::<usize>().ok());
+        kib.map_or(32 << 20, |kib| kib << 10)
+    });
+    bytes > last
+}
+
+/// A grouped "tn" as tickets.
+pub struct TnJob<S, F> {
+    args: GroupedTn,
+    /// Rows of the result of a ticket, whole tiles of them.
+    rows: usize,
+    types: PhantomData<fn() -> (S, F)>,
+}
+
+/// The part of a result that a ticket makes.
+struct Part {
+    expert: usize,
+    /// Its first row of the operands.
+    first: usize,
+    /// How many rows of the operands.
+    depth: usize,
+    /// First row of the result.
+    p: usize,
+    /// How many rows of the result.
+    height: usize,
+}
+
+impl<S: Simd, F: Format> TnJob<S, F> {
+    /// Cuts the work.
+    ///
+    /// # Safety
+    /// The pointers of `args` are as documented there, and stay so while tickets run.
+    pub unsafe fn new(args: &GroupedTn) -> Self {
+        advise_huge_pages(args.out, args.experts * args.p * args.n * F::BYTES);
+        let tickets = args.p.div_ceil(TICKET_ROWS).max(1);
+        let rows = args.p.div_ceil(tickets).next_multiple_of(tile_rows::<S>()).max(1);
+        Self { args: *args, rows, types: PhantomData }
+    }
+
+    fn part(&self, ticket: usize) -> Part {
+        let a = &self.args;
+        let each = a.p.div_ceil(self.rows);
+        let (expert, p) = (ticket / each, ticket % each * self.rows);
+        let offset = |e: usize| unsafe { a.offsets.add(e).read() as usize };
+        let first = offset(expert);
+        Part { expert, first, depth: offset(expert + 1) - first, p, height: self.rows.min(a.p - p) }
+    }
+
+    /// Packs all columns of `b` in rows `first..first + depth`.
+    unsafe fn pack_right(&self, first: usize, depth: usize, worker: &mut Worker) -> *const f32 {
+        let a = &self.args;
+        let to = worker.scratch.panels.words(F::words(depth) * a.n.next_multiple_of(2 * S::LANES));
+        // No two experts with rows start at the same one.
+        if depth > 0 && worker.packed != first {
+            let list = &mut worker.scratch.rows;
+            a.gather_b.addresses(first..first + depth, a.b, a.n * F::BYTES, list);
+            S::enter(PackPanels::<F> {
+                rows: list,
+                column: 0,
+                columns: a.n,
+                prefetch_rows: 0,
+                to,
+                format: PhantomData,
+            });
+            worker.packed = first;
+        }
+        to
+    }
+
+    /// Packs the columns of `a` that a part needs, in rows `first..first + depth`.
+    unsafe fn pack_left(&self, part: &Part, first: usize, depth: usize, worker: &mut Worker) -> *const f32 {
+        let a = &self.args;
+        let bands = part.height.div_ceil(tile_rows::<S>());
+        let to = worker.scratch.weights.words(bands * band_words::<F>(depth, tile_rows::<S>()));
+        let list = &mut worker.scratch.rows;
+        a.gather_a.addresses(first..first + depth, a.a, a.p * F::BYTES, list);
+        S::enter(PackBands::<F> {
+            rows: list,
+            column: part.p,
+            columns: part.height,
+            width: a.p,
+            height: tile_rows::<S>(),
+            to,
+            format: PhantomData,
+        });
+        to
+    }
+
+    /// Multiplies rows `first..first + depth`. Tiles go to `out`, whose rows are `out_stride` bytes apart and
+    /// whose panels `out_step`; the last `n % width` columns, if `whole` says so, go to fp32 rows in `rest`.
+    unsafe fn multiply(&self, part: &Part, first: usize, depth: usize, to: &Target, worker: &mut Worker) {
+        let right = self.pack_right(first, depth, worker);
+        let left = self.pack_left(part, first, depth, worker);
+        let (words, width) = (F::words(depth), 2 * S::LANES);
+        let at_once = (PANEL_BYTES / (words * width * 4).max(1)).max(1);
+        let mut panel = 0;
+        while panel < to.panels {
+            let panels = at_once.min(to.panels - panel);
+            for (band, row) in (0..part.height).step_by(tile_rows::<S>()).enumerate() {
+                let tiles = Tiles {
+                    words,
+                    left: left.add(band * band_words::<F>(depth, tile_rows::<S>())),
+                    right: right.add(panel * words * width),
+                    panels,
+                    panel_stride: words * width,
+                    out: to.out.add(row * to.stride + panel * to.step),
+                    out_stride: to.stride,
+                    out_step: to.step,
+                    store: to.store,
+                };
+                tiles.run::<S, F>(tile_rows::<S>().min(part.height - row), &mut Prefetch::none());
+            }
+            panel += panels;
+        }
+        if let Some(rest) = to.rest {
+            for (band, row) in (0..part.height).step_by(tile_rows::<S>()).enumerate() {
+                let tiles = Tiles {
+                    words,
+                    left: left.add(band * band_words::<F>(depth, tile_rows::<S>())),
+                    right: right.add(to.panels * words * width),
+                    panels: 1,
+                    panel_stride: 0,
+                    out: rest.add(row * width).cast(),
+                    out_stride: width * 4,
+                    out_step: 0,
+                    store: Store::Set,
+                };
+                tiles.run::<S, F>(tile_rows::<S>().min(part.height - row), &mut Prefetch::none());
+            }
+        }
+    }
+
+    /// Rounds fp32 sums into `rows` rows of the result at `to`.
+    unsafe fn round(&self, from: *const f32, from_stride: usize, to: *mut u8, rows: usize, columns: usize) {
+        S::enter(RoundRows::<F> {
+            from,
+            from_stride,
+            bias: std::ptr::null(),
+            to,
+            to_stride: self.args.n * F::BYTES,
+            rows,
+            columns,
+            format: PhantomData,
+        });
+    }
+
+    /// How finished tiles are stored.
+    fn store(&self) -> Store {
+        let vector = 4 * S::LANES;
+        let aligned =
+            (self.args.out as usize).is_multiple_of(vector) && (self.args.n * F::BYTES).is_multiple_of(vector);
+        let stream = self.args.stream && aligned;
+        match F::KIND {
+            Kind::F32 if stream => Store::Stream,
+            Kind::F32 => Store::Set,
+            Kind::F16 => Store::F16,
+            _ if stream => Store::StreamBf16,
+            _ => Store::Bf16,
+        }
+    }
+}
+
+/// Where tiles go.
+struct Target {
+    out: *mut u8,
+    stride: usize,
+    step: usize,
+    panels: usize,
+    store: Store,
+    rest: Option<*mut f32>,
+}
+
+impl<S: Simd, F: Format> Job for TnJob<S, F> {
+    fn tickets(&self) -> usize {
+        if self.args.n == 0 { 0 } else { self.args.experts * self.args.p.div_ceil(self.rows) }
+    }
+
+    fn run(&self, ticket: usize, worker: &mut Worker) {
+        let part = self.part(ticket);
+        let (n, width) = (self.args.n, 2 * S::LANES);
+        // The caller of `new` vouches for the pointers.
+        unsafe {
+            let out = self.args.out.add((part.expert * self.args.p + part.p) * n * F::BYTES);
+            if part.depth <= DEPTH {
+                let rest = worker.scratch.results.words(part.height * width);
+                let target = Target {
+                    out,
+                    stride: n * F::BYTES,
+                    step: width * F::BYTES,
+                    panels: n / width,
+                    store: self.store(),
+                    rest: (!n.is_multiple_of(width)).then_some(rest),
+                };
+                self.multiply(&part, part.first, part.depth, &target, worker);
+                if target.rest.is_some() {
+                    let done = n / width * width;
+                    self.round(rest, width, out.add(done * F::BYTES), part.height, n - done);
+                }
+            } else {
+                let stride = n.next_multiple_of(width) + 16;
+                let sums = worker.scratch.results.words(part.height * stride);
+                let mut done = 0;
+                while done < part.depth {
+                    let depth = DEPTH.min(part.depth - done);
+                    let target = Target {
+                        out: sums.cast(),
+                        stride: stride * 4,
+                        step: width * 4,
+                        panels: n.div_ceil(width),
+                        store: if done == 0 { Store::Set } else { Store::Add },
+                        rest: None,
+                    };
+                    self.multiply(&part, part.first + done, depth, &target, worker);
+                    done += depth;
+                }
+                self.round(sums, stride, out, part.height, n);
+            }
+        }
+        fence();
+    }
+}
