@@ -1,0 +1,89 @@
+// The multiplying half of every GEMM here: a ring of stages in shared memory, filled by producers (copy engine or
+// cp.async), drained by two consumer warpgroups that issue wgmma on them.
+//
+// A Shape says what a stage holds:
+//   Element            Bf16 or F16
+//   STAGES             ring length
+//   STAGE_BYTES        bytes of a stage: operand A (features, wgmma's M), then operand B (tokens, wgmma's N)
+//   B_OFFSET           bytes of operand A
+//   BLOCKS             m64 tiles of a consumer warpgroup; each is 8192 bytes of operand A
+//   WIDTH              most tokens (N) of a tile
+//   STEP               N classes are STEP, 2 STEP … WIDTH: a short tile runs the narrowest class that holds it
+//   A_MN_MAJOR, B_MN_MAJOR   operand rows run along k in memory (imm-trans 1) instead of along features / tokens
+//   GATHERED           part of a stage is written by cp.async, so a proxy fence precedes the wgmma that reads it
+//
+// Barriers: full[s] completes when a stage is filled; empty[s] when all consumer warpgroups of both blocks of the
+// cluster are done with it: each of them arrives once at either block (threads 0 and 1), 4 arrivals. Both blocks' copies
+// are released together because half of one operand is multicast.
+#pragma once
+#include "hopper.cuh"
+
+constexpr u32 EMPTY_ARRIVALS = 4;
+
+struct Pipeline {
+  u32 full, empty, base;  // addresses: barriers (8 bytes each) and stage 0
+  u32 stage, parity;
+
+  template <class Shape> DEVICE u32 address() const { return base + stage * Shape::STAGE_BYTES; }
+  DEVICE u32 full_barrier() const { return full + stage * 8; }
+  DEVICE void wait_full() const { barrier_wait(full + stage * 8, parity); }
+  // Producers are a lap behind: the first wait on a fresh barrier must pass.
+  DEVICE void wait_empty() const { barrier_wait(empty + stage * 8, parity ^ 1); }
+  DEVICE void release() const {
+    if ((threadIdx.x & 127) < 2) barrier_arrive_in_block(empty + stage * 8, threadIdx.x & 127);
+  }
+  template <class Shape> DEVICE void advance() {
+    if (++stage == Shape::STAGES) stage = 0, parity ^= 1;
+  }
+};
+
+template <class Shape> using Accumulators = float[Shape::BLOCKS][Shape::WIDTH / 2];
+
+// One tile with N token columns: all of a consumer warpgroup. The result overwrites the accumulators.
+template <class Shape, int N>
+DEVICE void multiply(Accumulators<Shape>& sums, Pipeline& pipe, u32 a_offset, int k_blocks) {
+  constexpr int A_STEP = Shape::A_MN_MAJOR ? MN_MAJOR_STEP : K_MAJOR_STEP;
+  constexpr int B_STEP = Shape::B_MN_MAJOR ? MN_MAJOR_STEP : K_MAJOR_STEP;
+  for (int block = 0; block < k_blocks; block++) {
+    pipe.wait_full();
+    if (Shape::GATHERED) fence_async_shared();
+    wgmma_fence();
+    const u32 at = pipe.address<Shape>() + a_offset, bt = pipe.address<Shape>() + Shape::B_OFFSET;
+    const u64 a = Shape::A_MN_MAJOR ? descriptor_mn_major(at) : descriptor_k_major(at);
+    const u64 b = Shape::B_MN_MAJOR ? descriptor_mn_major(bt) : descriptor_k_major(bt);
+#pragma unroll
+    for (int k = 0; k < 4; k++)
+#pragma unroll
+      for (int m = 0; m < Shape::BLOCKS; m++)
+        Wgmma<N, typename Shape::Element, Shape::A_MN_MAJOR, Shape::B_MN_MAJOR>::issue(sums[m], a + m * BLOCK_8192 + k * A_STEP,
+                                                                                       b + k * B_STEP, (block | k) != 0);
+    wgmma_commit();
+    wgmma_wait<0>();
+    pipe.release();
+    pipe.advance<Shape>();
+  }
+}
+
+// The same for a run-time number of columns: the whole k loop is inside the class, so the choice costs one branch a tile.
+template <class Shape, int N = Shape::STEP>
+DEVICE void multiply_class(int columns, Accumulators<Shape>& sums, Pipeline& pipe, u32 a_offset, int k_blocks) {
+  if constexpr (N >= Shape::WIDTH) {
+    multiply<Shape, Shape::WIDTH>(sums, pipe, a_offset, k_blocks);
+  } else {
+    if (columns <= N)
+      multiply<Shape, N>(sums, pipe, a_offset, k_blocks);
+    else
+      multiply_class<Shape, N + Shape::STEP>(columns, sums, pipe, a_offset, k_blocks);
+  }
+}
+
+// wgmma's accumulator layout, as far as the epilogues need it: in an m64 tile, warp w of the warpgroup holds rows
+// 16 w … 16 w + 15; a thread has rows lane / 4 and lane / 4 + 8 of them, and of every 8 columns the two at 2 (lane % 4):
+// sums[4 j], [4 j + 1] in the first row, [4 j + 2], [4 j + 3] in the second, for columns 8 j ….
+
+// Writes 16 columns (j, j + 1 of the above) as 16 token rows of 16 features into a [tokens][64 features] tile, swizzled.
+template <class Element> DEVICE void store_token_rows(u32 tile, int column, u32 warp, u32 lane, const float* sums, float low, float high) {
+  const u32 token = column + (lane & 7) + ((lane >> 4) << 3), chunk = warp * 2 + ((lane >> 3) & 1);
+  store_matrices_transposed(tile + swizzled(token, chunk), Element::pack(sums[0] + low, sums[1] + low), Element::pack(sums[2] + high, sums[3] + high),
+                            Element::pack(sums[4] + low, sums[5] + low), Element::pack(sums[6] + high, sums[7] + high));
+}

@@ -1,0 +1,157 @@
+// What both forms of the up projection share: the tile of the weights, the gather of token rows, the parameters.
+//
+// A cluster of two blocks computes 256 weight rows x up to 256 tokens of one expert, split along the *tokens*: each block
+// multiplies all 256 weight rows with its own at most 128 tokens, loads half of the weights and multicasts it, and gathers
+// its own token rows with cp.async (the copy engine cannot gather rows on Hopper).
+//
+// Weight rows of a tile, as four blocks of 64 (8192 bytes each); consumer warpgroup w multiplies blocks 2w and 2w + 1:
+//   gated, halves        features f … f + 127: gate rows of f + 64 w, up rows of f + 64 w. The accumulators of a thread then
+//                        hold gate and up of the same feature and token.
+//   gated, interleaved   256 consecutive rows g u g u … of 128 features
+//   plain                256 consecutive rows of 256 features
+//
+// Macros: ELEMENT, ACTIVATION (activation.cuh), TRANSPOSED (weights [E, H, rows]), INTERLEAVED, BIAS, SAVE (the
+// pre-activation is stored).
+#pragma once
+#include "activation.cuh"
+#include "mainloop.cuh"
+#include "tickets.cuh"
+
+constexpr bool HALVES = GATED && !INTERLEAVED;
+constexpr int FEATURES = GATED ? 128 : 256;  // of the activation, in a tile
+constexpr int TOKENS = 128;                  // of a block
+constexpr u32 WEIGHT_BYTES = 256 * 128;
+constexpr u32 STAGE_BYTES = WEIGHT_BYTES + TOKENS * 128;
+constexpr u32 BLOCK_BYTES = 8192;
+constexpr u32 FULL_ARRIVALS = 128 + 1;  // 128 gathering threads, one for the weights' bytes
+
+struct Params {
+  const int4* table;
+  int* counter;
+  const u8* x;             // [T, H]
+  const int* order;        // row -> slot
+  u8* activated;           // [S, I]
+  const u16* bias;         // [E, weight rows], or null
+  int columns;             // feature tiles: ceil(I / FEATURES)
+  int hidden, inter, top_k;
+};
+static_assert(sizeof(Params) == 64, "filled by the launcher");
+
+template <int Stages> struct UpShape {
+  typedef ELEMENT Element;
+  static constexpr int STAGES = Stages;
+  static constexpr u32 STAGE_BYTES = ::STAGE_BYTES, B_OFFSET = WEIGHT_BYTES;
+  static constexpr int BLOCKS = 2, WIDTH = TOKENS, STEP = 8;
+  static constexpr bool A_MN_MAJOR = TRANSPOSED, B_MN_MAJOR = false, GATHERED = true;
+};
+
+// A cluster's tile as one of its blocks sees it. The tokens are halved, in multiples of 8; both blocks run the same N
+// class (`width`), and the second may own no token at all: its store is clipped away.
+struct UpTile {
+  int expert, row, rows, width, feature, any_row;
+};
+
+DEVICE UpTile own_part(const Tile& tile, u32 rank) {
+  UpTile own;
+  own.width = ((tile.rows + 1) / 2 + 7) & ~7;
+  own.expert = tile.expert;
+  own.row = tile.row + (int)rank * own.width;
+  own.rows = min(max(tile.rows - (int)rank * own.width, 0), own.width);
+  own.feature = tile.column * FEATURES;
+  own.any_row = own.rows > 0 ? own.row : tile.row;
+  return own;
+}
+
+// One thread: this block's half of the weights of 64 k, to both blocks.
+DEVICE void load_weights(u32 stage, const TensorMap* map, u32 barrier, const UpTile& tile, int k, u32 rank) {
+  barrier_arrive_expect(barrier, WEIGHT_BYTES);
+  const u32 target = stage + rank * 2 * BLOCK_BYTES;
+  if constexpr (HALVES) {  // box: 64 gate rows, then 64 up rows
+    const int feature = tile.feature + rank * 64;
+    if constexpr (TRANSPOSED)
+      tma_multicast_4d(target, map, barrier, feature, k, 0, tile.expert);
+    else
+      tma_multicast_4d(target, map, barrier, k, feature, 0, tile.expert);
+  } else {
+    const int row = tile.feature * (GATED ? 2 : 1) + rank * 128;
+    if constexpr (TRANSPOSED) {
+      tma_multicast_3d(target, map, barrier, row, k, tile.expert);
+      tma_multicast_3d(target + BLOCK_BYTES, map, barrier, row + 64, k, tile.expert);
+    } else {
+      tma_multicast_3d(target, map, barrier, k, row, tile.expert);
+    }
+  }
+}
+
+// A gathering thread copies 16-byte chunk `chunk` of the rows lane_row + 16 i: eight lanes read 128 consecutive bytes of
+// a token. All addresses of a tile are made before its first stage is waited for (see copy_8_rows).
+struct Gather {
+  const u8* row[8];
+  u32 target;   // within the stage
+  int chunk, groups, whole_blocks, tail_bytes;
+
+  DEVICE void begin(const Params& p, u32 thread) {
+    chunk = thread & 7;
+    const u32 lane_row = thread >> 3;
+    target = WEIGHT_BYTES + swizzled(lane_row, chunk);
+    whole_blocks = p.hidden / 64;
+    tail_bytes = whole_blocks * 64 + chunk * 8 < p.hidden ? 16 : 0;  // H is a multiple of 8: a chunk is in or out
+  }
+
+  // Rows past the tile's last repeat it: their columns are never stored, so they need no zeros.
+  DEVICE void begin_tile(const Params& p, const UpTile& tile, u32 thread) {
+    groups = (tile.width + 15) / 16;
+    const u32 lane_row = thread >> 3;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      const int own = min((int)lane_row + i * 16, max(tile.rows - 1, 0));
+      const u32 token = (u32)__ldg(p.order + tile.any_row + own) / (u32)p.top_k;
+      row[i] = p.x + (u64)token * (u32)(p.hidden * 2) + chunk * 16;
+    }
+  }
+
+  DEVICE void copy(u32 stage, int block) const {
+    const u32 to = stage + target;
+    const u64 offset = (u64)block * 128;
+    if (block < whole_blocks) {
+      if (groups == 8) {
+        copy_8_rows<2048>(to, row, offset);
+      } else {
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+          if (i < groups) copy_16(to + i * 2048, row[i] + offset);
+      }
+    } else {  // the last k block of an H that is no multiple of 64: zeros, whatever follows the row in memory
+      const u64 readable = tail_bytes ? offset : 0;
+#pragma unroll
+      for (int i = 0; i < 8; i++)
+        if (i < groups) copy_16_or_zero(to + i * 2048, row[i] + readable, tail_bytes);
+    }
+  }
+};
+
+// The biases of the two feature rows a consumer thread holds in each of its two m64 tiles.
+struct BiasRows {
+  float value[2][2];
+
+  DEVICE void load(const Params& p, const UpTile& tile, u32 warpgroup, u32 warp, u32 lane) {
+#pragma unroll
+    for (int m = 0; m < 2; m++)
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const int in_block = warp * 16 + lane / 4 + half * 8;
+        const int rows = p.inter * (GATED ? 2 : 1);
+        int row;
+        bool inside;
+        if constexpr (HALVES) {
+          const int feature = tile.feature + warpgroup * 64 + in_block;
+          inside = feature < p.inter;
+          row = m * p.inter + feature;
+        } else {
+          row = tile.feature * (GATED ? 2 : 1) + (warpgroup * 2 + m) * 64 + in_block;
+          inside = row < rows;
+        }
+        value[m][half] = BIAS && inside ? ELEMENT::low(__ldg(p.bias + (u64)tile.expert * rows + row)) : 0.0f;
+      }
+  }
+};

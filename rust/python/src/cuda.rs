@@ -1,0 +1,167 @@
+//! The CUDA driver, opened at run time: tensor maps and kernel launches with the least overhead.
+//!
+//! Nothing is linked against CUDA: on a machine without a driver the functions raise RuntimeError. Kernels are compiled
+//! and loaded by Python (CuPy); this file receives their function handles. A launch passes a kernel's tensor maps, in
+//! order, and then one `Params` structure by value.
+
+use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+use std::sync::OnceLock;
+
+use pyo3::exceptions::{PyRuntimeError, PyValueError};
+use pyo3::prelude::*;
+
+/// `CUtensorMap`: opaque, and the driver insists on its alignment.
+#[repr(C, align(128))]
+#[derive(Clone, Copy)]
+struct TensorMap([u64; 16]);
+
+/// A tensor as the copy engine sees it: the innermost dimension first, strides in bytes of all dimensions but that one.
+#[derive(FromPyObject)]
+struct MapDescription(u32, u64, Vec<u64>, Vec<u64>, Vec<u32>);
+
+const SWIZZLE_128B: c_int = 3;
+const L2_PROMOTION_128B: c_int = 2;
+/// Dimensions of a tensor map.
+const RANKS: std::ops::RangeInclusive<usize> = 2..=5;
+/// No kernel takes more maps.
+const MOST_MAPS: usize = 8;
+const RTLD_NOW: c_int = 2;
+
+type EncodeTiled = unsafe extern "C" fn(
+    *mut TensorMap, c_int, c_uint, u64, *const u64, *const u64, *const c_uint, *const c_uint, c_int, c_int, c_int, c_int,
+) -> c_int;
+type LaunchKernel = unsafe extern "C" fn(
+    u64, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, u64, *mut *mut c_void, *mut *mut c_void,
+) -> c_int;
+
+#[link(name = "dl")]
+unsafe extern "C" {
+    fn dlopen(name: *const c_char, flags: c_int) -> *mut c_void;
+    fn dlsym(library: *mut c_void, name: *const c_char) -> *mut c_void;
+}
+
+struct Driver {
+    encode_tiled: EncodeTiled,
+    launch_kernel: LaunchKernel,
+    context_current: unsafe extern "C" fn(*mut *mut c_void) -> c_int,
+    context_set: unsafe extern "C" fn(*mut c_void) -> c_int,
+    context_retain: unsafe extern "C" fn(*mut *mut c_void, c_int) -> c_int,
+    error_name: unsafe extern "C" fn(c_int, *mut *const c_char) -> c_int,
+}
+
+impl Driver {
+    fn open() -> Result<Driver, String> {
+        /// A symbol of the library, as the function type of the field it goes to.
+        unsafe fn symbol<F>(library: *mut c_void, name: &CStr) -> Result<F, String> {
+            const { assert!(size_of::<F>() == size_of::<*mut c_void>()) };
+            let address = unsafe { dlsym(library, name.as_ptr()) };
+            if address.is_null() {
+                return Err(format!("the CUDA driver lacks {}; a driver of CUDA 12 or newer is needed", name.to_string_lossy()));
+            }
+            Ok(unsafe { std::mem::transmute_copy(&address) })
+        }
+        // SAFETY: the names are the driver's, with the signatures of cuda.h.
+        unsafe {
+            let library = dlopen(c"libcuda.so.1".as_ptr(), RTLD_NOW);
+            if library.is_null() {
+                return Err("libcuda.so.1 cannot be opened: this machine has no NVIDIA driver".into());
+            }
+            Ok(Driver {
+                encode_tiled: symbol(library, c"cuTensorMapEncodeTiled")?,
+                launch_kernel: symbol(library, c"cuLaunchKernel")?,
+                context_current: symbol(library, c"cuCtxGetCurrent")?,
+                context_set: symbol(library, c"cuCtxSetCurrent")?,
+                context_retain: symbol(library, c"cuDevicePrimaryCtxRetain")?,
+                error_name: symbol(library, c"cuGetErrorName")?,
+            })
+        }
+    }
+
+    fn get() -> PyResult<&'static Driver> {
+        static DRIVER: OnceLock<Result<Driver, String>> = OnceLock::new();
+        DRIVER.get_or_init(Driver::open).as_ref().map_err(|message| PyRuntimeError::new_err(message.clone()))
+    }
+
+    fn check(&self, result: c_int, what: impl FnOnce() -> String) -> PyResult<()> {
+        if result == 0 {
+            return Ok(());
+        }
+        let mut name = std::ptr::null();
+        // SAFETY: the driver returns a pointer to a constant string, or leaves the null.
+        let name = unsafe {
+            (self.error_name)(result, &mut name);
+            if name.is_null() { "unknown error".into() } else { CStr::from_ptr(name).to_string_lossy() }
+        };
+        Err(PyRuntimeError::new_err(format!("{}: {name} ({result})", what())))
+    }
+
+    /// A thread that has not used CUDA yet (autograd's, say) has no current context: give it the device's primary one,
+    /// which torch and CuPy use too.
+    fn ensure_context(&self, device: c_int) -> PyResult<()> {
+        let mut context = std::ptr::null_mut();
+        // SAFETY: plain driver calls with valid out pointers.
+        unsafe {
+            self.check((self.context_current)(&mut context), || "cuCtxGetCurrent".into())?;
+            if context.is_null() {
+                self.check((self.context_retain)(&mut context, device), || format!("cuDevicePrimaryCtxRetain({device})"))?;
+                self.check((self.context_set)(context), || "cuCtxSetCurrent".into())?;
+            }
+        }
+        Ok(())
+    }
+
+    fn encode(&self, MapDescription(element, pointer, dims, strides, extent): &MapDescription) -> PyResult<TensorMap> {
+        let rank = dims.len();
+        if !RANKS.contains(&rank) || strides.len() != rank - 1 || extent.len() != rank {
+            return Err(PyValueError::new_err(format!(
+                "a tensor map has 2 to 5 dimensions and one stride less; got {rank} dimensions, {} strides, a box of {}",
+                strides.len(),
+                extent.len()
+            )));
+        }
+        let mut map = TensorMap([0; 16]);
+        let ones = [1 as c_uint; 5];
+        // SAFETY: all arrays have `rank` (strides: rank - 1) elements, and the map is aligned by its type.
+        let result = unsafe {
+            (self.encode_tiled)(
+                &mut map, *element as c_int, rank as c_uint, *pointer, dims.as_ptr(), strides.as_ptr(), extent.as_ptr(),
+                ones.as_ptr(), 0, SWIZZLE_128B, L2_PROMOTION_128B, 0,
+            )
+        };
+        self.check(result, || format!("tensor map of {pointer:#x}, dims {dims:?}, strides {strides:?}, box {extent:?}"))?;
+        Ok(map)
+    }
+}
+
+/// Encodes the maps and launches `function` on `stream` with the maps and `params` as its arguments.
+#[pyfunction]
+#[allow(clippy::too_many_arguments)]
+fn cuda_launch(
+    function: u64, device: i32, grid: u32, block: u32, shared: u32, stream: u64, maps: Vec<MapDescription>, params: &[u8],
+) -> PyResult<()> {
+    let driver = Driver::get()?;
+    if maps.len() > MOST_MAPS {
+        return Err(PyValueError::new_err(format!("got {} tensor maps; at most {MOST_MAPS} are accepted", maps.len())));
+    }
+    driver.ensure_context(device)?;
+    let mut encoded = [TensorMap([0; 16]); MOST_MAPS];
+    let mut arguments = [std::ptr::null_mut::<c_void>(); MOST_MAPS + 1];
+    for (index, description) in maps.iter().enumerate() {
+        encoded[index] = driver.encode(description)?;
+        arguments[index] = (&raw mut encoded[index]).cast();
+    }
+    arguments[maps.len()] = params.as_ptr().cast_mut().cast();
+    // SAFETY: the caller passes a loaded function of this device whose parameters are these maps and this structure; the
+    // driver copies them before it returns.
+    let result = unsafe {
+        (driver.launch_kernel)(
+            function, grid, 1, 1, block, 1, 1, shared, stream, arguments.as_mut_ptr(), std::ptr::null_mut(),
+        )
+    };
+    driver.check(result, || format!("launch of {grid} blocks of {block} threads with {shared} bytes of shared memory"))
+}
+
+/// Adds this file's functions to the module.
+pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_function(wrap_pyfunction!(cuda_launch, module)?)
+}
