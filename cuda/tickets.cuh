@@ -11,8 +11,8 @@
 // ticket / columns is some row tile of the right band, whose entry tells where in the band the ticket lies: no search.
 //
 // Hand-over: RING slots of an mbarrier (one arrival, 16 bytes) and a 16-byte entry in each block. The scheduler (one
-// thread of block 0) publishes two tiles ahead of the slowest-paced role it follows; a slot comes round again after 16
-// tiles, and the pipeline of stages keeps all roles of a cluster within fewer tiles of each other, so nobody returns slots.
+// thread of block 0) publishes at most two tiles ahead of the role it follows; a slot comes round again after 16 tiles, and
+// the pipeline of stages keeps all roles of a cluster within fewer tiles of each other, so nobody returns slots.
 #pragma once
 #include "hopper.cuh"
 
@@ -91,5 +91,18 @@ struct TileScheduler {
     draw();
     look_up();
     publish<Blocks>();
+  }
+
+  // For a thread with no other work, in clusters of two: publishes a tile when the copies of the one before it begin.
+  // The producer arrives on `begun` (one arrival) at each tile; it cannot arrive twice unseen, because a tile is published
+  // only after the arrival of the last one was seen.
+  DEVICE void follow(u32 begun) {
+    advance<2>();
+    for (u32 parity = 0; more; parity ^= 1) {
+      draw();
+      look_up();
+      barrier_wait(begun, parity);
+      publish<2>();
+    }
   }
 };

@@ -1,8 +1,10 @@
 //! `moekern._core`: a thin Python shell over `moekern-core`.
 
+mod cuda;
+
 use pyo3::prelude::*;
 
 #[pymodule]
-fn _core(_module: &Bound<'_, PyModule>) -> PyResult<()> {
-    Ok(())
+fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    cuda::register(module)
 }

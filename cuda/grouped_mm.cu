@@ -1,0 +1,168 @@
+// Grouped GEMM over contiguous rows: out[r] = a[r] @ W_e^T (+ bias), the rows r of expert e; the down projection, the
+// input gradient of the up projection, and grouped_mm "nt" and "nn".
+//
+// A cluster of two blocks computes 256 features x up to 256 rows of one expert, split along the *features*: each block
+// loads its own 128 weight rows; the rows are shared, each block loading half of them and multicasting it.
+//
+// 384 threads, one block an SM. Roles, and the registers they keep (56 + 2 * 224 = 3 * 168, the launch's share):
+//   warpgroup 0   56   warp 0: one thread starts all copies; warp 1: one thread of block 0 draws tickets
+//   warpgroup 1,2 224  consumers of 64 features x 256 rows: multiply, round, store
+//
+// Barriers              arrivals                               completes when
+//   full[stage]         1 + the stage's bytes                  the stage holds weights and rows
+//   empty[stage]        4 (2 consumer warpgroups x 2 blocks)   both blocks have multiplied it
+//   begun               1                                      the copies of another tile have begun: draw the next
+//   ring[16]            1 + 16 bytes                           a tile was drawn (tickets.cuh)
+//
+// RING_STAGES 3 and STORE_ROWS 256: a whole tile leaves in one asynchronous store, waited for at the next tile. RING_STAGES 4
+// and STORE_ROWS 128 where experts have few rows: a longer ring, two stores.
+//
+// Macros: ELEMENT, TRANSPOSED (weights [E, k, features]), BIAS, RING_STAGES, STORE_ROWS.
+#include "mainloop.cuh"
+#include "tickets.cuh"
+
+constexpr int FEATURES = 128, ROWS = 256;  // of a block
+constexpr u32 WEIGHT_BYTES = FEATURES * 128;
+constexpr u32 BLOCK_BYTES = 8192;
+constexpr int TAIL_ROWS = 32;  // boxes and N classes of a tile with fewer than 256 rows
+
+struct Params {
+  const int4* table;
+  int* counter;
+  const u16* bias;   // [E, features], or null
+  int columns;       // feature tiles: ceil(features / 256)
+  int inner;         // k
+  int features;
+};
+static_assert(sizeof(Params) == 40, "filled by the launcher");
+
+struct Shape {
+  typedef ELEMENT Element;
+  static constexpr int STAGES = RING_STAGES;
+  static constexpr u32 STAGE_BYTES = WEIGHT_BYTES + ROWS * 128, B_OFFSET = WEIGHT_BYTES;
+  static constexpr int BLOCKS = 1, WIDTH = ROWS, STEP = TAIL_ROWS;
+  static constexpr bool A_MN_MAJOR = TRANSPOSED, B_MN_MAJOR = false, GATHERED = false;
+};
+
+constexpr u32 STORE_BYTES = STORE_ROWS * 128;  // of a consumer warpgroup: [rows][64 features]
+constexpr u32 STORES = Shape::STAGES * Shape::STAGE_BYTES, BARRIERS = STORES + 2 * STORE_BYTES;
+constexpr u32 FULL = BARRIERS, EMPTY = FULL + Shape::STAGES * 8, BEGUN = EMPTY + Shape::STAGES * 8;
+constexpr u32 RING_AT = (BEGUN + 8 + 15) / 16 * 16;
+static_assert(RING_AT + RING_BYTES + 1024 <= SHARED_BYTES, "the launch reserves SHARED_BYTES");
+
+// One thread of each block.
+DEVICE void load(const Params& p, const TensorMap* weights, const TensorMap* rows, const TensorMap* few_rows, Pipeline pipe,
+                 TileReader tiles, u32 rank, u32 begun) {
+  const int k_blocks = (p.inner + 63) / 64;
+  Tile tile;
+  while (tiles.next(tile)) {
+    if (rank == 0) barrier_arrive(begun);
+    const int boxes = (tile.rows + TAIL_ROWS - 1) / TAIL_ROWS;
+    const bool whole = boxes * TAIL_ROWS == ROWS;
+    const u32 bytes = WEIGHT_BYTES + boxes * TAIL_ROWS * 128;
+    const int feature = tile.column * 256 + rank * FEATURES;
+    for (int block = 0; block < k_blocks; block++) {
+      pipe.wait_empty();
+      const u32 stage = pipe.address<Shape>(), full = pipe.full_barrier(), target = stage + WEIGHT_BYTES;
+      const int k = block * 64;
+      barrier_arrive_expect(full, bytes);
+      if constexpr (TRANSPOSED) {
+        tma_load_3d(stage, weights, full, feature, k, tile.expert);
+        tma_load_3d(stage + BLOCK_BYTES, weights, full, feature + 64, k, tile.expert);
+      } else {
+        tma_load_3d(stage, weights, full, k, feature, tile.expert);
+      }
+      // Rows beyond the tile are the next expert's, or zeros past the tensor's end: columns that are never stored.
+      if (whole)
+        tma_multicast_2d(target + rank * (ROWS / 2) * 128, rows, full, k, tile.row + rank * (ROWS / 2));
+      else
+        for (int box = rank; box < boxes; box += 2)
+          tma_multicast_2d(target + box * TAIL_ROWS * 128, few_rows, full, k, tile.row + box * TAIL_ROWS);
+      pipe.advance<Shape>();
+    }
+  }
+}
+
+DEVICE void draw_tickets(const Params& p, u32 ring, u32 begun) {
+  TileScheduler scheduler;
+  scheduler.begin(ring, p.table, p.columns, p.counter);
+  scheduler.follow(begun);
+}
+
+DEVICE void sync_consumers(u32 warpgroup) {
+  if (warpgroup == 0)
+    warpgroup_sync<1>();
+  else
+    warpgroup_sync<2>();
+}
+
+DEVICE float bias_of(const Params& p, int expert, int feature) {
+  return BIAS && feature < p.features ? ELEMENT::low(__ldg(p.bias + (u64)expert * p.features + feature)) : 0.0f;
+}
+
+DEVICE void consume(const Params& p, const TensorMap* out, Pipeline pipe, TileReader tiles, u32 rank, u32 warpgroup, u32 stores) {
+  const u32 lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3;
+  const bool storing = (threadIdx.x & 127) == 0;
+  const int k_blocks = (p.inner + 63) / 64;
+  const u32 buffer = stores + warpgroup * STORE_BYTES;
+  Tile tile;
+  while (tiles.next(tile)) {
+    Accumulators<Shape> sums;
+    multiply_class<Shape>(tile.rows, sums, pipe, warpgroup * BLOCK_BYTES, k_blocks);
+    const int feature = tile.column * 256 + rank * FEATURES + warpgroup * 64;
+    const int own_feature = feature + warp * 16 + lane / 4;
+    const float low = bias_of(p, tile.expert, own_feature), high = bias_of(p, tile.expert, own_feature + 8);
+#pragma unroll
+    for (int first = 0; first < ROWS; first += STORE_ROWS)
+      if (first < tile.rows) {
+        if (storing) tma_store_wait_read<0>();  // the buffer's last store has left
+        sync_consumers(warpgroup);
+#pragma unroll
+        for (int row = 0; row < STORE_ROWS; row += 16)
+          if (first + row < tile.rows) store_token_rows<ELEMENT>(buffer, row, warp, lane, &sums[0][(first + row) / 2], low, high);
+        fence_async_shared();
+        sync_consumers(warpgroup);
+        if (storing) {
+          tma_store_3d(out, buffer, feature, RAGGED - tile.rows + first, tile.row + tile.rows);
+          tma_store_commit();
+        }
+      }
+  }
+  if (storing) tma_store_wait<0>();
+}
+
+extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
+    grouped_mm(const __grid_constant__ TensorMap weights, const __grid_constant__ TensorMap rows, const __grid_constant__ TensorMap few_rows,
+               const __grid_constant__ TensorMap out, const __grid_constant__ Params p) {
+  extern __shared__ u8 shared[];
+  const u32 base = align_1024(shared_address(shared)), rank = cluster_rank(), warpgroup = warpgroup_index();
+  const Pipeline pipe{base + FULL, base + EMPTY, base, 0, 0};
+  const TileReader tiles{base + RING_AT, 0};
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < Shape::STAGES; stage++) {
+      barrier_init(pipe.full + stage * 8, 1);
+      barrier_init(pipe.empty + stage * 8, EMPTY_ARRIVALS);
+    }
+    barrier_init(base + BEGUN, 1);
+    ring_init(base + RING_AT);
+    fence_barrier_init();
+  }
+  cluster_sync();
+  if (warpgroup == 0) {
+    give_registers<56>();
+    if (threadIdx.x == 0) load(p, &weights, &rows, &few_rows, pipe, tiles, rank, base + BEGUN);
+    if (threadIdx.x == 32 && rank == 0) draw_tickets(p, base + RING_AT, base + BEGUN);
+  } else {
+    take_registers<224>();
+    consume(p, &out, pipe, tiles, rank, warpgroup - 1, base + STORES);
+  }
+  __syncwarp();
+  cluster_sync();  // a block must not leave while its peer may still write to it
+}
+
+// The rows past the last expert's (sentinels) belong to nobody: zeros.
+extern "C" __global__ void __launch_bounds__(256) zero_past_end(u8* out, const int* offsets, int experts, int rows, u64 row_bytes) {
+  const u64 first = (u64)__ldg(offsets + experts) * row_bytes, end = (u64)rows * row_bytes;
+  const u64 step = (u64)gridDim.x * blockDim.x * 16;
+  for (u64 at = first + ((u64)blockIdx.x * blockDim.x + threadIdx.x) * 16; at < end; at += step) store_global(out + at, make_uint4(0, 0, 0, 0));
+}
