@@ -1,0 +1,121 @@
+"""Rows that are already sorted: mk.grouped_mm and mk.grouped_mlp."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from problems import error, gradients, make
+from torch import Tensor
+
+import moekern as mk
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def offsets_of(counts: list[int], device: str, dtype: torch.dtype = torch.int32) -> Tensor:
+    return torch.tensor([0, *counts], device=device).cumsum(0).to(dtype)
+
+
+def rows_matrix(a: Tensor, b: Tensor, counts: list[int]) -> Tensor:
+    parts = a.double()[: sum(counts)].split(counts)
+    products = [part @ matrix for part, matrix in zip(parts, b.double(), strict=True)]
+    return torch.cat([*products, torch.zeros(len(a) - sum(counts), b.shape[2], dtype=torch.float64, device=a.device)])
+
+
+def rows_rows(a: Tensor, b: Tensor, counts: list[int]) -> Tensor:
+    pairs = zip(a.double()[: sum(counts)].split(counts), b.double()[: sum(counts)].split(counts), strict=True)
+    return torch.stack([p.T @ q for p, q in pairs])
+
+
+def bound(dtype: torch.dtype) -> float:
+    return {torch.float32: 2e-6, torch.bfloat16: 2.5e-3, torch.float16: 3.5e-4, torch.float64: 1e-14}[dtype]
+
+
+COUNTS = [[3, 0, 5, 1], [0, 0, 0], [64], [17, 33, 2, 0, 130, 8]]
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("surplus", [0, 3])
+@pytest.mark.usefixtures("poisoned")
+def test_rows_times_matrices(device: str, counts: list[int], dtype: torch.dtype, surplus: int) -> None:
+    a = torch.randn(sum(counts) + surplus, 40, device=device).to(dtype)
+    a[sum(counts) :] = float("nan")  # rows past the end are not even read
+    b = (torch.randn(len(counts), 40, 24, device=device) / 40**0.5).to(dtype)
+    offsets = offsets_of(counts, device)
+    truth = rows_matrix(a, b, counts)
+    plain = mk.grouped_mm(a, b, offsets)
+    transposed = mk.grouped_mm(a, b.mT.contiguous().mT, offsets)
+    for value in (plain, transposed):
+        assert value.dtype == dtype
+        assert error(value, truth) <= bound(dtype)
+        assert torch.equal(value[sum(counts) :], torch.zeros_like(value[sum(counts) :]))
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("poisoned")
+def test_rows_times_rows(device: str, counts: list[int], dtype: torch.dtype) -> None:
+    rows = sum(counts) + 2
+    a = torch.randn(rows, 24, device=device).to(dtype)
+    b = torch.randn(rows, 40, device=device).to(dtype)
+    a[sum(counts) :] = b[sum(counts) :] = float("nan")
+    value = mk.grouped_mm(a, b, offsets_of(counts, device, torch.int64))
+    assert error(value, rows_rows(a, b, counts)) <= bound(dtype)
+    for e, count in enumerate(counts):
+        assert count > 0 or not value[e].any()
+
+
+@pytest.mark.parametrize("form", ["matrix", "transposed", "rows"])
+def test_gradients_of_grouped_mm(device: str, form: str) -> None:
+    counts = [5, 0, 9]
+    a = torch.randn(16, 12, device=device, requires_grad=True)
+    b = torch.randn((16, 10) if form == "rows" else (3, 12, 10), device=device, requires_grad=True)
+    used = b.mT.contiguous().mT if form == "transposed" else b
+    out = mk.grouped_mm(a, used, offsets_of(counts, device))
+    truth = rows_rows(a, b, counts) if form == "rows" else rows_matrix(a, b, counts)
+    dout = torch.randn_like(out)
+    ours = torch.autograd.grad(out, (a, b), dout)
+    expected = torch.autograd.grad(truth, (a, b), dout.double())
+    for value, wanted in zip(ours, expected, strict=True):
+        assert error(value, wanted) < 1e-5
+
+
+@given(counts=st.lists(st.integers(0, 20), min_size=1, max_size=8), k=st.integers(1, 40), n=st.integers(1, 40))
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.usefixtures("poisoned")
+def test_any_sizes(device: str, counts: list[int], k: int, n: int) -> None:
+    rows, offsets = sum(counts), offsets_of(counts, device)
+    a, b = torch.randn(rows, k, device=device), torch.randn(len(counts), k, n, device=device)
+    assert error(mk.grouped_mm(a, b, offsets), rows_matrix(a, b, counts)) < 2e-6
+    c = torch.randn(rows, n, device=device)
+    assert error(mk.grouped_mm(a, c, offsets), rows_rows(a, c, counts)) < 2e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("poisoned")
+def test_grouped_mlp_is_the_experts_without_dispatch(device: str, dtype: torch.dtype) -> None:
+    p = make(40, 24, 16, 5, 1, dtype=dtype, device=device, bias=True)
+    plan = mk.plan(p.ids, 5)
+    rows = p.x[plan.order.long()]
+    sorted_out = mk.grouped_mlp(rows, plan.offsets, p.w_gate_up, p.w_down, p.b_gate_up, p.b_down)
+    ones = torch.ones_like(p.weights)
+    expected = gradients(type(p)(**{**p.__dict__, "weights": ones}), torch.ones_like(p.x), ())["out"]
+    assert torch.equal(sorted_out, expected[plan.order.long()])
+
+
+def test_grouped_mlp_ignores_rows_past_the_end(device: str) -> None:
+    p = make(1, 24, 16, 3, 1, device=device, bias=True)
+    offsets = torch.tensor([0, 4, 4, 7], device=device)
+    x = torch.randn(10, 24, device=device)
+    x[7:] = float("nan")
+    x.requires_grad_()
+    weights = [t.clone().requires_grad_() for t in (p.w_gate_up, p.w_down, p.b_gate_up, p.b_down)]
+    out = mk.grouped_mlp(x, offsets, *weights)
+    assert torch.equal(out[7:], torch.zeros(3, 24, device=device))
+    out.square().sum().backward()
+    assert torch.equal(x.grad[7:], torch.zeros(3, 24, device=device))
+    assert all(torch.isfinite(w.grad).all() for w in weights)
+    assert torch.isfinite(x.grad).all()
