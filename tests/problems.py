@@ -75,10 +75,14 @@ def make(
     if ids is None:
         ids = torch.rand(tokens, experts, generator=rng).argsort(1)[:, :top_k]
     weights = torch.rand(tokens, top_k, generator=rng) + 0.1
+    weights = weights / weights.sum(1, keepdim=True)
+    score_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     return Problem(
         normal(tokens, hidden),
         ids.to(device),
-        (weights / weights.sum(1, keepdim=True)).to(device).to(torch.float64 if dtype == torch.float64 else torch.float32),
+        (weights / weights.sum(1, keepdim=True))
+        .to(device)
+        .to(torch.float64 if dtype == torch.float64 else torch.float32),
         normal(*up, scale=1.5 / hidden**0.5),
         normal(*down, scale=2.0 / intermediate**0.5),
         normal(experts, features, scale=0.5) if bias else None,
@@ -104,8 +108,8 @@ def gradients(problem: Problem, dout: Tensor, wanted: tuple[str, ...] = NAMES) -
 
 def error(value: Tensor, truth: Tensor) -> float:
     """Relative Frobenius error; NaN anywhere gives NaN, which no bound admits."""
-    difference = (value.double().cpu() - truth.double().cpu()).norm()
-    scale = truth.double().norm().cpu()
+    difference = (value.detach().double().cpu() - truth.detach().double().cpu()).norm()
+    scale = truth.detach().double().norm().cpu()
     return float(difference / scale) if scale > 0 else float(difference)
 
 

@@ -11,7 +11,7 @@ import torch
 
 import moekern as mk
 
-T, H, I, E, K = 5, 16, 8, 4, 2  # noqa: E741
+T, H, I, E, K = 5, 16, 8, 4, 2
 
 
 def arguments() -> dict[str, Any]:
@@ -150,11 +150,19 @@ BAD_OTHERS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: mk.MoE(H, I, E, K)(torch.randn(3, H, device="meta")), ValueError, "x: got device meta"),
     (lambda: mk.MoE.from_dense("mlp", E, K), TypeError, "dense_mlp: got str"),
     (lambda: mk.MoE.from_dense(torch.nn.Linear(H, H), E, K), ValueError, "dense_mlp: Linear has none"),
-    (lambda: mk.MoE.from_dense(torch.nn.Sequential(torch.nn.Linear(H, H)), E, K), ValueError, "nn.Sequential of Linear"),
+    (
+        lambda: mk.MoE.from_dense(torch.nn.Sequential(torch.nn.Linear(H, H)), E, K),
+        ValueError,
+        "nn.Sequential of Linear",
+    ),
     (lambda: mk.aux_loss(torch.nn.Linear(2, 2)), ValueError, "model: got a Linear without any"),
     (lambda: mk.aux_loss(mk.MoE(H, I, E, K)), ValueError, "has not run a forward pass"),
-    (lambda: mk.load_balancing_loss(torch.randn(T, E), torch.zeros(E + 1)), ValueError, "tokens_per_expert: got shape"),
-    (lambda: mk.backend("tpu").__enter__(), ValueError, "backend: got 'tpu', expected one of auto, cpu, cuda, reference"),
+    (lambda: mk.load_balancing_loss(torch.randn(T, E), torch.zeros(1)), ValueError, "tokens_per_expert: got shape"),
+    (
+        lambda: mk.backend("tpu").__enter__(),
+        ValueError,
+        "backend: got 'tpu', expected one of auto, cpu",
+    ),
     (lambda: mk.backend(None).__enter__(), TypeError, "backend: got NoneType"),
 ]
 
@@ -166,7 +174,10 @@ def test_other_functions(call: Callable[[], Any], error: type[Exception], messag
 
 
 def test_a_backend_that_does_not_serve_the_device() -> None:
-    with mk.backend("cuda"), pytest.raises(ValueError, match="backend: 'cuda' was asked for, but the tensors are on 'cpu'"):
+    with (
+        mk.backend("cuda"),
+        pytest.raises(ValueError, match="backend: 'cuda' was asked for, but the tensors are on 'cpu'"),
+    ):
         mk.plan(torch.zeros(T, K, dtype=torch.int64), E)
 
 

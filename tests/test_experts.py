@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from problems import NAMES, Problem, check_against_truth, error, gradients, make
 from torch import Tensor
 
 import moekern as mk
 from moekern.activations import ACTIVATIONS
+from problems import NAMES, Problem, check_against_truth, error, gradients, make
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -73,12 +73,15 @@ def routings(tokens: int, experts: int, top_k: int) -> dict[str, Tensor]:
     one = torch.zeros(tokens, top_k, dtype=torch.int64)
     alternating = torch.arange(tokens * top_k).reshape(tokens, top_k) % 2 * (experts - 1)
     sentinels = torch.randint(-2, experts + 3, (tokens, top_k))
+    far = torch.tensor([-(2**40), 2**40, 1]).repeat(tokens * top_k)[: tokens * top_k]
     return {
         "one expert takes all": one,
         "first and last expert only": alternating,
         "sentinels among them": sentinels,
         "sentinels only": torch.full((tokens, top_k), experts),
-        "far out of range": torch.tensor([-(2**40), 2**40, 1]).repeat(tokens * top_k)[: tokens * top_k].reshape(tokens, -1),
+        "far out of range": torch.tensor([-(2**40), 2**40, 1])
+        .repeat(tokens * top_k)[: tokens * top_k]
+        .reshape(tokens, -1),
     }
 
 

@@ -7,12 +7,12 @@ import pickle
 
 import pytest
 import torch
-from problems import error
 from torch import nn
 
 import moekern as mk
+from problems import error
 
-H, I, E, K = 32, 16, 6, 2  # noqa: E741
+H, I, E, K = 32, 16, 6, 2
 
 
 def layer(**options: object) -> mk.MoE:
@@ -113,7 +113,14 @@ def test_meta_device_then_materialised() -> None:
 
 def test_repr_tells_the_sizes() -> None:
     text = repr(layer(bias=True))
-    for part in ("num_experts=6", "hidden_size=32", "intermediate_size=16", "top_k=2", "activation='swiglu'", "bias=True"):
+    for part in (
+        "num_experts=6",
+        "hidden_size=32",
+        "intermediate_size=16",
+        "top_k=2",
+        "activation='swiglu'",
+        "bias=True",
+    ):
         assert part in text
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import Problem, error, gradients, make
 from torch import Tensor
 
 import moekern as mk
 from moekern import autograd
 from moekern.activations import ACTIVATIONS
 from moekern.backends import reference
+from problems import Problem, error, gradients, make
 
 
 @pytest.fixture(autouse=True)

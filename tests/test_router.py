@@ -69,7 +69,9 @@ def test_transformers_routers() -> None:
 
     mixtral = MixtralTopKRouter(transformers.MixtralConfig(hidden_size=16, num_local_experts=6, num_attention_heads=2))
     qwen = [
-        Qwen3MoeTopKRouter(transformers.Qwen3MoeConfig(hidden_size=16, num_experts=6, norm_topk_prob=normalise))
+        Qwen3MoeTopKRouter(
+            transformers.Qwen3MoeConfig(hidden_size=16, num_experts=6, num_experts_per_tok=3, norm_topk_prob=normalise)
+        )
         for normalise in (False, True)
     ]
     x = torch.randn(20, 16)

@@ -6,13 +6,13 @@ import threading
 
 import pytest
 import torch
-from problems import NAMES, error, gradients, make
 from torch.utils.checkpoint import checkpoint
 
 import moekern as mk
 from moekern import ops
+from problems import NAMES, error, gradients, make
 
-H, I, E, K = 32, 24, 5, 2  # noqa: E741
+H, I, E, K = 32, 24, 5, 2
 
 
 @pytest.fixture(autouse=True)

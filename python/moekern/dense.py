@@ -89,9 +89,8 @@ def _find(module: nn.Module) -> tuple[list[nn.Module], Any]:
         between = [m for m in module if not _is_projection(m)]
         if len(linear) == 2 and len(between) == 1 and module[1] is between[0]:
             return linear, between[0]
-        raise ValueError(
-            f"dense_mlp: got nn.Sequential of {[type(m).__name__ for m in module]}, expected linear, activation, linear"
-        )
+        parts = ", ".join(type(m).__name__ for m in module)
+        raise ValueError(f"dense_mlp: got nn.Sequential of {parts}, expected linear, activation, linear")
     for names in (*_GATED_NAMES, *_PLAIN_NAMES):
         found = [getattr(module, name, None) for name in names]
         if all(isinstance(m, nn.Module) and _is_projection(m) for m in found):
