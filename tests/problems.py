@@ -80,9 +80,7 @@ def make(
     return Problem(
         normal(tokens, hidden),
         ids.to(device),
-        (weights / weights.sum(1, keepdim=True))
-        .to(device)
-        .to(torch.float64 if dtype == torch.float64 else torch.float32),
+        weights.to(device, score_dtype),
         normal(*up, scale=1.5 / hidden**0.5),
         normal(*down, scale=2.0 / intermediate**0.5),
         normal(experts, features, scale=0.5) if bias else None,
