@@ -7,6 +7,7 @@ Nothing here is fast; every other backend is tested against it.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -55,6 +56,9 @@ def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor, kind: str) -> Tensor:
     return torch.cat((*parts, past_the_end))
 
 
+GroupedMM = Callable[[Tensor, Tensor, Tensor, str], Tensor]  # how a backend multiplies, with grouped_mm's arguments
+
+
 def _bias_rows(bias: Tensor, offsets: Tensor, rows: int) -> Tensor:
     """The bias of each row's expert, ``[rows, n]``, zero past the last expert."""
     row = torch.arange(rows, device=offsets.device)
@@ -62,8 +66,10 @@ def _bias_rows(bias: Tensor, offsets: Tensor, rows: int) -> Tensor:
     return torch.cat((bias, torch.zeros_like(bias[:1])))[expert]
 
 
-def _linear(a: Tensor, w: Tensor, bias: Tensor | None, offsets: Tensor, transposed: bool) -> Tensor:
-    out = grouped_mm(a, w, offsets, "nn" if transposed else "nt")
+def _linear(
+    a: Tensor, w: Tensor, bias: Tensor | None, offsets: Tensor, transposed: bool, multiply: GroupedMM
+) -> Tensor:
+    out = multiply(a, w, offsets, "nn" if transposed else "nt")
     return out if bias is None else out + _bias_rows(bias, offsets, a.shape[0])
 
 
@@ -93,11 +99,12 @@ def _forward(
     activation: str,
     transposed: bool,
     interleaved: bool,
+    multiply: GroupedMM = grouped_mm,
 ) -> tuple[Tensor, Tensor]:
     act = ACTIVATIONS[activation]
     rows = x[(order // top_k).long()]
-    pre = _linear(rows, w_gate_up, b_gate_up, offsets, transposed)
-    y = _linear(act.forward(*split(pre, act, interleaved)), w_down, b_down, offsets, transposed)
+    pre = _linear(rows, w_gate_up, b_gate_up, offsets, transposed, multiply)
+    y = _linear(act.forward(*split(pre, act, interleaved)), w_down, b_down, offsets, transposed, multiply)
     weights = _slot_scores(scores, inverse, offsets, x).reshape(x.shape[0], top_k, 1)
     by_slot = y[inverse.long()].reshape(x.shape[0], top_k, y.shape[-1])
     return (by_slot.to(weights.dtype) * weights).sum(1).to(x.dtype), pre
@@ -123,6 +130,7 @@ def experts_forward(
     transposed: bool,
     interleaved: bool,
     save: bool,
+    multiply: GroupedMM = grouped_mm,
 ) -> tuple[Tensor, Tensor]:
     """Run every token through its experts.
 
@@ -165,6 +173,7 @@ def experts_backward(
     transposed: bool,
     interleaved: bool,
     needs: list[bool],
+    multiply: GroupedMM = grouped_mm,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, scores, w_gate_up, w_down, b_gate_up, b_down; empty where ``needs`` says no.
 
@@ -181,7 +190,7 @@ def experts_backward(
     g, u = split(torch.where(real, pre, 0), act, interleaved)
     a = act.forward(g, u)
     dout_rows = torch.where(real, dout[token], 0)
-    da_unscaled = grouped_mm(dout_rows, w_down, offsets, "nt" if transposed else "nn").to(weight.dtype)
+    da_unscaled = multiply(dout_rows, w_down, offsets, "nt" if transposed else "nn").to(weight.dtype)
 
     d_scores = empty
     if needs[1]:
@@ -196,16 +205,16 @@ def experts_backward(
 
     dx = empty
     if needs[0]:
-        dx_rows = grouped_mm(dh, w_gate_up, offsets, "nt" if transposed else "nn")
+        dx_rows = multiply(dh, w_gate_up, offsets, "nt" if transposed else "nn")
         by_slot = dx_rows[inverse.long()].reshape(x.shape[0], top_k, x.shape[1])
         dx = by_slot.to(weight.dtype).sum(1).to(x.dtype)
 
     def weight_gradient(out_grad: Tensor, inp: Tensor) -> Tensor:
-        return grouped_mm(inp, out_grad, offsets, "tn") if transposed else grouped_mm(out_grad, inp, offsets, "tn")
+        return multiply(inp, out_grad, offsets, "tn") if transposed else multiply(out_grad, inp, offsets, "tn")
 
     def bias_gradient(row_grad: Tensor) -> Tensor:
         ones = torch.ones(rows, 1, dtype=row_grad.dtype, device=x.device)
-        return grouped_mm(ones, row_grad, offsets, "tn").squeeze(1).to(x.dtype)
+        return multiply(ones, row_grad, offsets, "tn").squeeze(1).to(x.dtype)
 
     return (
         dx,

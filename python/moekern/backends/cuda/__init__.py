@@ -1,0 +1,134 @@
+"""The CUDA backend: Hopper kernels where they exist, plain torch elsewhere, with one warning that says why.
+
+The verbs and their arguments are those of :mod:`moekern.backends.reference`. No verb synchronises on the Hopper path,
+and the stream is torch's current one.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from moekern.activations import ACTIVATIONS
+from moekern.backends.cuda import torch_path
+from moekern.backends.cuda.configuration import Configuration, choose
+from moekern.backends.cuda.torch_path import warn_once
+
+_choose = cache(choose)
+
+
+@cache
+def _capability(device: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def _aligned(*tensors: Tensor | None) -> bool:
+    return all(t is None or t.data_ptr() % torch_path.ALIGNMENT == 0 for t in tensors)
+
+
+def _configuration(tensor: Tensor, slots: int, experts: int, hidden: int, inter: int, aligned: bool) -> Configuration:
+    chosen = _choose(tensor.dtype, _capability(tensor.get_device()), slots, experts, hidden, inter, aligned)
+    if chosen.path == "torch":
+        warn_once(chosen.reason)
+    return chosen
+
+
+def plan(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sort the slots by expert: two launches, no synchronisation, the bits of the host planner."""
+    chosen = _choose(torch.bfloat16, _capability(topk_ids.get_device()), 0, num_experts, 8, 8, True)
+    if topk_ids.numel() == 0 or chosen.path == "torch":
+        return torch_path.plan(topk_ids, num_experts)
+    from moekern.backends.cuda import kernels
+
+    with torch.cuda.device(topk_ids.device):
+        return kernels.plan(topk_ids, num_experts)
+
+
+def experts_forward(
+    x: Tensor,
+    scores: Tensor | None,
+    order: Tensor,
+    inverse: Tensor,
+    offsets: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    b_gate_up: Tensor | None,
+    b_down: Tensor | None,
+    top_k: int,
+    activation: str,
+    transposed: bool,
+    interleaved: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    """Run every token through its experts: up projection with gather and activation, down projection, combine."""
+    slots, experts = order.shape[0], w_gate_up.shape[0]
+    hidden, pre_columns = x.shape[1], w_gate_up.shape[2 if transposed else 1]
+    inter = pre_columns // 2 if ACTIVATIONS[activation].gated else pre_columns
+    aligned = _aligned(x, w_gate_up, w_down)
+    chosen = _configuration(x, slots, experts, hidden, inter, aligned)
+    if chosen.path == "torch":
+        return torch_path.experts_forward(
+            x, scores, order, inverse, offsets, w_gate_up, w_down, b_gate_up, b_down,
+            top_k, activation, transposed, interleaved, save,
+        )  # fmt: skip
+    from moekern.backends.cuda import kernels
+
+    out = torch.empty_like(x)
+    pre = x.new_empty((slots, pre_columns)) if save else None
+    if slots and hidden and inter:
+        with torch.cuda.device(x.device):
+            tables = kernels.Tables(offsets, slots)
+            activated = x.new_empty((slots, inter))
+            kernels.up(
+                x, order, w_gate_up, b_gate_up, activated, pre, tables, top_k, activation, transposed, interleaved
+            )  # fmt: skip
+            rows = x.new_empty((slots, hidden))
+            kernels.grouped_mm(activated, w_down, b_down, rows, tables, transposed, chosen.stages, chosen.store_rows)
+            kernels.combine(rows, scores, inverse, offsets, out, top_k)
+    return out, x.new_empty(0) if pre is None else pre
+
+
+def experts_backward(
+    dout: Tensor,
+    x: Tensor,
+    pre: Tensor,
+    scores: Tensor | None,
+    order: Tensor,
+    inverse: Tensor,
+    offsets: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    b_gate_up: Tensor | None,
+    b_down: Tensor | None,
+    top_k: int,
+    activation: str,
+    transposed: bool,
+    interleaved: bool,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, scores, w_gate_up, w_down, b_gate_up, b_down; empty where ``needs`` says no."""
+    return torch_path.experts_backward(
+        dout, x, pre, scores, order, inverse, offsets, w_gate_up, w_down, b_gate_up, b_down,
+        top_k, activation, transposed, interleaved, needs,
+    )  # fmt: skip
+
+
+def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor, kind: str) -> Tensor:
+    """Multiply each expert's rows by its matrix; see :func:`moekern.backends.reference.grouped_mm`."""
+    if kind == "tn":
+        return torch_path.grouped_mm(a, b, offsets, kind)
+    features = b.shape[1 if kind == "nt" else 2]
+    chosen = _configuration(a, a.shape[0], b.shape[0], a.shape[1], features, _aligned(a, b))
+    if chosen.path == "torch":
+        return torch_path.grouped_mm(a, b, offsets, kind)
+    from moekern.backends.cuda import kernels
+
+    out = a.new_empty((a.shape[0], features))
+    if out.numel():
+        with torch.cuda.device(a.device):
+            tables = kernels.Tables(offsets, a.shape[0])
+            kernels.grouped_mm(a, b, None, out, tables, kind == "nn", chosen.stages, chosen.store_rows)
+            kernels.zero_past_end(out, offsets)
+    return out

@@ -1,0 +1,65 @@
+"""Which kernels serve a call: a pure function of shapes, dtype and GPU, whose answer prints itself.
+
+Nothing is tuned at run time, and nothing depends on the routing, which the host never sees.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+# Below this many rows an expert on average the consumers of four stages beat three stages and whole-tile stores.
+FEW_ROWS = 600
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """The choice for one verb on one device; `reason` says why the torch path was chosen, and is empty otherwise."""
+
+    path: str  # "hopper" or "torch"
+    stages: int = 3  # of the down projection's pipeline
+    store_rows: int = 256  # rows of one of its stores
+    reason: str = ""
+
+    def __str__(self) -> str:
+        if self.path == "torch":
+            return f"torch ({self.reason})"
+        return f"hopper: down projection with {self.stages} stages, stores of {self.store_rows} rows"
+
+
+def choose(
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    slots: int,
+    experts: int,
+    hidden: int,
+    inter: int,
+    aligned: bool = True,
+) -> Configuration:
+    """Choose the kernels for a call.
+
+    Args:
+        dtype: Of the activations and weights.
+        capability: Compute capability of the GPU.
+        slots, experts: S and E; their ratio decides between many and few rows an expert.
+        hidden, inter: H and I (for grouped_mm: the two matrix dimensions).
+        aligned: Whether all tensors start at multiples of 16 bytes.
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        return Configuration("torch", reason=f"the Hopper kernels compute in bfloat16 and float16, not {dtype}")
+    if capability != (9, 0):
+        found = ".".join(map(str, capability))
+        return Configuration("torch", reason=f"kernels exist for compute capability 9.0 (Hopper), this GPU has {found}")
+    if os.environ.get("MOEKERN_HOPPER") != "1":
+        return Configuration("torch", reason="the Hopper kernels are not enabled yet")
+    if hidden % 8 or inter % 8:
+        return Configuration(
+            "torch", reason=f"the Hopper kernels need multiples of 8, not sizes of {hidden} and {inter}"
+        )
+    if not aligned:
+        return Configuration("torch", reason="the Hopper kernels need tensors that start at multiples of 16 bytes")
+    if slots < FEW_ROWS * experts:
+        return Configuration("hopper", stages=4, store_rows=128)
+    return Configuration("hopper")

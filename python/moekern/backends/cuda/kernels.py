@@ -1,0 +1,240 @@
+"""The Hopper kernels as Python functions: tensor maps, parameters and launch of each.
+
+Addresses in this file are those of cuda/README.md; sizes in bytes are written as 2 * elements, since all kernels work
+on 16-bit elements. A kernel is compiled and loaded when it is first used on a device.
+"""
+
+from __future__ import annotations
+
+import struct
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from moekern import _core  # type: ignore[attr-defined]
+from moekern.activations import ACTIVATIONS
+from moekern.backends.cuda import loader
+
+Map = tuple[int, int, tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+
+ELEMENT = {torch.bfloat16: "Bf16", torch.float16: "F16"}
+MAP_ELEMENT = {torch.bfloat16: 9, torch.float16: 6}  # CU_TENSOR_MAP_DATA_TYPE_*
+ID_TYPE = {torch.uint8: 0, torch.uint16: 1, torch.int32: 2, torch.int64: 3}
+RAGGED = 1 << 30  # hopper.cuh
+MOST_ROWS = (1 << 31) - 1
+UP_SHARED = 214528
+GROUPED_SHARED = {3: 214528, 4: 230912}
+TILE_ROWS = 256
+COUNTERS = 8
+COMBINE_TOP_K = (1, 2, 4, 8)
+
+
+@cache
+def multiprocessors(device: int) -> int:
+    """Streaming multiprocessors of a device, rounded down to whole clusters of two."""
+    return torch.cuda.get_device_properties(device).multi_processor_count // 2 * 2
+
+
+@cache
+def _function(device: int, file: str, name: str, shared: int, macros: tuple[tuple[str, int | str], ...]) -> int:
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"the kernel {name} is used for the first time while a CUDA graph is being captured, where nothing can be "
+            "loaded: run the layer once with these shapes and dtype before the capture"
+        )
+    return loader.load(loader.KernelSource.of(file, dict(macros)), name, device, shared).handle
+
+
+def _stream(device: int) -> int:
+    return torch._C._cuda_getCurrentRawStream(device)  # type: ignore[attr-defined, no-any-return]
+
+
+def _ragged(base: int, row_bytes: int) -> int:
+    """The base address of a store map, shifted back by RAGGED rows (modulo 2^64: the driver only adds to it)."""
+    return (base - RAGGED * row_bytes) % (1 << 64)
+
+
+# ------------------------------------------------------------------------------------------------------------ planner
+
+PASS_SLOTS = 4096  # plan.cu ranks so many slots at once
+ONE_BLOCK_SLOTS = 8192  # up to here one launch of one block
+MOST_CHUNKS = 128
+
+
+def _plan_chunks(slots: int) -> tuple[int, int]:
+    if slots <= ONE_BLOCK_SLOTS:
+        return 1, slots
+    size = max(2048, -(-slots // MOST_CHUNKS))
+    size = -(-size // 1024) * 1024
+    return -(-slots // size), size
+
+
+def plan(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the device planner; see :func:`moekern.backends.reference.plan`."""
+    device, slots = topk_ids.get_device(), topk_ids.numel()
+    order = torch.empty(slots, dtype=torch.int32, device=topk_ids.device)
+    inverse = torch.empty_like(order)
+    offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=topk_ids.device)
+    buckets = num_experts + 1
+    chunks, size = _plan_chunks(slots)
+    counts = torch.empty(chunks * buckets if chunks > 1 else 0, dtype=torch.int32, device=topk_ids.device)
+    params = struct.pack(
+        "<5Q6i", topk_ids.data_ptr(), counts.data_ptr(), order.data_ptr(), inverse.data_ptr(), offsets.data_ptr(),
+        slots, num_experts, chunks, size, ID_TYPE[topk_ids.dtype], 0,
+    )  # fmt: skip
+    stream = _stream(device)
+    if chunks > 1:
+        count = _function(device, "plan.cu", "plan_count", 0, ())
+        _core.cuda_launch(count, device, chunks, 1024, 4 * buckets, stream, [], params)
+    scatter = _function(device, "plan.cu", "plan_scatter", 4 * (2 * 1025 + 32 + 32 * 1025), ())
+    _core.cuda_launch(scatter, device, chunks, 1024, 4 * (2 * buckets + 32 + 32 * buckets), stream, [], params)
+    return order, inverse, offsets
+
+
+class Tables:
+    """The tile table of a verb, its experts by rows, and its ticket counters, all in one small tensor."""
+
+    def __init__(self, offsets: Tensor, rows: int):
+        """Launch the kernel that fills them from the plan's offsets."""
+        device, experts = offsets.get_device(), offsets.shape[0] - 1
+        entries = 1 + rows // TILE_ROWS + min(experts, rows)
+        self.memory = torch.empty(4 * entries + experts + COUNTERS, dtype=torch.int32, device=offsets.device)
+        self.table = self.memory.data_ptr()
+        self.expert_order = self.table + 16 * entries
+        self._next_counter = self.expert_order + 4 * experts
+        addresses = offsets.data_ptr(), self.table, self.expert_order, self._next_counter
+        params = struct.pack("<4Q2i", *addresses, experts, COUNTERS)
+        function = _function(device, "plan.cu", "tiles", 0, ())
+        _core.cuda_launch(function, device, 1, 1024, 0, _stream(device), [], params)
+
+    def counter(self) -> int:
+        """The address of a ticket counter that no other kernel of the verb uses."""
+        self._next_counter += 4
+        return self._next_counter - 4
+
+
+# -------------------------------------------------------------------------------------------------------------- GEMMs
+
+
+def _up_weights(w: Tensor, hidden: int, inter: int, halves: bool, transposed: bool) -> Map:
+    element, base, experts = MAP_ELEMENT[w.dtype], w.data_ptr(), w.shape[0]
+    rows = w.shape[2 if transposed else 1]
+    if halves and transposed:
+        strides = (4 * inter, 2 * inter, 4 * inter * hidden)
+        return element, base, (inter, hidden, 2, experts), strides, (64, 64, 2, 1)
+    if halves:
+        strides = (2 * hidden, 2 * hidden * inter, 4 * hidden * inter)
+        return element, base, (hidden, inter, 2, experts), strides, (64, 64, 2, 1)
+    if transposed:
+        return element, base, (rows, hidden, experts), (2 * rows, 2 * rows * hidden), (64, 64, 1)
+    return element, base, (hidden, rows, experts), (2 * hidden, 2 * hidden * rows), (64, 128, 1)
+
+
+def _pre_activation(pre: Tensor, inter: int, halves: bool) -> Map:
+    element, columns = MAP_ELEMENT[pre.dtype], pre.shape[1]
+    base = _ragged(pre.data_ptr(), 2 * columns)
+    if halves:
+        strides = (2 * inter, 4 * inter, 4 * inter)
+        return element, base, (inter, 2, RAGGED, MOST_ROWS), strides, (64, 1, 128, 1)
+    return element, base, (columns, RAGGED, MOST_ROWS), (2 * columns, 2 * columns), (64, 128, 1)
+
+
+def up(
+    x: Tensor,
+    order: Tensor,
+    weights: Tensor,
+    bias: Tensor | None,
+    activated: Tensor,
+    pre: Tensor | None,
+    tables: Tables,
+    top_k: int,
+    activation: str,
+    transposed: bool,
+    interleaved: bool,
+) -> None:
+    """Gather, up projection and activation of every row: fills `activated` ``[S, I]`` and `pre` ``[S, 2I]``."""
+    device, hidden, inter = x.get_device(), x.shape[1], activated.shape[1]
+    act = ACTIVATIONS[activation]
+    interleaved = interleaved and act.gated
+    halves = act.gated and not interleaved
+    macros = (
+        ("ACTIVATION", act.code), ("BIAS", int(bias is not None)), ("ELEMENT", ELEMENT[x.dtype]),
+        ("INTERLEAVED", int(interleaved)), ("SAVE", int(pre is not None)), ("SHARED_BYTES", UP_SHARED),
+        ("TRANSPOSED", int(transposed)),
+    )  # fmt: skip
+    params = struct.pack(
+        "<6Q4i", tables.table, tables.counter(), x.data_ptr(), order.data_ptr(), activated.data_ptr(),
+        0 if bias is None else bias.data_ptr(), -(-inter // (128 if act.gated else 256)), hidden, inter, top_k,
+    )  # fmt: skip
+    weight_map = _up_weights(weights, hidden, inter, halves, transposed)
+    pre_map = weight_map if pre is None else _pre_activation(pre, inter, halves)
+    function = _function(device, "up.cu", "up", UP_SHARED, macros)
+    maps = [weight_map, pre_map]
+    _core.cuda_launch(function, device, multiprocessors(device), 512, UP_SHARED, _stream(device), maps, params)
+
+
+def grouped_mm(
+    a: Tensor,
+    weights: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    tables: Tables,
+    transposed: bool,
+    stages: int,
+    store_rows: int,
+) -> None:
+    """``out[r] = a[r] @ W_e^T + bias_e`` for the rows of every expert; `transposed` weights are ``[E, k, n]``."""
+    device, inner, features, experts = a.get_device(), a.shape[1], out.shape[1], weights.shape[0]
+    element, shared = MAP_ELEMENT[a.dtype], GROUPED_SHARED[stages]
+    macros = (
+        ("BIAS", int(bias is not None)), ("ELEMENT", ELEMENT[a.dtype]), ("RING_STAGES", stages),
+        ("SHARED_BYTES", shared), ("STORE_ROWS", store_rows), ("TRANSPOSED", int(transposed)),
+    )  # fmt: skip
+    if transposed:
+        weight_map: Map = (
+            element, weights.data_ptr(), (features, inner, experts), (2 * features, 2 * features * inner), (64, 64, 1)
+        )  # fmt: skip
+    else:
+        weight_map = (
+            element, weights.data_ptr(), (inner, features, experts), (2 * inner, 2 * inner * features), (64, 128, 1)
+        )  # fmt: skip
+    row_map: Map = (element, a.data_ptr(), (inner, a.shape[0]), (2 * inner,), (64, 128))
+    few_map: Map = (element, a.data_ptr(), (inner, a.shape[0]), (2 * inner,), (64, 32))
+    strides = (2 * features, 2 * features)
+    out_map: Map = (
+        element, _ragged(out.data_ptr(), 2 * features), (features, RAGGED, MOST_ROWS), strides, (64, store_rows, 1)
+    )  # fmt: skip
+    params = struct.pack(
+        "<3Q3i4x", tables.table, tables.counter(), 0 if bias is None else bias.data_ptr(),
+        -(-features // 256), inner, features,
+    )  # fmt: skip
+    function = _function(device, "grouped_mm.cu", "grouped_mm", shared, macros)
+    maps = [weight_map, row_map, few_map, out_map]
+    _core.cuda_launch(function, device, multiprocessors(device), 384, shared, _stream(device), maps, params)
+
+
+def zero_past_end(out: Tensor, offsets: Tensor) -> None:
+    """Zero the rows past the last expert's."""
+    device, rows = out.get_device(), out.shape[0]
+    macros = (
+        ("BIAS", 0), ("ELEMENT", ELEMENT[out.dtype]), ("RING_STAGES", 3), ("SHARED_BYTES", GROUPED_SHARED[3]),
+        ("STORE_ROWS", 256), ("TRANSPOSED", 0),
+    )  # fmt: skip
+    params = struct.pack("<2Q2iQ", out.data_ptr(), offsets.data_ptr(), offsets.shape[0] - 1, rows, 2 * out.shape[1])
+    function = _function(device, "grouped_mm.cu", "zero_past_end", 0, macros)
+    _core.cuda_launch(function, device, multiprocessors(device), 256, 0, _stream(device), [], params)
+
+
+def combine(rows: Tensor, scores: Tensor | None, inverse: Tensor, offsets: Tensor, out: Tensor, top_k: int) -> None:
+    """``out[t] = sum over k of scores[t, k] * rows[inverse[t, k]]``, sentinels zero."""
+    device, (tokens, hidden) = out.get_device(), out.shape
+    macros = (("ELEMENT", ELEMENT[out.dtype]), ("TOP_K", top_k if top_k in COMBINE_TOP_K else 0))
+    params = struct.pack(
+        "<5Q4i", rows.data_ptr(), inverse.data_ptr(), offsets.data_ptr(), 0 if scores is None else scores.data_ptr(),
+        out.data_ptr(), tokens, hidden, top_k, offsets.shape[0] - 1,
+    )  # fmt: skip
+    units = tokens * -(-hidden // 256)
+    blocks = min(4 * multiprocessors(device), -(-units // 8))
+    function = _function(device, "combine.cu", "combine", 0, macros)
+    _core.cuda_launch(function, device, blocks, 256, 0, _stream(device), [], params)
