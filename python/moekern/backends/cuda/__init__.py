@@ -109,22 +109,39 @@ def experts_backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, scores, w_gate_up, w_down, b_gate_up, b_down; empty where ``needs`` says no."""
-    return torch_path.experts_backward(
+    slots, experts, hidden = order.shape[0], w_down.shape[0], x.shape[1]
+    inter = w_down.shape[1 if transposed else 2]
+    chosen = _configuration(x, slots, experts, hidden, inter, _aligned(dout, x, pre, w_gate_up, w_down))
+    arguments = (
         dout, x, pre, scores, order, inverse, offsets, w_gate_up, w_down, b_gate_up, b_down,
         top_k, activation, transposed, interleaved, needs,
     )  # fmt: skip
+    if chosen.path == "torch" or not (slots and hidden and inter):
+        return torch_path.experts_backward(*arguments)
+    from moekern.backends.cuda import backward
+
+    with torch.cuda.device(x.device):
+        return backward.experts_backward(*arguments, chosen)
 
 
 def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor, kind: str) -> Tensor:
     """Multiply each expert's rows by its matrix; see :func:`moekern.backends.reference.grouped_mm`."""
-    if kind == "tn":
-        return torch_path.grouped_mm(a, b, offsets, kind)
-    features = b.shape[1 if kind == "nt" else 2]
-    chosen = _configuration(a, a.shape[0], b.shape[0], a.shape[1], features, _aligned(a, b))
+    features = b.shape[1 if kind in ("nt", "tn") else 2]
+    experts = offsets.shape[0] - 1
+    chosen = _configuration(a, a.shape[0], experts, a.shape[1], features, _aligned(a, b))
     if chosen.path == "torch":
         return torch_path.grouped_mm(a, b, offsets, kind)
-    from moekern.backends.cuda import kernels
+    from moekern.backends.cuda import backward_kernels, kernels
 
+    if kind == "tn":
+        out = a.new_empty((experts, a.shape[1], features))
+        if a.shape[0] == 0:
+            return out.zero_()
+        if out.numel():
+            with torch.cuda.device(a.device):
+                tables = kernels.Tables(offsets, a.shape[0])
+                backward_kernels.wgrad(a, b, None, offsets, tables, out, p_innermost=False)
+        return out
     out = a.new_empty((a.shape[0], features))
     if out.numel():
         with torch.cuda.device(a.device):

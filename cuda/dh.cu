@@ -1,0 +1,331 @@
+// Gradient of the pre-activation, with everything else that the same bytes give:
+//   dA_r  = dO_token(r) @ W_down[e]              the GEMM; rows of dO gathered inside
+//   A_r   = act(pre_r)                           recomputed: the forward pass saved only pre
+//   dS_r  = <dA_r, A_r>                          gradient of the router weight, one partial sum for each 256 features
+//   dH_r  = s_r dA_r * act'(pre_r)               stored, [S, 2I]
+//   A'_r  = s_r A_r                              stored, [S, I]: the operand of the down projection's weight gradient
+//
+// Macros: ELEMENT, ACTIVATION (activation.cuh), INTERLEAVED (gate and up features alternate), TRANSPOSED (W_down is
+// [E, I, H] instead of [E, H, I]).
+//
+// A cluster of two blocks computes 256 features x up to 256 rows; the blocks split the rows and share the weights: each
+// loads half of them and multicasts, each gathers its own rows. Splitting the features instead would make either block
+// gather all rows.
+//
+// The epilogue moves more bytes than the GEMM (pre in, dH and A' out), so it has a warpgroup of its own that works on
+// tile i while tile i + 1 is multiplied. The accumulators cross through shared memory as 16-bit values.
+//
+// Roles (512 threads)                                                                                registers
+//   warp 0         one thread: TMA of W_down and, in block 0, the tickets                               72
+//   warps 1-3      gather: 96 threads copy rows of dO with cp.async and do nothing else                 72
+//   warps 4-11     two consumer warpgroups, 128 features each: wgmma 2 x m64nNk16, hand-off             160
+//   warps 12-15    epilogue                                                                             120
+//
+// Barriers         arrivals                            who releases it
+//   full[stage]    97: TMA's bytes, 96 gatherers       TMA; each gathering thread's copies
+//   empty[stage]   4                                   the consumer warpgroups of both blocks
+//   handed         8                                   the consumer warps, when the hand-off buffer is written
+//   taken          4                                   the epilogue warps, when it has been read
+//   ring           tickets.cuh
+// Hand-off: stmatrix and ld.shared are both of the generic proxy, an mbarrier orders them, no proxy fence.
+#include "activation_gradient.cuh"
+#include "mainloop.cuh"
+#include "tickets.cuh"
+
+constexpr u32 BOX = 64 * 128;  // bytes of 64 weight rows or features, 64 wide: one swizzle atom
+constexpr int ROWS = 128;      // of a block
+constexpr int GATHER_THREADS = 96;
+
+struct Shape {
+  typedef ELEMENT Element;
+  static constexpr int STAGES = 3;
+  static constexpr u32 B_OFFSET = 4 * BOX, STAGE_BYTES = B_OFFSET + ROWS * 128;
+  static constexpr int BLOCKS = 2, WIDTH = ROWS, STEP = 8;
+  static constexpr bool A_MN_MAJOR = !TRANSPOSED, B_MN_MAJOR = false, GATHERED = true;
+};
+
+constexpr u32 TILE_BYTES = ROWS * 128;            // a tile of the hand-off: [128 rows][64 features], swizzled; four of them
+constexpr u32 SLOTS = 4, SLOT_BYTES = 128 * 32;   // pre on its way to the epilogue: 32 bytes a thread and slot
+constexpr u32 HAND_OFF = Shape::STAGES * Shape::STAGE_BYTES, PRE = HAND_OFF + 4 * TILE_BYTES, FULL = PRE + SLOTS * SLOT_BYTES;
+constexpr u32 EMPTY = FULL + Shape::STAGES * 8, HANDED = EMPTY + Shape::STAGES * 8, TAKEN = HANDED + 8;
+constexpr u32 RING_AT = (TAKEN + 8 + 15) / 16 * 16;
+static_assert(RING_AT + RING_BYTES + 1024 <= SHARED_BYTES, "the launch reserves SHARED_BYTES");
+
+struct Params {
+  const int4* table;       // tickets.cuh
+  int* counter;            // zero at launch
+  const u8* source;        // dO [T, H]
+  const int* row_token;    // [S]
+  const float* row_score;  // [S]
+  const u8* pre;           // [S, 2I] ([S, I] if not gated)
+  u8* dh;                  // like pre
+  u8* scaled;              // A' [S, I], or null
+  float* partials;         // dS [S, columns], or null
+  int hidden, inter, columns;
+  u32 source_pitch_16;     // row length of dO in units of 16 bytes: 32-bit products reach 64 GiB
+};
+static_assert(sizeof(Params) == 88, "filled by the launcher");
+
+// This block's share of a cluster tile: half of its rows, rounded up to 8 (a width of wgmma). Both blocks multiply the same
+// width; the second may own no row at all.
+struct Share {
+  int expert, row, rows, width, feature, column;
+};
+DEVICE Share share_of(const Tile& tile, u32 rank) {
+  const int half = ((tile.rows + 1) / 2 + 7) & ~7;
+  const int before = (int)rank * half;
+  return {tile.expert, tile.row + before, min(max(tile.rows - before, 0), half), half, tile.column * 256, tile.column};
+}
+
+// One gathering thread: chunk `chunk` (8 of the 64 k) of the rows first + 12 i, i = 0..10 (i = 10 for first < 8 only).
+// Rows step by 12 = 4 mod 8, so odd i have bit 6 of the swizzled address flipped: see wgrad.cu. Rows past the share repeat
+// its first row: their columns of the product are computed and never stored, so they need no zeros.
+#define COPY "cp.async.cg.shared.global.L2::256B "
+DEVICE void gather_rows(const Params& p, Pipeline pipe, TileReader tiles, u32 rank, int thread) {
+  constexpr int STEPS = 11, STRIDE = 12;
+  const int chunk = thread & 7, first = thread >> 3;
+  const bool eleventh = first < 8;
+  const u32 inside = Shape::B_OFFSET + swizzled(first, chunk);
+  const int k_blocks = (p.hidden + 63) / 64;
+  Tile tile;
+  while (tiles.next(tile)) {
+    const Share share = share_of(tile, rank);
+    u32 offset[STEPS];  // 32 bits each: eleven live pointers would spill
+#pragma unroll
+    for (int i = 0; i < STEPS; i++) {
+      const int row = first + i * STRIDE;
+      offset[i] = share.rows > 0 ? (u32)__ldg(p.row_token + share.row + (row < share.rows ? row : 0)) * p.source_pitch_16 : 0;
+    }
+    const u8* column = p.source + chunk * 16;
+    for (int k = 0; k < k_blocks; k++, column += 128) {
+      const bool exists = k * 64 + chunk * 8 < p.hidden;
+      const u8* row[STEPS];
+#pragma unroll
+      for (int i = 0; i < STEPS; i++) {  // in registers of their own before the wait: see wgrad.cu
+        row[i] = column + (u64)offset[i] * 16;
+        asm volatile("" : "+l"(row[i]));
+      }
+      pipe.wait_empty();
+      const u32 even = pipe.address<Shape>() + inside, odd = even ^ 64;
+      if (share.width == ROWS && exists) {
+        asm volatile(COPY "[%0], [%2], 16;\n" COPY "[%1+1536], [%3], 16;\n" COPY "[%0+3072], [%4], 16;\n"
+                     COPY "[%1+4608], [%5], 16;\n" COPY "[%0+6144], [%6], 16;\n" COPY "[%1+7680], [%7], 16;\n"
+                     COPY "[%0+9216], [%8], 16;\n" COPY "[%1+10752], [%9], 16;\n" COPY "[%0+12288], [%10], 16;\n"
+                     COPY "[%1+13824], [%11], 16;" ::"r"(even), "r"(odd), "l"(row[0]), "l"(row[1]), "l"(row[2]),
+                     "l"(row[3]), "l"(row[4]), "l"(row[5]), "l"(row[6]), "l"(row[7]), "l"(row[8]), "l"(row[9])
+                     : "memory");
+        if (eleventh) asm volatile(COPY "[%0+15360], [%1], 16;" ::"r"(even), "l"(row[10]) : "memory");
+      } else {  // a narrower tile; or hidden ends inside the k-block: zeros there, as TMA writes zeros of W
+#pragma unroll
+        for (int i = 0; i < STEPS; i++)
+          if (first + i * STRIDE < share.width)
+            copy_16_or_zero((i & 1 ? odd : even) + i * 1536, exists ? row[i] : p.source, exists ? 16 : 0);
+      }
+      barrier_arrive_after_copies(pipe.full_barrier());
+      pipe.advance<Shape>();
+    }
+  }
+}
+
+// The epilogue of one share. A step is 16 rows: thread (warp, lane) has row 4 warp + lane / 8 and, in each of the four
+// 64-feature tiles, the 8 features of chunk lane % 8, so that eight lanes move 128 bytes of one row. An item is one tile
+// of a step: 16 bytes of dA, 32 of pre, 32 of dH, 16 of A'.
+//
+// pre comes through a ring of cp.async private to the thread, four items ahead: loads into registers would all wait on
+// one scoreboard and not overlap. A slot is refilled after its values have been consumed.
+struct Epilogue {
+  const Params& p;
+  const u32 hand_off, slots, warp, lane;
+
+  static constexpr int PER_ROW = GATED ? 2 : 1;  // features of pre to one of A
+
+  DEVICE void run(const Share& share, u32 handed, u32 parity) const {
+    constexpr int TILES = 4, STEP_ROWS = 16;
+    const int local = warp * 4 + (lane >> 3), feature = share.feature + (lane & 7) * 8, inter = p.inter;
+    const u32 pre_pitch = PER_ROW * inter * 2;                           // bytes of a row
+    const u32 second = GATED ? (INTERLEAVED ? 16 : inter * 2) : 0;       // from the first to the second 16 bytes of pre
+    constexpr int PRE_TILE = GATED && INTERLEAVED ? 256 : 128;           // bytes of 64 features
+    const u64 origin = (u64)(share.row + local) * pre_pitch + (u64)feature * (GATED && INTERLEAVED ? 4 : 2);
+    const u8* pre = p.pre + origin;
+    u8* dh = p.dh + origin;
+    u8* scaled = p.scaled + ((u64)(share.row + local) * inter + feature) * 2;
+    const u32 own = slots + threadIdx.x % 128 * 16;
+
+    auto exists = [&](int tile, int step) { return step * STEP_ROWS + local < share.rows && feature + tile * 64 < inter; };
+    auto fetch = [&](int tile, int step) {
+      if (exists(tile, step)) {
+        const u8* from = pre + (u64)(u32)(step * STEP_ROWS) * pre_pitch + tile * PRE_TILE;
+        const u32 to = own + tile * SLOT_BYTES;
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+        if (GATED) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + SLOT_BYTES / 2), "l"(from + second) : "memory");
+      }
+      copy_commit();  // empty groups too: copy_wait counts groups
+    };
+    auto score_of = [&](int step) {
+      const int row = step * STEP_ROWS + local;
+      return row < share.rows ? __ldg(p.row_score + share.row + row) : 0.0f;
+    };
+
+    float next_score = score_of(0);
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++) fetch(tile, 0);
+    barrier_wait(handed, parity);
+    const int steps = (share.rows + STEP_ROWS - 1) / STEP_ROWS;
+#pragma unroll 1
+    for (int step = 0; step < steps; step++) {
+      const float score = next_score;
+      float dot = 0.0f;
+#pragma unroll
+      for (int tile = 0; tile < TILES; tile++) {
+        if (tile == TILES - 1) next_score = score_of(step + 1);
+        copy_wait<SLOTS - 1>();
+        if (exists(tile, step)) {
+          const u32 from = own + tile * SLOT_BYTES, row = step * STEP_ROWS + local;
+          const uint4 da4 = load_shared(hand_off + tile * TILE_BYTES + swizzled(row, lane & 7));
+          const uint4 x4 = load_shared(from), y4 = GATED ? load_shared(from + SLOT_BYTES / 2) : x4;
+          const u32 da[4] = {da4.x, da4.y, da4.z, da4.w};
+          const u32 x[8] = {x4.x, x4.y, x4.z, x4.w, y4.x, y4.y, y4.z, y4.w};
+          u32 out[8], a[4];
+#pragma unroll
+          for (int i = 0; i < 4; i++) {  // two features
+            const bool mixed = GATED && INTERLEAVED;
+            const float g0 = ELEMENT::low(mixed ? x[2 * i] : x[i]), g1 = mixed ? ELEMENT::low(x[2 * i + 1]) : ELEMENT::high(x[i]);
+            const float u0 = mixed ? ELEMENT::high(x[2 * i]) : ELEMENT::low(x[4 + i]);
+            const float u1 = mixed ? ELEMENT::high(x[2 * i + 1]) : ELEMENT::high(x[4 + i]);
+            const Slopes s0 = slopes(g0, u0), s1 = slopes(g1, u1);
+            float d0 = ELEMENT::low(da[i]), d1 = ELEMENT::high(da[i]);
+            dot = fmaf(d0, s0.value, dot);
+            dot = fmaf(d1, s1.value, dot);
+            d0 *= score, d1 *= score;
+            a[i] = ELEMENT::pack(score * s0.value, score * s1.value);
+            if (mixed) {
+              out[2 * i] = ELEMENT::pack(d0 * s0.gate, d0 * s0.up);
+              out[2 * i + 1] = ELEMENT::pack(d1 * s1.gate, d1 * s1.up);
+            } else {
+              out[i] = ELEMENT::pack(d0 * s0.gate, d1 * s1.gate);
+              out[4 + i] = ELEMENT::pack(d0 * s0.up, d1 * s1.up);
+            }
+          }
+          u8* to = dh + (u64)(u32)(step * STEP_ROWS) * pre_pitch + tile * PRE_TILE;
+          store_streamed(to, make_uint4(out[0], out[1], out[2], out[3]));
+          if (GATED) store_streamed(to + second, make_uint4(out[4], out[5], out[6], out[7]));
+          if (p.scaled)
+            store_streamed(scaled + (u64)(u32)(step * STEP_ROWS) * (u32)(inter * 2) + tile * 128, make_uint4(a[0], a[1], a[2], a[3]));
+        }
+        fetch(tile, step + 1);
+      }
+      dot += __shfl_xor_sync(~0u, dot, 1);
+      dot += __shfl_xor_sync(~0u, dot, 2);
+      dot += __shfl_xor_sync(~0u, dot, 4);
+      const int row = step * STEP_ROWS + local;
+      if (p.partials && (lane & 7) == 0 && row < share.rows) p.partials[(u64)(share.row + row) * p.columns + share.column] = dot;
+    }
+  }
+};
+
+// One thread of each block: half of the weights for both blocks. It also draws the tickets: no warp is free to wait for the
+// atomic and the table, so they are begun at one k-block and used at a later one.
+DEVICE void load(const Params& p, const TensorMap* weights, Pipeline pipe, TileReader tiles, u32 rank, u32 ring) {
+  const int k_blocks = (p.hidden + 63) / 64;
+  TileScheduler scheduler;
+  scheduler.begin(ring, p.table, p.columns, p.counter);
+  const bool schedules = rank == 0;
+  if (schedules) {
+    scheduler.advance<2>();
+    if (scheduler.more) scheduler.advance<2>();
+  }
+  Tile tile;
+  while (tiles.next(tile)) {
+    const int feature = tile.column * 256 + (int)rank * 128;
+    for (int block = 0; block < k_blocks; block++) {
+      if (schedules && scheduler.more) {  // the tile after next
+        if (block == 0) scheduler.draw();
+        if (block == min(2, k_blocks - 1)) scheduler.look_up();
+        if (block == min(4, k_blocks - 1)) scheduler.publish<2>();
+      }
+      pipe.wait_empty();
+      const u32 target = pipe.address<Shape>() + rank * 2 * BOX, full = pipe.full_barrier();
+      barrier_arrive_expect(full, 4 * BOX);
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+        if constexpr (TRANSPOSED)
+          tma_multicast_3d(target + i * BOX, weights, full, block * 64, feature + i * 64, tile.expert);
+        else
+          tma_multicast_3d(target + i * BOX, weights, full, feature + i * 64, block * 64, tile.expert);
+      pipe.advance<Shape>();
+    }
+  }
+}
+
+DEVICE void consume(const Params& p, Pipeline pipe, TileReader tiles, u32 rank, u32 warpgroup, u32 hand_off, u32 handed, u32 taken) {
+  const u32 lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3;
+  const int k_blocks = (p.hidden + 63) / 64;
+  const u32 own_tiles = hand_off + warpgroup * 2 * TILE_BYTES;
+  u32 parity = 1;  // the buffer is free at first
+  Tile tile;
+  while (tiles.next(tile)) {
+    const Share share = share_of(tile, rank);
+    Accumulators<Shape> sums;
+    multiply_class<Shape>(share.width, sums, pipe, warpgroup * 2 * BOX, k_blocks);
+    barrier_wait(taken, parity);
+    parity ^= 1;
+#pragma unroll
+    for (int m = 0; m < Shape::BLOCKS; m++)
+#pragma unroll
+      for (int row = 0; row < ROWS; row += 16)
+        if (row < share.rows) {
+          const float* s = sums[m] + row / 2;
+          const u32 at = row + (lane & 7) + (lane >> 4) * 8, chunk = warp * 2 + ((lane >> 3) & 1);
+          store_matrices_transposed(own_tiles + m * TILE_BYTES + swizzled(at, chunk), ELEMENT::pack(s[0], s[1]), ELEMENT::pack(s[2], s[3]),
+                                    ELEMENT::pack(s[4], s[5]), ELEMENT::pack(s[6], s[7]));
+        }
+    __syncwarp();
+    if (lane == 0) barrier_arrive(handed);
+  }
+}
+
+DEVICE void finish(const Params& p, TileReader tiles, u32 rank, u32 hand_off, u32 slots, u32 handed, u32 taken) {
+  const Epilogue epilogue{p, hand_off, slots, (threadIdx.x >> 5) & 3, threadIdx.x & 31};
+  u32 parity = 0;
+  Tile tile;
+  while (tiles.next(tile)) {
+    epilogue.run(share_of(tile, rank), handed, parity);
+    parity ^= 1;
+    __syncwarp();
+    if (epilogue.lane == 0) barrier_arrive(taken);
+  }
+}
+
+extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(512, 1)
+    dh(const __grid_constant__ TensorMap weights, const __grid_constant__ Params p) {
+  extern __shared__ u8 shared[];
+  const u32 base = align_1024(shared_address(shared)), rank = cluster_rank(), warpgroup = warpgroup_index();
+  const Pipeline pipe{base + FULL, base + EMPTY, base, 0, 0};
+  const TileReader tiles{base + RING_AT, 0};
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < Shape::STAGES; stage++) {
+      barrier_init(pipe.full + stage * 8, GATHER_THREADS + 1);
+      barrier_init(pipe.empty + stage * 8, EMPTY_ARRIVALS);
+    }
+    barrier_init(base + HANDED, 8);
+    barrier_init(base + TAKEN, 4);
+    ring_init(base + RING_AT);
+    fence_barrier_init();
+  }
+  cluster_sync();
+  if (warpgroup == 0) {
+    give_registers<72>();
+    if (threadIdx.x == 0)
+      load(p, &weights, pipe, tiles, rank, base + RING_AT);
+    else if (threadIdx.x >= 32)
+      gather_rows(p, pipe, tiles, rank, threadIdx.x - 32);
+  } else if (warpgroup == 3) {
+    give_registers<120>();
+    finish(p, tiles, rank, base + HAND_OFF, base + PRE, base + HANDED, base + TAKEN);
+  } else {
+    take_registers<160>();
+    consume(p, pipe, tiles, rank, warpgroup - 1, base + HAND_OFF, base + HANDED, base + TAKEN);
+  }
+  __syncwarp();
+  cluster_sync();  // a block must not leave while its peer may still write to it
+}

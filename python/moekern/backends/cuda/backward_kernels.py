@@ -1,0 +1,155 @@
+"""The backward pass's own kernels as Python functions: tensor maps, parameters and launch of each.
+
+The input gradient of a GEMM is :func:`moekern.backends.cuda.kernels.grouped_mm` with the other orientation of the
+weights, and the sum over a token's rows is :func:`moekern.backends.cuda.kernels.combine`.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import torch
+from torch import Tensor
+
+from moekern import _core  # type: ignore[attr-defined]
+from moekern.activations import ACTIVATIONS
+from moekern.backends.cuda.kernels import (
+    ELEMENT,
+    MAP_ELEMENT,
+    MOST_ROWS,
+    RAGGED,
+    Map,
+    Tables,
+    _function,
+    _stream,
+    multiprocessors,
+)
+
+DH_SHARED = 230912
+WGRAD_SHARED = 214528
+DH_FEATURES = 256  # of a tile, and of one partial sum of dS
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _launch(file: str, name: str, like: Tensor, blocks: int, params: bytes) -> None:
+    """Launch one of the small kernels, 256 threads a block."""
+    device = like.get_device()
+    function = _function(device, file, name, 0, (("ELEMENT", ELEMENT[like.dtype]),))
+    _core.cuda_launch(function, device, blocks, 256, 0, _stream(device), [], params)
+
+
+class Rows:
+    """Token and router weight of every row, in one small tensor."""
+
+    def __init__(self, like: Tensor, order: Tensor, scores: Tensor | None, top_k: int):
+        """Launch the kernel that fills them."""
+        slots = order.shape[0]
+        self.token = torch.empty(slots, dtype=torch.int32, device=order.device)
+        self.score = torch.empty(slots, dtype=torch.float32, device=order.device)
+        addresses = order.data_ptr(), _address(scores), self.token.data_ptr(), self.score.data_ptr()
+        _launch("rows.cu", "row_values", like, -(-slots // 256), struct.pack("<4Q2i", *addresses, slots, top_k))
+
+
+def dh(
+    dout: Tensor,
+    w_down: Tensor,
+    pre: Tensor,
+    rows: Rows,
+    tables: Tables,
+    activation: str,
+    transposed: bool,
+    interleaved: bool,
+    grad_pre: Tensor,
+    scaled: Tensor | None,
+    partials: Tensor | None,
+) -> None:
+    """Fill the gradient of `pre`, A' ``[S, I]`` and the partial sums of dS, ``[S, ceil(I / 256)]``."""
+    device, hidden, experts = dout.get_device(), dout.shape[1], w_down.shape[0]
+    inter = w_down.shape[1 if transposed else 2]
+    act = ACTIVATIONS[activation]
+    macros = (
+        ("ACTIVATION", act.code), ("ELEMENT", ELEMENT[dout.dtype]), ("INTERLEAVED", int(interleaved and act.gated)),
+        ("SHARED_BYTES", DH_SHARED), ("TRANSPOSED", int(transposed)),
+    )  # fmt: skip
+    inner, outer = (hidden, inter) if transposed else (inter, hidden)
+    weights: Map = (
+        MAP_ELEMENT[dout.dtype], w_down.data_ptr(), (inner, outer, experts), (2 * inner, 2 * inner * outer), (64, 64, 1)
+    )  # fmt: skip
+    params = struct.pack(
+        "<9Q3iI", tables.table, tables.counter(), dout.data_ptr(), rows.token.data_ptr(), rows.score.data_ptr(),
+        pre.data_ptr(), grad_pre.data_ptr(), _address(scaled), _address(partials),
+        hidden, inter, -(-inter // DH_FEATURES), hidden // 8,
+    )  # fmt: skip
+    function = _function(device, "dh.cu", "dh", DH_SHARED, macros)
+    _core.cuda_launch(function, device, multiprocessors(device), 512, DH_SHARED, _stream(device), [weights], params)
+
+
+def _ragged_rows(tensor: Tensor) -> Map:
+    """Boxes of 64 rows and 64 features that end with an expert's rows (hopper.cuh)."""
+    columns, pitch = tensor.shape[1], 2 * tensor.shape[1]
+    dims, strides = (columns, RAGGED, MOST_ROWS, MOST_ROWS), (pitch, (1 << 35) - pitch, pitch)
+    return MAP_ELEMENT[tensor.dtype], tensor.data_ptr(), dims, strides, (64, 64, 1, 1)
+
+
+def wgrad(
+    p: Tensor,
+    q: Tensor,
+    row_token: Tensor | None,
+    offsets: Tensor,
+    tables: Tables,
+    out: Tensor,
+    p_innermost: bool,
+    launch_registers: int = 168,
+) -> None:
+    """``out[e] = sum over the rows of e of p_r^T q_r``: ``[E, p, q]``, or ``[E, q, p]`` with `p_innermost`.
+
+    `p` has the rows themselves, or with `row_token` the tokens they are gathered from.
+    """
+    device, experts = q.get_device(), out.shape[0]
+    gather = row_token is not None
+    macros = (
+        ("ELEMENT", ELEMENT[q.dtype]), ("GATHER", int(gather)), ("LAUNCH_REGISTERS", launch_registers),
+        ("P_INNERMOST", int(p_innermost)), ("SHARED_BYTES", WGRAD_SHARED),
+    )  # fmt: skip
+    q_map = _ragged_rows(q)
+    p_map = q_map if gather else _ragged_rows(p)
+    result: Map = (
+        MAP_ELEMENT[q.dtype], out.data_ptr(), (out.shape[2], out.shape[1], experts),
+        (2 * out.shape[2], 2 * out.shape[2] * out.shape[1]), (64, 256 if p_innermost else 64, 1),
+    )  # fmt: skip
+    params = struct.pack(
+        "<5Q3iI", offsets.data_ptr(), tables.expert_order, tables.counter(), p.data_ptr(), _address(row_token),
+        experts, p.shape[1], q.shape[1], 2 * p.shape[1],
+    )  # fmt: skip
+    function = _function(device, "wgrad.cu", "wgrad", WGRAD_SHARED, macros)
+    maps = [p_map, q_map, result]
+    _core.cuda_launch(function, device, multiprocessors(device), 384, WGRAD_SHARED, _stream(device), maps, params)
+
+
+def score_gradient(
+    partials: Tensor, inverse: Tensor, offsets: Tensor, dout: Tensor, bias: Tensor | None, top_k: int, out: Tensor
+) -> None:
+    """dS of every slot from the partial sums of its row, and ``<dO_t, bias_e>``; zero for sentinels."""
+    slots, experts = out.numel(), offsets.shape[0] - 1
+    params = struct.pack(
+        "<6Q6i", partials.data_ptr(), inverse.data_ptr(), offsets.data_ptr(), dout.data_ptr(), _address(bias),
+        out.data_ptr(), slots, top_k, experts, partials.shape[1], dout.shape[1], 0,
+    )  # fmt: skip
+    threads = slots if bias is None else 32 * slots
+    _launch("rows.cu", "score_gradient", dout, -(-threads // 256), params)
+
+
+def bias_gradient(
+    source: Tensor, row_token: Tensor | None, row_score: Tensor | None, offsets: Tensor, out: Tensor
+) -> None:
+    """``out[e] = sum over the rows of e of score_r * source_r``, ``[E, N]``; `source` by token with `row_token`."""
+    experts, features = out.shape
+    columns = -(-features // 64)
+    params = struct.pack(
+        "<5Q2i", source.data_ptr(), _address(row_token), _address(row_score), offsets.data_ptr(), out.data_ptr(),
+        features, columns,
+    )  # fmt: skip
+    _launch("rows.cu", "bias_gradient", source, experts * columns, params)
