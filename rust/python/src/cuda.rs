@@ -28,10 +28,31 @@ const MOST_MAPS: usize = 8;
 const RTLD_NOW: c_int = 2;
 
 type EncodeTiled = unsafe extern "C" fn(
-    *mut TensorMap, c_int, c_uint, u64, *const u64, *const u64, *const c_uint, *const c_uint, c_int, c_int, c_int, c_int,
+    *mut TensorMap,
+    c_int,
+    c_uint,
+    u64,
+    *const u64,
+    *const u64,
+    *const c_uint,
+    *const c_uint,
+    c_int,
+    c_int,
+    c_int,
+    c_int,
 ) -> c_int;
 type LaunchKernel = unsafe extern "C" fn(
-    u64, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, u64, *mut *mut c_void, *mut *mut c_void,
+    u64,
+    c_uint,
+    c_uint,
+    c_uint,
+    c_uint,
+    c_uint,
+    c_uint,
+    c_uint,
+    u64,
+    *mut *mut c_void,
+    *mut *mut c_void,
 ) -> c_int;
 
 #[link(name = "dl")]
@@ -56,7 +77,10 @@ impl Driver {
             const { assert!(size_of::<F>() == size_of::<*mut c_void>()) };
             let address = unsafe { dlsym(library, name.as_ptr()) };
             if address.is_null() {
-                return Err(format!("the CUDA driver lacks {}; a driver of CUDA 12 or newer is needed", name.to_string_lossy()));
+                return Err(format!(
+                    "the CUDA driver lacks {}; a driver of CUDA 12 or newer is needed",
+                    name.to_string_lossy()
+                ));
             }
             Ok(unsafe { std::mem::transmute_copy(&address) })
         }
@@ -103,7 +127,9 @@ impl Driver {
         unsafe {
             self.check((self.context_current)(&mut context), || "cuCtxGetCurrent".into())?;
             if context.is_null() {
-                self.check((self.context_retain)(&mut context, device), || format!("cuDevicePrimaryCtxRetain({device})"))?;
+                self.check((self.context_retain)(&mut context, device), || {
+                    format!("cuDevicePrimaryCtxRetain({device})")
+                })?;
                 self.check((self.context_set)(context), || "cuCtxSetCurrent".into())?;
             }
         }
@@ -124,11 +150,23 @@ impl Driver {
         // SAFETY: all arrays have `rank` (strides: rank - 1) elements, and the map is aligned by its type.
         let result = unsafe {
             (self.encode_tiled)(
-                &mut map, *element as c_int, rank as c_uint, *pointer, dims.as_ptr(), strides.as_ptr(), extent.as_ptr(),
-                ones.as_ptr(), 0, SWIZZLE_128B, L2_PROMOTION_128B, 0,
+                &mut map,
+                *element as c_int,
+                rank as c_uint,
+                *pointer,
+                dims.as_ptr(),
+                strides.as_ptr(),
+                extent.as_ptr(),
+                ones.as_ptr(),
+                0,
+                SWIZZLE_128B,
+                L2_PROMOTION_128B,
+                0,
             )
         };
-        self.check(result, || format!("tensor map of {pointer:#x}, dims {dims:?}, strides {strides:?}, box {extent:?}"))?;
+        self.check(result, || {
+            format!("tensor map of {pointer:#x}, dims {dims:?}, strides {strides:?}, box {extent:?}")
+        })?;
         Ok(map)
     }
 }
@@ -137,7 +175,14 @@ impl Driver {
 #[pyfunction]
 #[allow(clippy::too_many_arguments)]
 fn cuda_launch(
-    function: u64, device: i32, grid: u32, block: u32, shared: u32, stream: u64, maps: Vec<MapDescription>, params: &[u8],
+    function: u64,
+    device: i32,
+    grid: u32,
+    block: u32,
+    shared: u32,
+    stream: u64,
+    maps: Vec<MapDescription>,
+    params: &[u8],
 ) -> PyResult<()> {
     let driver = Driver::get()?;
     if maps.len() > MOST_MAPS {
@@ -155,7 +200,17 @@ fn cuda_launch(
     // driver copies them before it returns.
     let result = unsafe {
         (driver.launch_kernel)(
-            function, grid, 1, 1, block, 1, 1, shared, stream, arguments.as_mut_ptr(), std::ptr::null_mut(),
+            function,
+            grid,
+            1,
+            1,
+            block,
+            1,
+            1,
+            shared,
+            stream,
+            arguments.as_mut_ptr(),
+            std::ptr::null_mut(),
         )
     };
     driver.check(result, || format!("launch of {grid} blocks of {block} threads with {shared} bytes of shared memory"))
