@@ -16,7 +16,7 @@ SOURCES := Cargo.toml Cargo.lock pyproject.toml README.md LICENSE \
 	$(shell find rust cuda python \( -name '__pycache__' -prune \) -o ! -name '*.so' ! -name '*.pyc' -print 2>/dev/null)
 
 comma := ,
-EXTRAS := test,bench$(if $(CUDA),$(comma)$(CUDA))
+EXTRAS := test,bench,hf$(if $(CUDA),$(comma)$(CUDA))
 
 # The cargo commands below must see the interpreter that the wheel is built for.
 export PYO3_PYTHON := $(abspath $(BIN))/python
