@@ -29,3 +29,24 @@ impl DType {
         }
     }
 }
+
+/// Integer types of expert ids. The discriminants are the codes Python passes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum IdType {
+    /// Unsigned, 8 bits.
+    U8 = 0,
+    /// Unsigned, 16 bits.
+    U16 = 1,
+    /// Signed, 32 bits.
+    I32 = 2,
+    /// Signed, 64 bits.
+    I64 = 3,
+}
+
+impl IdType {
+    /// The type with this code, if there is one.
+    pub fn from_code(code: u8) -> Option<Self> {
+        [Self::U8, Self::U16, Self::I32, Self::I64].into_iter().find(|d| *d as u8 == code)
+    }
+}

@@ -1,10 +1,12 @@
 //! `moekern._core`: a thin Python shell over `moekern-core`.
 
 mod cuda;
+mod plan;
 
 use pyo3::prelude::*;
 
 #[pymodule]
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
-    cuda::register(module)
+    cuda::register(module)?;
+    plan::register(module)
 }
