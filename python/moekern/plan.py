@@ -114,7 +114,7 @@ _ID_TYPE = {torch.uint8: 0, torch.uint16: 1, torch.int32: 2, torch.int64: 3}
 _empty_int32 = torch.empty(0, dtype=torch.int32).new_empty  # half the cost of torch.empty
 _get_num_threads = torch.get_num_threads
 _is_compiling = torch.compiler.is_compiling
-_is_tracing = torch.jit.is_tracing
+_is_tracing = torch.jit.is_tracing  # type: ignore[attr-defined]
 
 # Private to torch, but there is no public way to ask; without them every plan goes through the operator.
 _dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", None)

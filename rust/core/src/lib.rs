@@ -5,6 +5,7 @@
 
 pub mod dtype;
 pub mod gemm;
+pub mod permute;
 pub mod plan;
 pub mod pool;
 pub mod stats;

@@ -1,6 +1,7 @@
 //! `moekern._core`: a thin Python shell over `moekern-core`.
 
 mod cuda;
+mod permute;
 mod plan;
 
 use pyo3::prelude::*;
@@ -8,5 +9,6 @@ use pyo3::prelude::*;
 #[pymodule]
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     cuda::register(module)?;
-    plan::register(module)
+    plan::register(module)?;
+    permute::register(module)
 }
