@@ -1,0 +1,338 @@
+"""The Hopper kernels of the backward pass, each alone and as a whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ragged import COUNTS, ROUNDING, assert_guards, assert_rows_close, guarded, normal, plan_of_counts
+from torch import Tensor
+
+from moekern.activations import ACTIVATIONS, join, split
+from moekern.backends import reference
+from problems import NAMES, error
+
+pytestmark = pytest.mark.gpu
+BF16, F16 = torch.bfloat16, torch.float16
+NAN = float("nan")
+
+
+@pytest.fixture(autouse=True)
+def _hopper() -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a GPU of compute capability 9.0")
+
+
+# ------------------------------------------------------------------------------------------------- dH, A' and dS
+
+
+def _check_dh(
+    activation: str, dtype: torch.dtype, hidden: int, inter: int, transposed: bool = False, interleaved: bool = False
+) -> None:
+    from moekern.backends.cuda import backward_kernels, kernels
+
+    act = ACTIVATIONS[activation]
+    experts, rows, sentinels = len(COUNTS), sum(COUNTS), 40
+    order, inverse, offsets = plan_of_counts(COUNTS, sentinels)
+    slots = rows + sentinels
+    columns = inter * (2 if act.gated else 1)
+    dout, pre = normal(slots, hidden, dtype=dtype), normal(slots, columns, dtype=dtype, scale=1.5)
+    dout[order[rows:].long()] = NAN  # nobody may look at a sentinel
+    pre[rows:] = NAN
+    scores = torch.rand(slots, 1, device="cuda") + 0.1
+    w = normal(experts, *((inter, hidden) if transposed else (hidden, inter)), dtype=dtype, scale=hidden**-0.5)
+
+    gathered = dout[order[:rows].long()].float()
+    da = reference.grouped_mm(gathered, w.float(), offsets, "nt" if transposed else "nn")
+    g, u = split(pre[:rows].float(), act, interleaved)
+    a = act.forward(g, u)
+    score = scores.reshape(-1)[order[:rows].long()].unsqueeze(1)
+    wanted_dh = join(*act.backward(da * score, g, u), interleaved)
+
+    results = []
+    for _ in range(2):
+        whole_h, dh = guarded(slots, columns, dtype=dtype)
+        whole_a, scaled = guarded(slots, inter, dtype=dtype)
+        whole_s, partials = guarded(slots, -(-inter // 256), dtype=torch.float32)
+        tables, values = kernels.Tables(offsets, slots), backward_kernels.Rows(dout, order, scores, 1)
+        backward_kernels.dh(
+            dout, w, pre, values, tables, activation, transposed, interleaved, dh, scaled, partials
+        )  # fmt: skip
+        out = torch.full((slots, 1), NAN, device="cuda")
+        backward_kernels.score_gradient(partials, inverse, offsets, dout, None, 1, out)
+        assert_guards(whole_h, whole_a, whole_s)
+        assert all(t[rows:].isnan().all() for t in (dh, scaled, partials))
+        results.append((dh[:rows], scaled[:rows], out))
+    dh, scaled, ds = results[0]
+    # dA crosses shared memory in 16 bits before it is multiplied: two roundings.
+    assert_rows_close(dh, wanted_dh, offsets, 1.45 * ROUNDING[dtype])
+    assert_rows_close(scaled, a * score, offsets, ROUNDING[dtype] + 2e-5)
+    by_row = ds.reshape(-1)[order.long()]
+    assert error(by_row[:rows], (da * a).sum(1)) <= 1.5 * ROUNDING[dtype]
+    assert (by_row[rows:] == 0).all()
+    for first, second in zip(*results, strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_dh_of_every_activation(activation: str) -> None:
+    _check_dh(activation, BF16, 512, 512)
+    _check_dh(activation, F16, 456, 264, interleaved=True)
+
+
+@pytest.mark.parametrize(("hidden", "inter"), [(448, 1936), (456, 1408), (2880, 136), (72, 8), (8, 72), (64, 2880)])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    ("activation", "dtype", "interleaved"), [("swiglu", BF16, False), ("swiglu_oai", BF16, True), ("gelu", F16, False)]
+)
+def test_dh_on_odd_sizes(
+    activation: str, dtype: torch.dtype, interleaved: bool, transposed: bool, hidden: int, inter: int
+) -> None:
+    _check_dh(activation, dtype, hidden, inter, transposed, interleaved)
+
+
+# --------------------------------------------------------------------------------------------------- weight gradients
+
+
+@pytest.mark.parametrize(("gather", "p_innermost"), [(True, True), (True, False), (False, False)])
+@pytest.mark.parametrize(("p_size", "q_size"), [(512, 512), (448, 1936), (456, 1408), (8, 8), (2880, 136), (136, 2880)])
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("launch_registers", [168, 160])
+def test_wgrad_on_ragged_rows(
+    launch_registers: int, dtype: torch.dtype, p_size: int, q_size: int, gather: bool, p_innermost: bool
+) -> None:
+    from moekern.backends.cuda import backward_kernels, kernels
+
+    experts, rows, sentinels = len(COUNTS), sum(COUNTS), 40
+    order, _, offsets = plan_of_counts(COUNTS, sentinels)
+    slots = rows + sentinels
+    p, q = normal(slots, p_size, dtype=dtype), normal(slots, q_size, dtype=dtype)
+    p[order[rows:].long() if gather else slice(rows, None)] = NAN
+    q[rows:] = NAN
+    tables = kernels.Tables(offsets, slots)
+
+    def run() -> tuple[Tensor, Tensor]:
+        shape = (experts, q_size, p_size) if p_innermost else (experts, p_size, q_size)
+        whole, out = guarded(*shape, dtype=dtype)
+        tables = kernels.Tables(offsets, slots)
+        token = backward_kernels.Rows(p, order, None, 1).token if gather else None
+        backward_kernels.wgrad(p, q, token, offsets, tables, out, p_innermost, launch_registers)
+        return whole, out
+
+    whole, out = run()
+    assert_guards(whole)
+    p_rows = p[order.long()] if gather else p
+    wanted = reference.grouped_mm(p_rows[:rows].float(), q[:rows].float(), offsets, "tn")
+    if p_innermost:
+        wanted = wanted.mT
+    for e, count in enumerate(COUNTS):
+        if count == 0:
+            assert (out[e] == 0).all()
+        else:
+            assert error(out[e], wanted[e]) <= 1.5 * ROUNDING[dtype]
+    assert error(out, wanted) <= ROUNDING[dtype]
+    assert torch.equal(run()[1], out)
+
+    # What an expert's rows hold is nobody else's business, NaN and infinity included.
+    poisoned = 12
+    i, j = offsets[poisoned], offsets[poisoned + 1]
+    q[i:j] = NAN
+    p[order[i:j].long() if gather else slice(i, j)] = float("inf")
+    _, leaked = run()
+    others = [e for e in range(experts) if e != poisoned]
+    assert torch.equal(leaked[others], out[others])
+    assert leaked[poisoned].isnan().all()
+    del tables
+
+
+# ------------------------------------------------------------------------------------------------------- small kernels
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3, 8])
+@pytest.mark.parametrize("hidden", [8, 456, 2880])
+def test_score_gradient_with_bias(hidden: int, top_k: int) -> None:
+    from moekern.backends.cuda import backward_kernels
+
+    tokens, experts, columns = 201, 9, 3
+    ids = torch.randint(-1, experts, (tokens, top_k), device="cuda")
+    ids[ids == 4] = 5  # an expert without rows
+    _, inverse, offsets = reference.plan(ids, experts)
+    dout, bias = normal(tokens, hidden, dtype=BF16), normal(experts, hidden, dtype=BF16)
+    partials = torch.randn(tokens * top_k, columns, device="cuda")
+    partials[offsets[-1] :] = NAN
+    sums = torch.where(ids >= 0, partials[inverse.long()].sum(1).reshape(tokens, top_k), 0)
+    for b in (None, bias):
+        whole, out = guarded(tokens, top_k, dtype=torch.float32)
+        backward_kernels.score_gradient(partials, inverse, offsets, dout, b, top_k, out)
+        assert_guards(whole)
+        products = torch.einsum("th,tkh->tk", dout.float(), bias[ids.clamp(min=0)].float())
+        assert error(out, sums if b is None else sums + torch.where(ids >= 0, products, 0)) <= 1e-5
+
+
+@pytest.mark.parametrize("features", [8, 456, 2880])
+@pytest.mark.parametrize("gather", [False, True])
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_bias_gradient(dtype: torch.dtype, gather: bool, features: int) -> None:
+    from moekern.backends.cuda import backward_kernels
+
+    rows = sum(COUNTS)
+    order, _, offsets = plan_of_counts(COUNTS, 3)
+    source, scores = normal(rows + 3, features, dtype=dtype), torch.rand(rows + 3, 1, device="cuda")
+    values = backward_kernels.Rows(source, order, scores, 1)
+    whole, out = guarded(len(COUNTS), features, dtype=dtype)
+    by_row = source.float()
+    if gather:
+        backward_kernels.bias_gradient(source, values.token, values.score, offsets, out)
+        by_row = (source.float() * scores)[order.long()]
+    else:
+        backward_kernels.bias_gradient(source, None, None, offsets, out)
+    assert_guards(whole)
+    ones = torch.ones(rows + 3, 1, device="cuda")
+    wanted = reference.grouped_mm(ones[:rows], by_row[:rows], offsets, "tn").squeeze(1)
+    assert error(out, wanted) <= ROUNDING[dtype]
+
+
+# ------------------------------------------------------------------------------------------------------ the whole verb
+
+
+def _problem(
+    tokens: int,
+    hidden: int,
+    inter: int,
+    experts: int,
+    top_k: int,
+    dtype: torch.dtype,
+    activation: str = "swiglu",
+    bias: bool = False,
+    transposed: bool = False,
+    interleaved: bool = False,
+    ids: Tensor | None = None,
+    scored: bool = True,
+) -> tuple[tuple, tuple]:
+    """Arguments of experts_backward less ``needs``: tensors, and settings."""
+    columns = inter * (2 if ACTIVATIONS[activation].gated else 1)
+    if ids is None:
+        ids = torch.rand(tokens, experts, device="cuda").argsort(1)[:, :top_k]
+    plan = reference.plan(ids, experts)
+    up = (experts, hidden, columns) if transposed else (experts, columns, hidden)
+    down = (experts, inter, hidden) if transposed else (experts, hidden, inter)
+    x = normal(tokens, hidden, dtype=dtype)
+    scores = torch.rand(tokens, top_k, device="cuda") + 0.1 if scored else None
+    weights = normal(*up, dtype=dtype, scale=1.5 * hidden**-0.5), normal(*down, dtype=dtype, scale=2 * inter**-0.5)
+    biases = (normal(experts, columns, dtype=dtype), normal(experts, hidden, dtype=dtype)) if bias else (None, None)
+    settings = (top_k, activation, transposed, interleaved)
+    _, pre = reference.experts_forward(x, scores, *plan, *weights, *biases, *settings, True)
+    pre[plan[2][-1] :] = NAN
+    return (normal(tokens, hidden, dtype=dtype), x, pre, scores, *plan, *weights, *biases), settings
+
+
+def _kernels(tensors: tuple, settings: tuple, needs: list[bool]) -> tuple[Tensor, ...]:
+    from moekern.backends.cuda import backward
+    from moekern.backends.cuda.configuration import Configuration
+
+    torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty then hands out NaN
+    try:
+        return backward.experts_backward(*tensors, *settings, needs, Configuration("hopper"))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def _double(tensors: tuple) -> tuple:
+    return tuple(t.double() if t is not None and t.is_floating_point() else t for t in tensors)
+
+
+def _check_backward(tensors: tuple, settings: tuple) -> None:
+    needs = [True] * 6
+    ours = _kernels(tensors, settings, needs)
+    truth = reference.experts_backward(*_double(tensors), *settings, needs)
+    plain = reference.experts_backward(*tensors, *settings, needs)
+    present = (tensors[1], tensors[3], *tensors[7:])
+    for name, like, got, exact, torchs in zip(NAMES, present, ours, truth, plain, strict=True):
+        if like is None:
+            assert got.numel() == 0
+            continue
+        allowed = max(2 * error(torchs, exact), torch.finfo(tensors[1].dtype).eps / 2)
+        assert got.shape == like.shape
+        assert got.dtype == like.dtype
+        assert error(got, exact) <= allowed, f"{name}: {error(got, exact):.3g}, allowed {allowed:.3g}"
+    for first, second in zip(ours, _kernels(tensors, settings, needs), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "inter", "experts", "top_k"),
+    [(1, 64, 64, 4, 2), (7, 8, 8, 3, 3), (300, 456, 1408, 60, 4), (1000, 1024, 456, 16, 8), (257, 2880, 2880, 8, 1)],
+)
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_backward_is_as_exact_as_torch(
+    dtype: torch.dtype, tokens: int, hidden: int, inter: int, experts: int, top_k: int
+) -> None:
+    _check_backward(*_problem(tokens, hidden, inter, experts, top_k, dtype))
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "swiglu_oai", "relu2"])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_backward_of_every_layout_with_biases(interleaved: bool, transposed: bool, activation: str) -> None:
+    _check_backward(*_problem(333, 512, 264, 12, 4, BF16, activation, True, transposed, interleaved))
+
+
+@pytest.mark.parametrize("routing", ["sentinels", "only sentinels", "one expert", "1024 experts", "no scores"])
+def test_backward_of_unusual_routing(routing: str) -> None:
+    experts = 1024 if routing == "1024 experts" else 8
+    ids = torch.randint(0, experts, (500, 3), device="cuda")
+    if routing == "sentinels":
+        ids[ids == 2] = -1
+        ids[ids == 5] = experts
+    elif routing == "only sentinels":
+        ids.fill_(-1)
+    elif routing == "one expert":
+        ids.fill_(6)
+    tensors, settings = _problem(500, 256, 136, experts, 3, BF16, bias=True, ids=ids, scored=routing != "no scores")
+    if routing == "no scores":
+        settings_needs = [True, False, True, True, True, True]
+        ours = _kernels(tensors, settings, settings_needs)
+        truth = reference.experts_backward(*_double(tensors), *settings, settings_needs)
+        for got, exact in zip(ours, truth, strict=True):
+            assert got.shape == exact.shape
+            assert got.numel() == 0 or error(got, exact) <= 2e-2
+    else:
+        _check_backward(tensors, settings)
+
+
+@pytest.mark.parametrize("wanted", range(6))
+def test_frozen_inputs_get_nothing_and_change_nothing(wanted: int) -> None:
+    tensors, settings = _problem(200, 256, 136, 8, 3, BF16, bias=True)
+    everything = _kernels(tensors, settings, [True] * 6)
+    only = _kernels(tensors, settings, [i == wanted for i in range(6)])
+    for i, (one, of_all) in enumerate(zip(only, everything, strict=True)):
+        if i != wanted:
+            assert one.numel() == 0
+        elif i == 3:  # the scaled activation comes from torch when nothing else needs it
+            assert error(one, of_all) <= 3e-3
+        else:
+            assert torch.equal(one, of_all)
+
+
+def test_backward_never_synchronises() -> None:
+    tensors, settings = _problem(200, 256, 136, 8, 3, BF16, bias=True)
+    _kernels(tensors, settings, [True] * 6)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        _kernels(tensors, settings, [True] * 6)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_backward_memory() -> None:
+    """Beyond the gradients at most a row gradient, dH, and small tables."""
+    tokens, hidden, inter, experts, top_k = 4096, 1024, 512, 16, 8
+    tensors, settings = _problem(tokens, hidden, inter, experts, top_k, BF16)
+    _kernels(tensors, settings, [True] * 6)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    grads = _kernels(tensors, settings, [True] * 6)
+    peak = torch.cuda.max_memory_allocated() - before
+    own = sum(g.numel() * g.element_size() for g in grads)
+    slots = tokens * top_k
+    assert peak <= own + 2 * slots * hidden + 4 * slots * inter + 64 * slots + (1 << 20)
