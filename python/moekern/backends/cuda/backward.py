@@ -7,6 +7,9 @@ gradients are dH and the larger of A' and the rows of the input gradient.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -14,6 +17,36 @@ from moekern.activations import ACTIVATIONS, split
 from moekern.backends.cuda import backward_kernels as own
 from moekern.backends.cuda import kernels
 from moekern.backends.cuda.configuration import Configuration
+
+# Bytes of a combine under which the events of a second stream cost more than they hide.
+LEAST_BESIDE = 32 << 20
+
+
+def combines_beside(slots: int, hidden: int, top_k: int) -> bool:
+    """Whether the sum over a token's rows runs on a second stream, beside the weight gradient of the up projection."""
+    return top_k in own.BESIDE_TOP_K and 2 * slots * hidden >= LEAST_BESIDE
+
+
+@cache
+def _side_stream(device: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+class _Beside:
+    """A second stream that begins after what the current one holds at entry, and that the current one awaits at exit.
+
+    Memory of the current stream may be used on it: whatever the current stream does next comes after.
+    """
+
+    def __init__(self, device: int):
+        self.main, self.side = torch.cuda.current_stream(device), _side_stream(device)
+
+    def __enter__(self) -> torch.cuda.Stream:
+        self.side.wait_stream(self.main)
+        return self.side
+
+    def __exit__(self, *_: object) -> None:
+        self.main.wait_stream(self.side)
 
 
 def _scaled_activation(pre: Tensor, score: Tensor, activation: str, interleaved: bool) -> Tensor:
@@ -75,14 +108,22 @@ def experts_backward(
     if wanted[5]:
         own.bias_gradient(dout, rows.token, rows.score, offsets, db_down)
     if grad_pre is not None:
+        beside = wanted[0] and wanted[2] and combines_beside(slots, hidden, top_k)
         if wanted[0]:
             grad_rows = x.new_empty((slots, hidden))
             kernels.grouped_mm(
                 grad_pre, w_gate_up, None, grad_rows, tables, not transposed, chosen.stages, chosen.store_rows
             )  # fmt: skip
-            kernels.combine(grad_rows, None, inverse, offsets, dx, top_k)
+            if not beside:
+                kernels.combine(grad_rows, None, inverse, offsets, dx, top_k)
         if wanted[2]:
-            own.wgrad(x, grad_pre, rows.token, offsets, tables, dw_gate_up, p_innermost=not transposed)
+            with _Beside(x.get_device()) if beside else nullcontext() as side:
+                own.wgrad(
+                    x, grad_pre, rows.token, offsets, tables, dw_gate_up, not transposed, 160 if beside else 168
+                )  # fmt: skip
+                if side is not None:
+                    with torch.cuda.stream(side):
+                        own.combine_beside(grad_rows, inverse, offsets, dx, top_k)
         if wanted[4]:
             own.bias_gradient(grad_pre, None, None, offsets, db_gate_up)
     return dx, dscores, dw_gate_up, dw_down, db_gate_up, db_down

@@ -153,3 +153,19 @@ def bias_gradient(
         features, columns,
     )  # fmt: skip
     _launch("rows.cu", "bias_gradient", source, experts * columns, params)
+
+
+BESIDE_TOP_K = (1, 2, 4, 8)
+
+
+def combine_beside(rows: Tensor, inverse: Tensor, offsets: Tensor, out: Tensor, top_k: int) -> None:
+    """``out[t] = sum over k of rows[inverse[t, k]]``, in the registers that :func:`wgrad` with 160 leaves free."""
+    device, (tokens, hidden) = out.get_device(), out.shape
+    macros = (("ELEMENT", ELEMENT[out.dtype]), ("TOP_K", top_k))
+    # The same split of an SM's memory as the GEMM's: blocks that ask for another one cannot share an SM with it.
+    function = _function(device, "combine_beside.cu", "combine_beside", 0, macros, 100)
+    params = struct.pack(
+        "<4Q4i", rows.data_ptr(), inverse.data_ptr(), offsets.data_ptr(), out.data_ptr(),
+        tokens, hidden, offsets.shape[0] - 1, 0,
+    )  # fmt: skip
+    _core.cuda_launch(function, device, multiprocessors(device), 128, 0, _stream(device), [], params)

@@ -37,13 +37,20 @@ def multiprocessors(device: int) -> int:
 
 
 @cache
-def _function(device: int, file: str, name: str, shared: int, macros: tuple[tuple[str, int | str], ...]) -> int:
+def _function(
+    device: int,
+    file: str,
+    name: str,
+    shared: int,
+    macros: tuple[tuple[str, int | str], ...],
+    carve_out: int | None = None,
+) -> int:
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"the kernel {name} is used for the first time while a CUDA graph is being captured, where nothing can be "
             "loaded: run the layer once with these shapes and dtype before the capture"
         )
-    return loader.load(loader.KernelSource.of(file, dict(macros)), name, device, shared).handle
+    return loader.load(loader.KernelSource.of(file, dict(macros)), name, device, shared, carve_out).handle
 
 
 def _stream(device: int) -> int:

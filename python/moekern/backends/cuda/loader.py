@@ -196,11 +196,12 @@ _kernels: dict[tuple[int, KernelSource, str], Kernel] = {}
 _lock = threading.Lock()
 
 
-def load(source: KernelSource, name: str, device: int, shared_bytes: int = 0) -> Kernel:
+def load(source: KernelSource, name: str, device: int, shared_bytes: int = 0, carve_out: int | None = None) -> Kernel:
     """The kernel `name` of a variant on a device, compiled and loaded on first use.
 
-    `shared_bytes` is the dynamic shared memory it will be launched with. Must not run for the first time while a CUDA
-    graph is being captured: loading a module is not allowed there.
+    `shared_bytes` is the dynamic shared memory it will be launched with; `carve_out` the percentage of an SM's memory
+    that should be shared memory although the kernel itself uses less (to run beside one that does). Must not run for
+    the first time while a CUDA graph is being captured: loading a module is not allowed there.
     """
     key = (device, source, name)
     kernel = _kernels.get(key)
@@ -218,6 +219,8 @@ def load(source: KernelSource, name: str, device: int, shared_bytes: int = 0) ->
                 function = module.get_function(name)
                 if shared_bytes > 48 * 1024:
                     function.max_dynamic_shared_size_bytes = shared_bytes
+                if carve_out is not None:
+                    function.preferred_shared_memory_carveout = carve_out
                 handle = int(function.kernel.ptr)
         except Exception as error:
             raise KernelError(f"cannot load {source} on device {device}: {error}") from error
