@@ -2,42 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shlex
 import subprocess
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from moekern import _core, machine
+
 PACKAGES = ("moekern", "torch", "numpy", "cupy-cuda12x", "cupy-cuda13x", "transformers")
-
-
-def cpu_model() -> str:
-    """Name of the processor as the kernel gives it; the machine type where there is no /proc/cpuinfo."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on: fewer than the machine's in a container."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def installed_versions() -> dict[str, str]:
-    """Versions of the packages that a figure depends on, as far as they are installed."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def commit() -> str:
@@ -51,32 +26,26 @@ def commit() -> str:
     return head.strip() + ("+" if changed else "")
 
 
-def machine() -> dict[str, Any]:
+def facts() -> dict[str, Any]:
     """Everything about this machine that a reader of a figure needs to compare it with another."""
-    facts: dict[str, Any] = {
-        "cpu": cpu_model(),
-        "cores": usable_cores(),
+    versions = {name: machine.package_version(name) for name in PACKAGES}
+    return {
+        "cpu": machine.cpu_name(),
+        "cpu_features": machine.cpu_features(),
+        "cpu_isa": _core.cpu_isa(),
+        "cores": machine.usable_cores(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "packages": installed_versions(),
+        "packages": {name: version for name, version in versions.items() if version},
         "commit": commit(),
+        **({"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda} if torch.cuda.is_available() else {}),
     }
-    try:
-        from moekern import _core
-
-        facts["cpu_isa"] = _core.cpu_isa()
-    except (ImportError, AttributeError):
-        facts["cpu_isa"] = "unknown"
-    if torch.cuda.is_available():
-        facts["gpu"] = torch.cuda.get_device_name()
-        facts["cuda"] = torch.version.cuda
-    return facts
 
 
 def pytest_benchmark_generate_machine_info(config: Any) -> dict[str, Any]:
     """Replaces pytest-benchmark's own description, which names the host but not the cores or the versions."""
-    return {**machine(), "command": " ".join(["python -m pytest", *map(shlex.quote, config.invocation_params.args)])}
+    return {**facts(), "command": " ".join(["python -m pytest", *map(shlex.quote, config.invocation_params.args)])}
 
 
 def pytest_benchmark_update_json(config: Any, benchmarks: Any, output_json: dict[str, Any]) -> None:
