@@ -1,0 +1,160 @@
+"""The compiled part: Rust behind raw addresses. Internal; the wrappers in Python hold the documentation of the verbs.
+
+Tensors come as the address of their first element, contiguous, with the sizes they have; 0 stands for an absent tensor.
+Callers have checked shapes, dtypes and devices: sizes that cannot be are refused here with ValueError, but addresses
+are trusted. Dtype codes: 0 float32, 1 float64, 2 bfloat16, 3 float16. Long work releases the interpreter lock.
+"""
+
+from collections.abc import Sequence
+
+def plan(
+    ids: int, id_type: int, slots: int, experts: int, order: int, inverse: int, offsets: int, threads: int
+) -> None:
+    """Sort ``ids[slots]`` into int32 ``order[slots]``, ``inverse[slots]``, ``offsets[experts + 1]``.
+
+    ``id_type``: 0 uint8, 1 uint16, 2 int32, 3 int64.
+    """
+
+def tiles(offsets: int, experts: int, height: int, longest_first: bool, out: int, capacity: int) -> int:
+    """Write int32 ``out[capacity, 3]``, rows of (expert, first row, rows); return how many."""
+
+def plan_stats(offsets: int, experts: int) -> tuple[int, float, float, int]:
+    """Largest load, mean load, entropy in nats, experts without slots."""
+
+def permute(
+    dtype: int,
+    threads: int,
+    tokens: int,
+    hidden: int,
+    top_k: int,
+    experts: int,
+    x: int,
+    inverse: int,
+    offsets: int,
+    out: int,
+) -> None:
+    """Copy ``x[tokens, hidden]`` to the rows ``out[tokens * top_k, hidden]``; zeros for sentinels."""
+
+def combine(
+    dtype: int,
+    threads: int,
+    tokens: int,
+    hidden: int,
+    top_k: int,
+    experts: int,
+    y: int,
+    weights: int,
+    inverse: int,
+    offsets: int,
+    out: int,
+) -> None:
+    """Sum the rows of ``y[tokens * top_k, hidden]`` into ``out[tokens, hidden]``.
+
+    ``weights[tokens, top_k]`` is float32 (float64 with float64 rows), or 0 for ones.
+    """
+
+def combine_backward(
+    dtype: int,
+    threads: int,
+    tokens: int,
+    hidden: int,
+    top_k: int,
+    experts: int,
+    dout: int,
+    y: int,
+    weights: int,
+    inverse: int,
+    offsets: int,
+    dy: int,
+    dweights: int,
+) -> None:
+    """The gradients of ``combine``; those whose address is 0 are not wanted. Without ``dweights``, ``y`` may be 0."""
+
+def experts_forward(
+    dtype: int,
+    threads: int,
+    tokens: int,
+    hidden: int,
+    inter: int,
+    experts: int,
+    top_k: int,
+    activation: int,
+    transposed: bool,
+    interleaved: bool,
+    x: int,
+    scores: int,
+    order: int,
+    inverse: int,
+    offsets: int,
+    w_gate_up: int,
+    w_down: int,
+    b_gate_up: int,
+    b_down: int,
+    pre: int,
+    out: int,
+) -> None:
+    """Write ``out[tokens, hidden]`` and, unless 0, the pre-activation ``pre[slots, features]``."""
+
+def experts_backward(
+    dtype: int,
+    threads: int,
+    tokens: int,
+    hidden: int,
+    inter: int,
+    experts: int,
+    top_k: int,
+    activation: int,
+    transposed: bool,
+    interleaved: bool,
+    dout: int,
+    x: int,
+    pre: int,
+    scores: int,
+    order: int,
+    inverse: int,
+    offsets: int,
+    w_gate_up: int,
+    w_down: int,
+    b_gate_up: int,
+    b_down: int,
+    dx: int,
+    dscores: int,
+    dw_gate_up: int,
+    dw_down: int,
+    db_gate_up: int,
+    db_down: int,
+) -> None:
+    """Write the gradients whose address is not 0; work for the others is skipped."""
+
+def grouped_mm(
+    dtype: int,
+    threads: int,
+    kind: int,
+    experts: int,
+    rows: int,
+    k: int,
+    n: int,
+    a: int,
+    b: int,
+    offsets: int,
+    out: int,
+) -> None:
+    """Grouped product: ``kind`` 0 ``a b[e]^T``, 1 ``a b[e]``, 2 ``a_e^T b_e``."""
+
+def cpu_isa() -> str:
+    """The instruction set in use: scalar, avx2, avx512 or avx512bf16. ValueError if the one requested is lacking."""
+
+def cuda_launch(
+    function: int,
+    device: int,
+    grid: int,
+    block: int,
+    shared: int,
+    stream: int,
+    maps: Sequence[tuple[int, int, Sequence[int], Sequence[int], Sequence[int]]],
+    params: bytes,
+) -> None:
+    """Launch a kernel with tensor maps (data type, address, sizes, strides in bytes, box) and a structure.
+
+    RuntimeError without a CUDA driver, or with what the driver reports.
+    """
