@@ -24,7 +24,7 @@
 constexpr int FEATURES = 128, ROWS = 256;  // of a block
 constexpr u32 WEIGHT_BYTES = FEATURES * 128;
 constexpr u32 BLOCK_BYTES = 8192;
-constexpr int TAIL_ROWS = 32;  // boxes and N classes of a tile with fewer than 256 rows
+constexpr int TAIL_ROWS = 32;  // box of a tile with fewer than 256 rows
 
 struct Params {
   const int4* table;
@@ -41,6 +41,9 @@ struct Shape {
   static constexpr int STAGES = RING_STAGES;
   static constexpr u32 STAGE_BYTES = WEIGHT_BYTES + ROWS * 128, B_OFFSET = WEIGHT_BYTES;
   static constexpr int BLOCKS = 1, WIDTH = ROWS, STEP = TAIL_ROWS;
+  // 32, 64, 128, 160, 176 … 256: an expert split evenly has tiles of 129 rows and more, near 256 if it has many; each class
+  // takes half a second to compile.
+  static DEVICE constexpr int wider(int n) { return n == 32 ? 64 : n == 64 ? 128 : n == 128 ? 160 : n + 16; }
   static constexpr bool A_MN_MAJOR = TRANSPOSED, B_MN_MAJOR = false, GATHERED = false;
 };
 

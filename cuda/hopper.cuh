@@ -231,16 +231,15 @@ struct F16 {
 #define COPY_16 "cp.async.cg.shared.global.L2::256B "
 
 // Eight 16-byte copies back to back, destinations `Step` bytes apart. One asm block, because a copy keeps its address
-// registers busy until the memory pipe has read them: with eight distinct register pairs, computed before the slot is
-// waited for, the eight issue in a row; written one by one the compiler recycles four pairs and each waits (8-11 % of
-// the up projection).
-template <int Step> DEVICE void copy_8_rows(u32 target, const u8* const (&row)[8], u64 offset) {
+// registers busy until the memory pipe has read them: with eight register pairs, computed before the slot is waited for,
+// the eight issue in a row; written one by one the compiler recycles a few pairs and each copy waits (8-11 % of the up
+// projection). Look at the SASS after every change near a use of it: the LDGSTS must name distinct registers.
+template <int Step> DEVICE void copy_8_rows(u32 target, const u8* const (&row)[8]) {
   asm volatile(COPY_16 "[%0], [%1], 16;\n" COPY_16 "[%0+%9], [%2], 16;\n" COPY_16 "[%0+%10], [%3], 16;\n" COPY_16
                        "[%0+%11], [%4], 16;\n" COPY_16 "[%0+%12], [%5], 16;\n" COPY_16 "[%0+%13], [%6], 16;\n" COPY_16
                        "[%0+%14], [%7], 16;\n" COPY_16 "[%0+%15], [%8], 16;" ::"r"(target),
-               "l"(row[0] + offset), "l"(row[1] + offset), "l"(row[2] + offset), "l"(row[3] + offset), "l"(row[4] + offset),
-               "l"(row[5] + offset), "l"(row[6] + offset), "l"(row[7] + offset), "n"(Step), "n"(2 * Step), "n"(3 * Step), "n"(4 * Step),
-               "n"(5 * Step), "n"(6 * Step), "n"(7 * Step)
+               "l"(row[0]), "l"(row[1]), "l"(row[2]), "l"(row[3]), "l"(row[4]), "l"(row[5]), "l"(row[6]), "l"(row[7]), "n"(Step),
+               "n"(2 * Step), "n"(3 * Step), "n"(4 * Step), "n"(5 * Step), "n"(6 * Step), "n"(7 * Step)
                : "memory");
 }
 

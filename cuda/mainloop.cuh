@@ -9,6 +9,7 @@
 //   BLOCKS             m64 tiles of a consumer warpgroup; each is 8192 bytes of operand A
 //   WIDTH              most tokens (N) of a tile
 //   STEP               N classes are STEP, 2 STEP … WIDTH: a short tile runs the narrowest class that holds it
+//   wider(n)           optional: the class after n, where equal steps would be too many to compile
 //   A_MN_MAJOR, B_MN_MAJOR   operand rows run along k in memory (imm-trans 1) instead of along features / tokens
 //   GATHERED           part of a stage is written by cp.async, so a proxy fence precedes the wgmma that reads it
 //
@@ -64,6 +65,9 @@ DEVICE void multiply(Accumulators<Shape>& sums, Pipeline& pipe, u32 a_offset, in
   }
 }
 
+template <class Shape> DEVICE constexpr auto next_class(int n, int) -> decltype(Shape::wider(n)) { return Shape::wider(n); }
+template <class Shape> DEVICE constexpr int next_class(int n, long) { return n + Shape::STEP; }
+
 // The same for a run-time number of columns: the whole k loop is inside the class, so the choice costs one branch a tile.
 template <class Shape, int N = Shape::STEP>
 DEVICE void multiply_class(int columns, Accumulators<Shape>& sums, Pipeline& pipe, u32 a_offset, int k_blocks) {
@@ -73,7 +77,7 @@ DEVICE void multiply_class(int columns, Accumulators<Shape>& sums, Pipeline& pip
     if (columns <= N)
       multiply<Shape, N>(sums, pipe, a_offset, k_blocks);
     else
-      multiply_class<Shape, N + Shape::STEP>(columns, sums, pipe, a_offset, k_blocks);
+      multiply_class<Shape, next_class<Shape>(N, 0)>(columns, sums, pipe, a_offset, k_blocks);
   }
 }
 
@@ -81,18 +85,9 @@ DEVICE void multiply_class(int columns, Accumulators<Shape>& sums, Pipeline& pip
 // 16 w … 16 w + 15; a thread has rows lane / 4 and lane / 4 + 8 of them, and of every 8 columns the two at 2 (lane % 4):
 // sums[4 j], [4 j + 1] in the first row, [4 j + 2], [4 j + 3] in the second, for columns 8 j ….
 
-// With BIAS its two rows get their bias; without, no zero is added: 128 additions a tile and thread are 1 % of a short one.
-#ifdef BIAS
-constexpr bool ADDS_BIAS = BIAS;
-#else
-constexpr bool ADDS_BIAS = false;
-#endif
-DEVICE float biased(float sum, float bias) { return ADDS_BIAS ? sum + bias : sum; }
-
 // Writes 16 columns (j, j + 1 of the above) as 16 token rows of 16 features into a [tokens][64 features] tile, swizzled.
-template <class Element> DEVICE void store_token_rows(u32 tile, int column, u32 warp, u32 lane, const float* s, float low, float high) {
+template <class Element> DEVICE void store_token_rows(u32 tile, int column, u32 warp, u32 lane, const float* sums, float low, float high) {
   const u32 token = column + (lane & 7) + ((lane >> 4) << 3), chunk = warp * 2 + ((lane >> 3) & 1);
-  store_matrices_transposed(tile + swizzled(token, chunk), Element::pack(biased(s[0], low), biased(s[1], low)),
-                            Element::pack(biased(s[2], high), biased(s[3], high)), Element::pack(biased(s[4], low), biased(s[5], low)),
-                            Element::pack(biased(s[6], high), biased(s[7], high)));
+  store_matrices_transposed(tile + swizzled(token, chunk), Element::pack(sums[0] + low, sums[1] + low), Element::pack(sums[2] + high, sums[3] + high),
+                            Element::pack(sums[4] + low, sums[5] + low), Element::pack(sums[6] + high, sums[7] + high));
 }

@@ -21,7 +21,7 @@ struct PlanParams {
 static_assert(sizeof(PlanParams) == 64, "filled by the launcher");
 
 constexpr int WARPS = 32, THREADS = 1024;
-constexpr int PER_THREAD = 4;
+constexpr int PER_THREAD = 2;
 constexpr int PASS = THREADS * PER_THREAD;  // slots ranked at once
 constexpr u32 ALL = 0xffffffffu;
 
@@ -97,6 +97,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) plan_scatter(const __grid_
     for (int item = thread; item < groups * buckets; item += THREADS) {
       const int b = item % buckets, group = item / buckets;
       int all = 0, before = 0;
+#pragma unroll 8
       for (int chunk = group; chunk < p.chunks; chunk += groups) {
         const int count = __ldg(p.counts + chunk * buckets + b);
         all += count;
@@ -121,7 +122,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) plan_scatter(const __grid_
   for (int base = first; base < end; base += PASS) {
     for (int i = thread; i < WARPS * buckets; i += THREADS) warps[i] = 0;
     __syncthreads();
-    // Warp w ranks the slots base + 128 w …, 32 at a time, in order.
+    // Warp w ranks the slots base + 64 w …, 32 at a time, in order.
     int bucket[PER_THREAD], rank[PER_THREAD];
     int* own = warps + warp * buckets;
 #pragma unroll

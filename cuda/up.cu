@@ -25,26 +25,6 @@ constexpr u32 FULL = BARRIERS, EMPTY = FULL + Shape::STAGES * 8, HANDED = EMPTY 
 constexpr u32 RING_AT = (TAKEN + 8 + 15) / 16 * 16;
 static_assert(RING_AT + RING_BYTES + 1024 <= SHARED_BYTES, "the launch reserves SHARED_BYTES");
 
-DEVICE void gather_rows(const Params& p, const TensorMap* weights, Pipeline pipe, TileReader tiles, u32 rank) {
-  const u32 thread = threadIdx.x;
-  const int k_blocks = (p.hidden + 63) / 64;
-  Gather gather;
-  gather.begin(p, thread);
-  Tile tile;
-  while (tiles.next(tile)) {
-    const UpTile own = own_part(tile, rank);
-    gather.begin_tile(p, own, thread);
-    for (int block = 0; block < k_blocks; block++) {
-      pipe.wait_empty();
-      const u32 stage = pipe.address<Shape>(), full = pipe.full_barrier();
-      gather.copy(stage, block);
-      if (thread == 0) load_weights(stage, weights, full, own, block * 64, rank);
-      barrier_arrive_after_copies(full);
-      pipe.advance<Shape>();
-    }
-  }
-}
-
 DEVICE void consume(const Params& p, Pipeline pipe, TileReader tiles, u32 rank, u32 warpgroup, u32 hand_off, u32 handed, u32 taken) {
   const u32 lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3;
   const int k_blocks = (p.hidden + 63) / 64;
@@ -162,7 +142,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(512, 1)
   cluster_sync();
   if (warpgroup == 0) {
     give_registers<56>();
-    gather_rows(p, &weights, pipe, tiles, rank);
+    gather_rows<Shape, true>(p, &weights, pipe, tiles, rank);
     __syncwarp();
   } else if (warpgroup == 3) {
     give_registers<120>();

@@ -87,13 +87,12 @@ DEVICE void load_weights(u32 stage, const TensorMap* map, u32 barrier, const UpT
 // a token. All addresses of a tile are made before its first stage is waited for (see copy_8_rows).
 struct Gather {
   const u8* row[8];
-  u32 target;   // within the stage
+  u32 target;  // within the stage
   int chunk, groups, whole_blocks, tail_bytes;
 
   DEVICE void begin(const Params& p, u32 thread) {
     chunk = thread & 7;
-    const u32 lane_row = thread >> 3;
-    target = WEIGHT_BYTES + swizzled(lane_row, chunk);
+    target = WEIGHT_BYTES + swizzled(thread >> 3, chunk);
     whole_blocks = p.hidden / 64;
     tail_bytes = whole_blocks * 64 + chunk * 8 < p.hidden ? 16 : 0;  // H is a multiple of 8: a chunk is in or out
   }
@@ -110,25 +109,49 @@ struct Gather {
     }
   }
 
-  DEVICE void copy(u32 stage, int block) const {
+  // The pointers advance in place after the copies: a sum made for each copy would go through recycled registers.
+  DEVICE void copy(u32 stage, int block) {
     const u32 to = stage + target;
-    const u64 offset = (u64)block * 128;
     if (block < whole_blocks) {
       if (groups == 8) {
-        copy_8_rows<2048>(to, row, offset);
+        copy_8_rows<2048>(to, row);
       } else {
 #pragma unroll
         for (int i = 0; i < 8; i++)
-          if (i < groups) copy_16(to + i * 2048, row[i] + offset);
+          if (i < groups) copy_16(to + i * 2048, row[i]);
       }
+#pragma unroll
+      for (int i = 0; i < 8; i++) row[i] += 128;
     } else {  // the last k block of an H that is no multiple of 64: zeros, whatever follows the row in memory
-      const u64 readable = tail_bytes ? offset : 0;
+      const int back = tail_bytes ? 0 : chunk * 16;
 #pragma unroll
       for (int i = 0; i < 8; i++)
-        if (i < groups) copy_16_or_zero(to + i * 2048, row[i] + readable, tail_bytes);
+        if (i < groups) copy_16_or_zero(to + i * 2048, row[i] - back, tail_bytes);
     }
   }
 };
+
+// The gathering warpgroup; where LoadsWeights, thread 0 starts the weights' copies too.
+template <class Shape, bool LoadsWeights>
+DEVICE void gather_rows(const Params& p, const TensorMap* weights, Pipeline pipe, TileReader tiles, u32 rank) {
+  const u32 thread = threadIdx.x;
+  const int k_blocks = (p.hidden + 63) / 64;
+  Gather gather;
+  gather.begin(p, thread);
+  Tile tile;
+  while (tiles.next(tile)) {
+    const UpTile own = own_part(tile, rank);
+    gather.begin_tile(p, own, thread);
+    for (int block = 0; block < k_blocks; block++) {
+      pipe.wait_empty();
+      const u32 stage = pipe.address<Shape>(), full = pipe.full_barrier();
+      gather.copy(stage, block);
+      if (LoadsWeights && thread == 0) load_weights(stage, weights, full, own, block * 64, rank);
+      barrier_arrive_after_copies(full);
+      pipe.advance<Shape>();
+    }
+  }
+}
 
 // The biases of the two feature rows a consumer thread holds in each of its two m64 tiles.
 struct BiasRows {

@@ -136,7 +136,8 @@ impl Driver {
         Ok(())
     }
 
-    fn encode(&self, MapDescription(element, pointer, dims, strides, extent): &MapDescription) -> PyResult<TensorMap> {
+    fn encode(&self, description: &MapDescription, pointer: u64) -> PyResult<TensorMap> {
+        let MapDescription(element, _, dims, strides, extent) = description;
         let rank = dims.len();
         if !RANKS.contains(&rank) || strides.len() != rank - 1 || extent.len() != rank {
             return Err(PyValueError::new_err(format!(
@@ -153,7 +154,7 @@ impl Driver {
                 &mut map,
                 *element as c_int,
                 rank as c_uint,
-                *pointer,
+                pointer,
                 dims.as_ptr(),
                 strides.as_ptr(),
                 extent.as_ptr(),
@@ -171,6 +172,52 @@ impl Driver {
     }
 }
 
+/// What to launch, less its arguments.
+struct LaunchShape {
+    function: u64,
+    grid: u32,
+    block: u32,
+    shared: u32,
+}
+
+impl Driver {
+    fn launch(&self, shape: &LaunchShape, stream: u64, maps: &mut [TensorMap], params: &[u8]) -> PyResult<()> {
+        let mut arguments = [std::ptr::null_mut::<c_void>(); MOST_MAPS + 1];
+        for (argument, map) in arguments.iter_mut().zip(maps.iter_mut()) {
+            *argument = (&raw mut *map).cast();
+        }
+        arguments[maps.len()] = params.as_ptr().cast_mut().cast();
+        // SAFETY: the caller passes a loaded function of this device whose parameters are these maps and this structure;
+        // the driver copies them before it returns.
+        let result = unsafe {
+            (self.launch_kernel)(
+                shape.function,
+                shape.grid,
+                1,
+                1,
+                shape.block,
+                1,
+                1,
+                shape.shared,
+                stream,
+                arguments.as_mut_ptr(),
+                std::ptr::null_mut(),
+            )
+        };
+        self.check(result, || {
+            let LaunchShape { grid, block, shared, .. } = shape;
+            format!("launch of {grid} blocks of {block} threads with {shared} bytes of shared memory")
+        })
+    }
+}
+
+fn check_map_count(count: usize) -> PyResult<()> {
+    if count > MOST_MAPS {
+        return Err(PyValueError::new_err(format!("got {count} tensor maps; at most {MOST_MAPS} are accepted")));
+    }
+    Ok(())
+}
+
 /// Encodes the maps and launches `function` on `stream` with the maps and `params` as its arguments.
 #[pyfunction]
 #[allow(clippy::too_many_arguments)]
@@ -185,38 +232,108 @@ fn cuda_launch(
     params: &[u8],
 ) -> PyResult<()> {
     let driver = Driver::get()?;
-    if maps.len() > MOST_MAPS {
-        return Err(PyValueError::new_err(format!("got {} tensor maps; at most {MOST_MAPS} are accepted", maps.len())));
-    }
+    check_map_count(maps.len())?;
     driver.ensure_context(device)?;
     let mut encoded = [TensorMap([0; 16]); MOST_MAPS];
-    let mut arguments = [std::ptr::null_mut::<c_void>(); MOST_MAPS + 1];
-    for (index, description) in maps.iter().enumerate() {
-        encoded[index] = driver.encode(description)?;
-        arguments[index] = (&raw mut encoded[index]).cast();
+    for (target, description) in encoded.iter_mut().zip(&maps) {
+        *target = driver.encode(description, description.1)?;
     }
-    arguments[maps.len()] = params.as_ptr().cast_mut().cast();
-    // SAFETY: the caller passes a loaded function of this device whose parameters are these maps and this structure; the
-    // driver copies them before it returns.
-    let result = unsafe {
-        (driver.launch_kernel)(
-            function,
-            grid,
-            1,
-            1,
-            block,
-            1,
-            1,
-            shared,
-            stream,
-            arguments.as_mut_ptr(),
-            std::ptr::null_mut(),
-        )
-    };
-    driver.check(result, || format!("launch of {grid} blocks of {block} threads with {shared} bytes of shared memory"))
+    driver.launch(&LaunchShape { function, grid, block, shared }, stream, &mut encoded[..maps.len()], params)
+}
+
+/// An address of a recorded launch: which of the replay's addresses, and how many bytes further.
+struct Relocation {
+    place: usize,
+    offset: i64,
+}
+
+impl Relocation {
+    fn resolve(&self, addresses: &[u64]) -> u64 {
+        addresses[self.place].wrapping_add_signed(self.offset)
+    }
+}
+
+struct RecordedLaunch {
+    shape: LaunchShape,
+    maps: Vec<(MapDescription, Relocation)>,
+    params: Vec<u8>,
+    /// Byte offsets of addresses in `params`.
+    pointers: Vec<(usize, Relocation)>,
+}
+
+/// Element type, place, offset, dimensions, strides, box.
+type RecordedMap = (u32, usize, i64, Vec<u64>, Vec<u64>, Vec<u32>);
+/// Function, grid, block, shared memory, maps, parameters, and (byte offset, place, offset) of the addresses in them.
+type Recorded = (u64, u32, u32, u32, Vec<RecordedMap>, Vec<u8>, Vec<(usize, usize, i64)>);
+
+/// The launches of a verb, recorded for its sizes, to be replayed with the addresses of any tensors of these sizes.
+#[pyclass(frozen)]
+struct CudaProgram {
+    device: i32,
+    launches: Vec<RecordedLaunch>,
+    places: usize,
+}
+
+#[pymethods]
+impl CudaProgram {
+    #[new]
+    fn new(device: i32, launches: Vec<Recorded>) -> PyResult<CudaProgram> {
+        let mut places = 0;
+        let mut relocation = |place: usize, offset: i64| {
+            places = places.max(place + 1);
+            Relocation { place, offset }
+        };
+        let mut recorded = Vec::with_capacity(launches.len());
+        for (function, grid, block, shared, maps, params, pointers) in launches {
+            check_map_count(maps.len())?;
+            if let Some((at, ..)) = pointers.iter().find(|(at, ..)| at + 8 > params.len()) {
+                return Err(PyValueError::new_err(format!("an address at byte {at} of {} bytes", params.len())));
+            }
+            recorded.push(RecordedLaunch {
+                shape: LaunchShape { function, grid, block, shared },
+                maps: maps
+                    .into_iter()
+                    .map(|(element, place, offset, dims, strides, extent)| {
+                        (MapDescription(element, 0, dims, strides, extent), relocation(place, offset))
+                    })
+                    .collect(),
+                params,
+                pointers: pointers.into_iter().map(|(at, place, offset)| (at, relocation(place, offset))).collect(),
+            });
+        }
+        Ok(CudaProgram { device, launches: recorded, places })
+    }
+
+    /// Launches everything on `stream`, in order.
+    fn replay(&self, stream: u64, addresses: Vec<u64>) -> PyResult<()> {
+        if addresses.len() < self.places {
+            return Err(PyValueError::new_err(format!(
+                "got {} addresses; {} are needed",
+                addresses.len(),
+                self.places
+            )));
+        }
+        let driver = Driver::get()?;
+        driver.ensure_context(self.device)?;
+        let mut encoded = [TensorMap([0; 16]); MOST_MAPS];
+        let mut params = Vec::new();
+        for launch in &self.launches {
+            for (target, (description, base)) in encoded.iter_mut().zip(&launch.maps) {
+                *target = driver.encode(description, base.resolve(&addresses))?;
+            }
+            params.clear();
+            params.extend_from_slice(&launch.params);
+            for (at, address) in &launch.pointers {
+                params[*at..*at + 8].copy_from_slice(&address.resolve(&addresses).to_le_bytes());
+            }
+            driver.launch(&launch.shape, stream, &mut encoded[..launch.maps.len()], &params)?;
+        }
+        Ok(())
+    }
 }
 
 /// Adds this file's functions to the module.
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_class::<CudaProgram>()?;
     module.add_function(wrap_pyfunction!(cuda_launch, module)?)
 }

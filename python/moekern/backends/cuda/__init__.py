@@ -40,10 +40,9 @@ def plan(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     chosen = _choose(torch.bfloat16, _capability(topk_ids.get_device()), 0, num_experts, 8, 8, True)
     if topk_ids.numel() == 0 or chosen.path == "torch":
         return torch_path.plan(topk_ids, num_experts)
-    from moekern.backends.cuda import kernels
+    from moekern.backends.cuda import forward
 
-    with torch.cuda.device(topk_ids.device):
-        return kernels.plan(topk_ids, num_experts)
+    return forward.plan(topk_ids, num_experts)
 
 
 def experts_forward(
@@ -66,28 +65,18 @@ def experts_forward(
     slots, experts = order.shape[0], w_gate_up.shape[0]
     hidden, pre_columns = x.shape[1], w_gate_up.shape[2 if transposed else 1]
     inter = pre_columns // 2 if ACTIVATIONS[activation].gated else pre_columns
-    aligned = _aligned(x, w_gate_up, w_down)
-    chosen = _configuration(x, slots, experts, hidden, inter, aligned)
-    if chosen.path == "torch":
+    chosen = _configuration(x, slots, experts, hidden, inter, _aligned(x, w_gate_up, w_down))
+    if chosen.path == "torch" or not (slots and hidden and inter):
         return torch_path.experts_forward(
             x, scores, order, inverse, offsets, w_gate_up, w_down, b_gate_up, b_down,
             top_k, activation, transposed, interleaved, save,
         )  # fmt: skip
-    from moekern.backends.cuda import kernels
+    from moekern.backends.cuda import forward
 
-    out = torch.empty_like(x)
-    pre = x.new_empty((slots, pre_columns)) if save else None
-    if slots and hidden and inter:
-        with torch.cuda.device(x.device):
-            tables = kernels.Tables(offsets, slots)
-            activated = x.new_empty((slots, inter))
-            kernels.up(
-                x, order, w_gate_up, b_gate_up, activated, pre, tables, top_k, activation, transposed, interleaved
-            )  # fmt: skip
-            rows = x.new_empty((slots, hidden))
-            kernels.grouped_mm(activated, w_down, b_down, rows, tables, transposed, chosen.stages, chosen.store_rows)
-            kernels.combine(rows, scores, inverse, offsets, out, top_k)
-    return out, x.new_empty(0) if pre is None else pre
+    return forward.experts_forward(
+        x, scores, order, inverse, offsets, w_gate_up, w_down, b_gate_up, b_down,
+        top_k, activation, transposed, interleaved, save, chosen,
+    )  # fmt: skip
 
 
 def experts_backward(

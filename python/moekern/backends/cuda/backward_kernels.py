@@ -18,12 +18,12 @@ from moekern.backends.cuda.kernels import (
     MAP_ELEMENT,
     MOST_ROWS,
     RAGGED,
-    Map,
     Tables,
     _function,
     _stream,
     multiprocessors,
 )
+from moekern.backends.cuda.program import Map
 
 DH_SHARED = 230912
 WGRAD_SHARED = 214528

@@ -5,7 +5,6 @@ Nothing is tuned at run time, and nothing depends on the routing, which the host
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +18,7 @@ class Configuration:
     """The choice for one verb on one device; `reason` says why the torch path was chosen, and is empty otherwise."""
 
     path: str  # "hopper" or "torch"
+    few_rows: bool = False  # an expert has few rows on average: the up projection's form for that, in inference
     stages: int = 3  # of the down projection's pipeline
     store_rows: int = 256  # rows of one of its stores
     reason: str = ""
@@ -26,7 +26,8 @@ class Configuration:
     def __str__(self) -> str:
         if self.path == "torch":
             return f"torch ({self.reason})"
-        return f"hopper: down projection with {self.stages} stages, stores of {self.store_rows} rows"
+        up = "the consumers' epilogue unless it saves" if self.few_rows else "an epilogue warpgroup"
+        return f"hopper: up with {up}; down with {self.stages} stages, stores of {self.store_rows} rows"
 
 
 def choose(
@@ -52,8 +53,6 @@ def choose(
     if capability != (9, 0):
         found = ".".join(map(str, capability))
         return Configuration("torch", reason=f"kernels exist for compute capability 9.0 (Hopper), this GPU has {found}")
-    if os.environ.get("MOEKERN_HOPPER") != "1":
-        return Configuration("torch", reason="the Hopper kernels are not enabled yet")
     if hidden % 8 or inter % 8:
         return Configuration(
             "torch", reason=f"the Hopper kernels need multiples of 8, not sizes of {hidden} and {inter}"
@@ -61,5 +60,5 @@ def choose(
     if not aligned:
         return Configuration("torch", reason="the Hopper kernels need tensors that start at multiples of 16 bytes")
     if slots < FEW_ROWS * experts:
-        return Configuration("hopper", stages=4, store_rows=128)
+        return Configuration("hopper", few_rows=True, stages=4, store_rows=128)
     return Configuration("hopper")

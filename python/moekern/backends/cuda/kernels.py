@@ -12,18 +12,16 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from moekern import _core  # type: ignore[attr-defined]
 from moekern.activations import ACTIVATIONS
 from moekern.backends.cuda import loader
-
-Map = tuple[int, int, tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+from moekern.backends.cuda.program import Map, launch
 
 ELEMENT = {torch.bfloat16: "Bf16", torch.float16: "F16"}
 MAP_ELEMENT = {torch.bfloat16: 9, torch.float16: 6}  # CU_TENSOR_MAP_DATA_TYPE_*
 ID_TYPE = {torch.uint8: 0, torch.uint16: 1, torch.int32: 2, torch.int64: 3}
 RAGGED = 1 << 30  # hopper.cuh
 MOST_ROWS = (1 << 31) - 1
-UP_SHARED = 214528
+UP_SHARED, UP_FEW_SHARED = 214528, 230912
 GROUPED_SHARED = {3: 214528, 4: 230912}
 TILE_ROWS = 256
 COUNTERS = 8
@@ -64,8 +62,7 @@ def _ragged(base: int, row_bytes: int) -> int:
 
 # ------------------------------------------------------------------------------------------------------------ planner
 
-PASS_SLOTS = 4096  # plan.cu ranks so many slots at once
-ONE_BLOCK_SLOTS = 8192  # up to here one launch of one block
+ONE_BLOCK_SLOTS = 4096  # up to here one launch of one block
 MOST_CHUNKS = 128
 
 
@@ -77,43 +74,52 @@ def _plan_chunks(slots: int) -> tuple[int, int]:
     return -(-slots // size), size
 
 
-def plan(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the device planner; see :func:`moekern.backends.reference.plan`."""
-    device, slots = topk_ids.get_device(), topk_ids.numel()
-    order = torch.empty(slots, dtype=torch.int32, device=topk_ids.device)
-    inverse = torch.empty_like(order)
-    offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=topk_ids.device)
-    buckets = num_experts + 1
+def plan_counts(slots: int, experts: int) -> int:
+    """int32 words the planner needs to work in."""
+    chunks, _ = _plan_chunks(slots)
+    return chunks * (experts + 1) if chunks > 1 else 0
+
+
+def plan(topk_ids: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor, counts: Tensor) -> None:
+    """Fill a plan, see :func:`moekern.backends.reference.plan`; `counts` has :func:`plan_counts` words."""
+    device, slots, experts = topk_ids.get_device(), topk_ids.numel(), offsets.shape[0] - 1
+    buckets = experts + 1
     chunks, size = _plan_chunks(slots)
-    counts = torch.empty(chunks * buckets if chunks > 1 else 0, dtype=torch.int32, device=topk_ids.device)
     params = struct.pack(
         "<5Q6i", topk_ids.data_ptr(), counts.data_ptr(), order.data_ptr(), inverse.data_ptr(), offsets.data_ptr(),
-        slots, num_experts, chunks, size, ID_TYPE[topk_ids.dtype], 0,
+        slots, experts, chunks, size, ID_TYPE[topk_ids.dtype], 0,
     )  # fmt: skip
-    stream = _stream(device)
     if chunks > 1:
         count = _function(device, "plan.cu", "plan_count", 0, ())
-        _core.cuda_launch(count, device, chunks, 1024, 4 * buckets, stream, [], params)
+        launch(count, device, chunks, 1024, 4 * buckets, [], params)
     scatter = _function(device, "plan.cu", "plan_scatter", 4 * (2 * 1025 + 32 + 32 * 1025), ())
-    _core.cuda_launch(scatter, device, chunks, 1024, 4 * (2 * buckets + 32 + 32 * buckets), stream, [], params)
-    return order, inverse, offsets
+    launch(scatter, device, chunks, 1024, 4 * (2 * buckets + 32 + 32 * buckets), [], params)
 
 
 class Tables:
-    """The tile table of a verb, its experts by rows, and its ticket counters, all in one small tensor."""
+    """The tile table of a verb, its experts by rows, and its ticket counters, all in one small piece of memory."""
 
-    def __init__(self, offsets: Tensor, rows: int):
-        """Launch the kernel that fills them from the plan's offsets."""
+    @staticmethod
+    def size(rows: int, experts: int) -> int:
+        """Bytes it needs."""
+        return 16 * Tables._entries(rows, experts) + 4 * experts + 4 * COUNTERS
+
+    @staticmethod
+    def _entries(rows: int, experts: int) -> int:
+        return 1 + rows // TILE_ROWS + min(experts, rows)
+
+    def __init__(self, offsets: Tensor, rows: int, memory: Tensor | None = None):
+        """Launch the kernel that fills it from the plan's offsets."""
         device, experts = offsets.get_device(), offsets.shape[0] - 1
-        entries = 1 + rows // TILE_ROWS + min(experts, rows)
-        self.memory = torch.empty(4 * entries + experts + COUNTERS, dtype=torch.int32, device=offsets.device)
-        self.table = self.memory.data_ptr()
-        self.expert_order = self.table + 16 * entries
+        if memory is None:
+            memory = torch.empty(self.size(rows, experts), dtype=torch.uint8, device=offsets.device)
+        self.memory = memory
+        self.table = memory.data_ptr()
+        self.expert_order = self.table + 16 * self._entries(rows, experts)
         self._next_counter = self.expert_order + 4 * experts
         addresses = offsets.data_ptr(), self.table, self.expert_order, self._next_counter
         params = struct.pack("<4Q2i", *addresses, experts, COUNTERS)
-        function = _function(device, "plan.cu", "tiles", 0, ())
-        _core.cuda_launch(function, device, 1, 1024, 0, _stream(device), [], params)
+        launch(_function(device, "plan.cu", "tiles", 0, ()), device, 1, 1024, 0, [], params)
 
     def counter(self) -> int:
         """The address of a ticket counter that no other kernel of the verb uses."""
@@ -138,13 +144,19 @@ def _up_weights(w: Tensor, hidden: int, inter: int, halves: bool, transposed: bo
     return element, base, (hidden, rows, experts), (2 * hidden, 2 * hidden * rows), (64, 128, 1)
 
 
+def _ragged_rows(rows: Tensor, box_rows: int) -> Map:
+    """The store map of a matrix of rows sorted by expert, clipped at an expert's last row (cuda/README.md)."""
+    columns = rows.shape[1]
+    base, strides = _ragged(rows.data_ptr(), 2 * columns), (2 * columns, 2 * columns)
+    return MAP_ELEMENT[rows.dtype], base, (columns, RAGGED, MOST_ROWS), strides, (64, box_rows, 1)
+
+
 def _pre_activation(pre: Tensor, inter: int, halves: bool) -> Map:
     element, columns = MAP_ELEMENT[pre.dtype], pre.shape[1]
-    base = _ragged(pre.data_ptr(), 2 * columns)
-    if halves:
-        strides = (2 * inter, 4 * inter, 4 * inter)
-        return element, base, (inter, 2, RAGGED, MOST_ROWS), strides, (64, 1, 128, 1)
-    return element, base, (columns, RAGGED, MOST_ROWS), (2 * columns, 2 * columns), (64, 128, 1)
+    if not halves:
+        return _ragged_rows(pre, 128)
+    base, strides = _ragged(pre.data_ptr(), 2 * columns), (2 * inter, 4 * inter, 4 * inter)
+    return element, base, (inter, 2, RAGGED, MOST_ROWS), strides, (64, 1, 128, 1)
 
 
 def up(
@@ -159,15 +171,21 @@ def up(
     activation: str,
     transposed: bool,
     interleaved: bool,
+    few_rows: bool,
 ) -> None:
-    """Gather, up projection and activation of every row: fills `activated` ``[S, I]`` and `pre` ``[S, 2I]``."""
+    """Gather, up projection and activation of every row: fills `activated` ``[S, I]`` and `pre` ``[S, 2I]``.
+
+    `few_rows` chooses the form for few rows an expert where it exists: gate and up halves, nothing saved.
+    """
     device, hidden, inter = x.get_device(), x.shape[1], activated.shape[1]
     act = ACTIVATIONS[activation]
     interleaved = interleaved and act.gated
     halves = act.gated and not interleaved
+    few_rows = few_rows and halves and pre is None
+    shared = UP_FEW_SHARED if few_rows else UP_SHARED
     macros = (
         ("ACTIVATION", act.code), ("BIAS", int(bias is not None)), ("ELEMENT", ELEMENT[x.dtype]),
-        ("INTERLEAVED", int(interleaved)), ("SAVE", int(pre is not None)), ("SHARED_BYTES", UP_SHARED),
+        ("INTERLEAVED", int(interleaved)), ("SAVE", int(pre is not None)), ("SHARED_BYTES", shared),
         ("TRANSPOSED", int(transposed)),
     )  # fmt: skip
     params = struct.pack(
@@ -175,10 +193,14 @@ def up(
         0 if bias is None else bias.data_ptr(), -(-inter // (128 if act.gated else 256)), hidden, inter, top_k,
     )  # fmt: skip
     weight_map = _up_weights(weights, hidden, inter, halves, transposed)
-    pre_map = weight_map if pre is None else _pre_activation(pre, inter, halves)
-    function = _function(device, "up.cu", "up", UP_SHARED, macros)
-    maps = [weight_map, pre_map]
-    _core.cuda_launch(function, device, multiprocessors(device), 512, UP_SHARED, _stream(device), maps, params)
+    if few_rows:
+        function = _function(device, "up_few.cu", "up_few", shared, macros)
+        second_map = _ragged_rows(activated, 128)
+    else:
+        function = _function(device, "up.cu", "up", shared, macros)
+        second_map = weight_map if pre is None else _pre_activation(pre, inter, halves)
+    maps = [weight_map, second_map]
+    launch(function, device, multiprocessors(device), 512, shared, maps, params)
 
 
 def grouped_mm(
@@ -208,17 +230,14 @@ def grouped_mm(
         )  # fmt: skip
     row_map: Map = (element, a.data_ptr(), (inner, a.shape[0]), (2 * inner,), (64, 128))
     few_map: Map = (element, a.data_ptr(), (inner, a.shape[0]), (2 * inner,), (64, 32))
-    strides = (2 * features, 2 * features)
-    out_map: Map = (
-        element, _ragged(out.data_ptr(), 2 * features), (features, RAGGED, MOST_ROWS), strides, (64, store_rows, 1)
-    )  # fmt: skip
+    out_map = _ragged_rows(out, store_rows)
     params = struct.pack(
         "<3Q3i4x", tables.table, tables.counter(), 0 if bias is None else bias.data_ptr(),
         -(-features // 256), inner, features,
     )  # fmt: skip
     function = _function(device, "grouped_mm.cu", "grouped_mm", shared, macros)
     maps = [weight_map, row_map, few_map, out_map]
-    _core.cuda_launch(function, device, multiprocessors(device), 384, shared, _stream(device), maps, params)
+    launch(function, device, multiprocessors(device), 384, shared, maps, params)
 
 
 def zero_past_end(out: Tensor, offsets: Tensor) -> None:
@@ -230,7 +249,7 @@ def zero_past_end(out: Tensor, offsets: Tensor) -> None:
     )  # fmt: skip
     params = struct.pack("<2Q2iQ", out.data_ptr(), offsets.data_ptr(), offsets.shape[0] - 1, rows, 2 * out.shape[1])
     function = _function(device, "grouped_mm.cu", "zero_past_end", 0, macros)
-    _core.cuda_launch(function, device, multiprocessors(device), 256, 0, _stream(device), [], params)
+    launch(function, device, multiprocessors(device), 256, 0, [], params)
 
 
 def combine(rows: Tensor, scores: Tensor | None, inverse: Tensor, offsets: Tensor, out: Tensor, top_k: int) -> None:
@@ -244,4 +263,4 @@ def combine(rows: Tensor, scores: Tensor | None, inverse: Tensor, offsets: Tenso
     units = tokens * -(-hidden // 256)
     blocks = min(4 * multiprocessors(device), -(-units // 8))
     function = _function(device, "combine.cu", "combine", 0, macros)
-    _core.cuda_launch(function, device, blocks, 256, 0, _stream(device), [], params)
+    launch(function, device, blocks, 256, 0, [], params)

@@ -23,9 +23,13 @@ def warn_once(reason: str) -> None:
     warnings.warn(f"moekern: {reason}: this runs through torch, correctly but slower", stacklevel=2)
 
 
+# Public in the newer versions of torch; the same function under a private name before.
+_grouped_mm = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
+
+
 @cache
 def _has_grouped_mm(device: int) -> bool:
-    return hasattr(F, "grouped_mm") and torch.cuda.get_device_capability(device) >= (8, 0)
+    return _grouped_mm is not None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _torch_groups(a: Tensor, b: Tensor, kind: str) -> bool:
@@ -42,9 +46,9 @@ def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor, kind: str) -> Tensor:
     if not _torch_groups(a, b, kind):
         return reference.grouped_mm(a, b, offsets, kind)
     if kind == "tn":
-        out = F.grouped_mm(a.mT, b, offs=offsets[1:])
+        out = _grouped_mm(a.mT, b, offs=offsets[1:])
         return out.masked_fill_((offsets[1:] == offsets[:-1]).reshape(-1, 1, 1), 0)
-    out = F.grouped_mm(a, b.mT if kind == "nt" else b, offs=offsets[1:])
+    out = _grouped_mm(a, b.mT if kind == "nt" else b, offs=offsets[1:])
     rows = torch.arange(a.shape[0], device=a.device, dtype=offsets.dtype)
     return out.masked_fill_((rows >= offsets[-1]).unsqueeze(1), 0)
 

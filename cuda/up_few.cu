@@ -1,0 +1,123 @@
+// Up projection for few rows an expert (below about 600): the consumers run the epilogue themselves, which leaves room for
+// a fourth stage, and the activation is taken of fp32 sums. For gate and up halves, without saving the pre-activation.
+//
+// 512 threads, one block an SM, clusters of two. Roles, and the registers they keep (56 + 2 * 208 + 40 = 512 a lane):
+//   warpgroup 0   56   gathers token rows (all 128 threads)
+//   warpgroup 1,2 208  consumers: multiply, activate, store
+//   warpgroup 3   40   warp 0: one thread starts the weights' copies; warp 1: one thread of block 0 draws tickets
+//
+// Barriers              arrivals                               completes when
+//   full[stage]         128 copies + 1 expecting 32768 bytes   the stage holds weights and rows
+//   empty[stage]        4 (2 consumer warpgroups x 2 blocks)   both blocks have multiplied it
+//   begun               1                                      the copies of another tile have begun: publish the next
+//   ring[16]            1 + 16 bytes                           a tile was drawn (tickets.cuh)
+//
+// Shared memory: 4 stages of 49152, for each consumer warpgroup [128 tokens][64 features] to store from, then barriers.
+#include "up.cuh"
+
+static_assert(HALVES && !SAVE, "other layouts and training use up.cu");
+
+typedef UpShape<4> Shape;
+constexpr u32 STORE_BYTES = TOKENS * 128;
+constexpr u32 STORES = Shape::STAGES * STAGE_BYTES, BARRIERS = STORES + 2 * STORE_BYTES;
+constexpr u32 FULL = BARRIERS, EMPTY = FULL + Shape::STAGES * 8, BEGUN = EMPTY + Shape::STAGES * 8;
+constexpr u32 RING_AT = (BEGUN + 8 + 15) / 16 * 16;
+static_assert(RING_AT + RING_BYTES + 1024 <= SHARED_BYTES, "the launch reserves SHARED_BYTES");
+
+// One thread of each block.
+DEVICE void load(const Params& p, const TensorMap* weights, Pipeline pipe, TileReader tiles, u32 rank, u32 begun) {
+  const int k_blocks = (p.hidden + 63) / 64;
+  Tile tile;
+  while (tiles.next(tile)) {
+    if (rank == 0) barrier_arrive(begun);
+    const UpTile own = own_part(tile, rank);
+    for (int block = 0; block < k_blocks; block++) {
+      pipe.wait_empty();
+      load_weights(pipe.address<Shape>(), weights, pipe.full_barrier(), own, block * 64, rank);
+      pipe.advance<Shape>();
+    }
+  }
+}
+
+// 16 token columns of gate and up sums as 16 rows of a [tokens][64 features] tile.
+DEVICE void store_activated(u32 tile, int column, u32 warp, u32 lane, const float* gate, const float* up, const BiasRows& bias) {
+  u32 out[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const float g = bias.value[0][i & 1], u = bias.value[1][i & 1];
+    float first, second;
+    activate_two(gate[2 * i] + g, up[2 * i] + u, gate[2 * i + 1] + g, up[2 * i + 1] + u, first, second);
+    out[i] = ELEMENT::pack(first, second);
+  }
+  const u32 token = column + (lane & 7) + ((lane >> 4) << 3), chunk = warp * 2 + ((lane >> 3) & 1);
+  store_matrices_transposed(tile + swizzled(token, chunk), out[0], out[1], out[2], out[3]);
+}
+
+DEVICE void sync_consumers(u32 warpgroup) {
+  if (warpgroup == 0)
+    warpgroup_sync<1>();
+  else
+    warpgroup_sync<2>();
+}
+
+DEVICE void consume(const Params& p, const TensorMap* activated, Pipeline pipe, TileReader tiles, u32 rank, u32 warpgroup, u32 stores) {
+  const u32 lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3;
+  const bool storing = (threadIdx.x & 127) == 0;
+  const int k_blocks = (p.hidden + 63) / 64;
+  const u32 buffer = stores + warpgroup * STORE_BYTES;
+  Tile tile;
+  while (tiles.next(tile)) {
+    const UpTile own = own_part(tile, rank);
+    Accumulators<Shape> sums;
+    multiply_class<Shape>(own.width, sums, pipe, warpgroup * 2 * BLOCK_BYTES, k_blocks);
+    BiasRows bias;
+    bias.load(p, own, warpgroup, warp, lane);
+    if (storing) tma_store_wait_read<0>();  // the buffer's last store has left
+    sync_consumers(warpgroup);
+#pragma unroll
+    for (int column = 0; column < TOKENS; column += 16)
+      if (column < own.rows) store_activated(buffer, column, warp, lane, &sums[0][column / 2], &sums[1][column / 2], bias);
+    fence_async_shared();
+    sync_consumers(warpgroup);
+    if (storing) {
+      if (own.rows > 0) tma_store_3d(activated, buffer, own.feature + warpgroup * 64, RAGGED - own.rows, own.row + own.rows);
+      tma_store_commit();
+    }
+  }
+  if (storing) tma_store_wait<0>();
+}
+
+extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(512, 1)
+    up_few(const __grid_constant__ TensorMap weights, const __grid_constant__ TensorMap activated, const __grid_constant__ Params p) {
+  extern __shared__ u8 shared[];
+  const u32 base = align_1024(shared_address(shared)), rank = cluster_rank(), warpgroup = warpgroup_index();
+  const Pipeline pipe{base + FULL, base + EMPTY, base, 0, 0};
+  const TileReader tiles{base + RING_AT, 0};
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < Shape::STAGES; stage++) {
+      barrier_init(pipe.full + stage * 8, FULL_ARRIVALS);
+      barrier_init(pipe.empty + stage * 8, EMPTY_ARRIVALS);
+    }
+    barrier_init(base + BEGUN, 1);
+    ring_init(base + RING_AT);
+    fence_barrier_init();
+  }
+  cluster_sync();
+  if (warpgroup == 0) {
+    give_registers<56>();
+    gather_rows<Shape, false>(p, &weights, pipe, tiles, rank);
+  } else if (warpgroup == 3) {
+    give_registers<40>();
+    if (threadIdx.x == 384) load(p, &weights, pipe, tiles, rank, base + BEGUN);
+    if (threadIdx.x == 416 && rank == 0) {
+      TileScheduler scheduler;
+      scheduler.begin(base + RING_AT, p.table, p.columns, p.counter);
+      scheduler.follow(base + BEGUN);
+    }
+  } else {
+    take_registers<208>();
+    consume(p, &activated, pipe, tiles, rank, warpgroup - 1, base + STORES);
+  }
+  __syncwarp();
+  cluster_sync();  // a block must not leave while its peer may still write to it
+}

@@ -1,0 +1,141 @@
+"""The forward pass on Hopper: its three kernels and the tile table, and the planner, as recorded programs."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moekern.activations import ACTIVATIONS
+from moekern.backends.cuda import kernels
+from moekern.backends.cuda.configuration import Configuration
+from moekern.backends.cuda.program import Placeholder, record
+
+PROGRAMS = 512  # kept a verb: one for every combination of sizes that comes along
+# Places of the addresses in a replay.
+X, SCORES, ORDER, INVERSE, OFFSETS, W_UP, W_DOWN, B_UP, B_DOWN, OUT, PRE, WORK = range(12)
+
+
+def _round_up(size: int) -> int:
+    return -(-size // 256) * 256
+
+
+def _stream(device: int) -> int:
+    return torch._C._cuda_getCurrentRawStream(device)  # type: ignore[attr-defined, no-any-return]
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+@lru_cache(maxsize=PROGRAMS)
+def _plan_program(device: int, dtype: torch.dtype, slots: int, experts: int) -> Any:
+    def place(index: int, words: int, kind: torch.dtype = torch.int32) -> Any:
+        return Placeholder(index, (words,), kind, device)
+
+    counts = kernels.plan_counts(slots, experts)
+    return record(
+        device,
+        lambda: kernels.plan(
+            place(0, slots, dtype), place(1, slots), place(2, slots), place(3, experts + 1), place(4, counts)
+        ),
+    )
+
+
+def plan(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Order, inverse and offsets of the slots; see :func:`moekern.backends.reference.plan`."""
+    device, slots = topk_ids.get_device(), topk_ids.numel()
+    order = torch.empty(slots, dtype=torch.int32, device=topk_ids.device)
+    inverse = torch.empty_like(order)
+    offsets = order.new_empty(num_experts + 1)
+    words = kernels.plan_counts(slots, num_experts)
+    counts = order.new_empty(words) if words else offsets
+    with torch.cuda.device(device):
+        program = _plan_program(device, topk_ids.dtype, slots, num_experts)
+        program.replay(_stream(device), [t.data_ptr() for t in (topk_ids, order, inverse, offsets, counts)])
+    return order, inverse, offsets
+
+
+@lru_cache(maxsize=PROGRAMS)
+def _forward_program(
+    device: int,
+    dtype: torch.dtype,
+    tokens: int,
+    hidden: int,
+    inter: int,
+    experts: int,
+    top_k: int,
+    activation: str,
+    transposed: bool,
+    interleaved: bool,
+    save: bool,
+    has_scores: bool,
+    has_up_bias: bool,
+    has_down_bias: bool,
+    chosen: Configuration,
+) -> tuple[Any, int]:
+    """The program, and the bytes it works in: the tile table, the activation ``[S, I]``, the rows ``[S, H]``."""
+    slots, columns = tokens * top_k, inter * (2 if ACTIVATIONS[activation].gated else 1)
+    table_bytes = _round_up(kernels.Tables.size(slots, experts))
+    activated_bytes = _round_up(2 * slots * inter)
+
+    def place(index: int, shape: tuple[int, ...], kind: torch.dtype = dtype, offset: int = 0) -> Any:
+        return Placeholder(index, shape, kind, device, offset)
+
+    def verb() -> None:
+        order, inverse = (place(index, (slots,), torch.int32) for index in (ORDER, INVERSE))
+        offsets = place(OFFSETS, (experts + 1,), torch.int32)
+        x, out = place(X, (tokens, hidden)), place(OUT, (tokens, hidden))
+        w_up = place(W_UP, (experts, hidden, columns) if transposed else (experts, columns, hidden))
+        w_down = place(W_DOWN, (experts, inter, hidden) if transposed else (experts, hidden, inter))
+        tables = kernels.Tables(offsets, slots, place(WORK, (table_bytes,), torch.uint8))
+        activated = place(WORK, (slots, inter), offset=table_bytes)
+        rows = place(WORK, (slots, hidden), offset=table_bytes + activated_bytes)
+        b_up = place(B_UP, (experts, columns)) if has_up_bias else None
+        b_down = place(B_DOWN, (experts, hidden)) if has_down_bias else None
+        pre = place(PRE, (slots, columns)) if save else None
+        kernels.up(
+            x, order, w_up, b_up, activated, pre, tables, top_k, activation, transposed, interleaved, chosen.few_rows
+        )
+        kernels.grouped_mm(activated, w_down, b_down, rows, tables, transposed, chosen.stages, chosen.store_rows)
+        scores = place(SCORES, (tokens, top_k), torch.float32) if has_scores else None
+        kernels.combine(rows, scores, inverse, offsets, out, top_k)
+
+    return record(device, verb), table_bytes + activated_bytes + 2 * slots * hidden
+
+
+def experts_forward(
+    x: Tensor,
+    scores: Tensor | None,
+    order: Tensor,
+    inverse: Tensor,
+    offsets: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    b_gate_up: Tensor | None,
+    b_down: Tensor | None,
+    top_k: int,
+    activation: str,
+    transposed: bool,
+    interleaved: bool,
+    save: bool,
+    chosen: Configuration,
+) -> tuple[Tensor, Tensor]:
+    """Arguments of :func:`moekern.backends.reference.experts_forward`, none of them empty, and the configuration."""
+    slots, experts = order.shape[0], w_gate_up.shape[0]
+    (tokens, hidden), columns = x.shape, w_gate_up.shape[2 if transposed else 1]
+    inter = columns // 2 if ACTIVATIONS[activation].gated else columns
+    out = torch.empty_like(x)
+    pre = x.new_empty((slots, columns) if save else 0)
+    device = x.get_device()
+    with torch.cuda.device(device):
+        program, size = _forward_program(
+            device, x.dtype, tokens, hidden, inter, experts, top_k, activation, transposed, interleaved, save,
+            scores is not None, b_gate_up is not None, b_down is not None, chosen,
+        )  # fmt: skip
+        work = torch.empty(size, dtype=torch.uint8, device=x.device)
+        tensors = (x, scores, order, inverse, offsets, w_gate_up, w_down, b_gate_up, b_down, out, pre, work)
+        program.replay(_stream(device), [_address(t) for t in tensors])
+    return out, pre

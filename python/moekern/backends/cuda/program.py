@@ -1,0 +1,91 @@
+"""A verb's launches recorded once for its sizes and replayed for any tensors: one call into Rust a verb.
+
+Building tensor maps and parameters in Python takes some ten microseconds a launch, which is most of a small batch's
+time. They depend on sizes alone but for the addresses of the tensors. So the functions of
+:mod:`moekern.backends.cuda.kernels` are called once with placeholders whose addresses name a tensor's place in a list;
+what they would launch is kept, and a replay puts real addresses in.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from moekern import _core  # type: ignore[attr-defined]
+
+Map = tuple[int, int, tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+
+# Place i is the address FIRST + (i + 1) * SPACING. As two int32 its upper half is negative, so no sizes in a kernel's
+# parameters look like it; and the shift of a ragged map (at most 2^47 bytes) does not reach the next place.
+FIRST, SPACING = 1 << 63, 1 << 53
+
+
+def placeholder_address(place: int) -> int:
+    """The address that stands for place `place` of a replay's list."""
+    return FIRST + (place + 1) * SPACING
+
+
+def _relocation(address: int) -> tuple[int, int]:
+    """Place and byte offset of a placeholder's address, maybe shifted."""
+    place = round((address - FIRST) / SPACING) - 1
+    return place, address - placeholder_address(place)
+
+
+class Placeholder:
+    """As much of a tensor as the launching functions look at."""
+
+    def __init__(self, place: int, shape: tuple[int, ...], dtype: torch.dtype, device: int, offset: int = 0):
+        """Stand for the tensor at `offset` bytes behind the address of `place`."""
+        self.shape, self.dtype = torch.Size(shape), dtype
+        self._device, self._address = device, placeholder_address(place) + offset
+
+    def data_ptr(self) -> int:
+        """The address that a replay replaces."""
+        return self._address
+
+    def get_device(self) -> int:
+        """Index of the device."""
+        return self._device
+
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+_active = threading.local()
+
+
+@contextmanager
+def _recording() -> Iterator[list[Any]]:
+    launches: list[Any] = []
+    _active.launches = launches
+    try:
+        yield launches
+    finally:
+        _active.launches = None
+
+
+def launch(function: int, device: int, grid: int, block: int, shared: int, maps: list[Map], params: bytes) -> None:
+    """Launch a kernel on torch's current stream, or keep the launch while a program is being recorded."""
+    launches = getattr(_active, "launches", None)
+    if launches is None:
+        stream = torch._C._cuda_getCurrentRawStream(device)  # type: ignore[attr-defined]
+        _core.cuda_launch(function, device, grid, block, shared, stream, maps, params)
+        return
+    words = struct.unpack(f"<{len(params) // 8}Q", params)
+    pointers = [(8 * i, *_relocation(word)) for i, word in enumerate(words) if word >= FIRST]
+    relocated = [(element, *_relocation(base), *rest) for element, base, *rest in maps]
+    launches.append((function, grid, block, shared, relocated, params, pointers))
+
+
+def record(device: int, verb: Callable[[], None]) -> Any:
+    """Run `verb` on placeholders and keep its launches; ``replay(stream, addresses)`` of the result launches them."""
+    with _recording() as launches:
+        verb()
+    return _core.CudaProgram(device, launches)
