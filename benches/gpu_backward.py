@@ -4,7 +4,8 @@
 
 Method: bf16, random data, top-k given. Every run directly follows a cuBLAS run of the same FLOPs (dense matmuls over
 all rows: no gather, no activation) that streams more than the L2 holds; order is random, the figure is the median of
-the paired ratios. The whole backward counts every launch, and the four cuBLAS matmuls are its ceiling.
+the paired ratios. The whole backward counts every launch, and the four cuBLAS matmuls are its ceiling; "serial" is the same
+same with the combine of the input gradient on the same stream.
 """
 
 from __future__ import annotations
@@ -119,6 +120,11 @@ def items_of(shape: tuple[int, int, int, int, int], routing: str) -> list[Item]:
     def run_backward(_: object) -> None:
         backward.experts_backward(*arguments, chosen)
 
+    def run_backward_serially(_: object) -> None:
+        least, backward.LEAST_BESIDE = backward.LEAST_BESIDE, 1 << 62
+        backward.experts_backward(*arguments, chosen)
+        backward.LEAST_BESIDE = least
+
     def tables() -> kernels.Tables:
         return kernels.Tables(offsets, slots)
 
@@ -129,6 +135,7 @@ def items_of(shape: tuple[int, int, int, int, int], routing: str) -> list[Item]:
         Item("dw_down", flops, tables, run_dw_down, base_dw_down),
         Item("dw_gate_up", 2 * flops, tables, run_dw_gate_up, base_dw_gate_up),
         Item("combine", 0.0, tables, run_combine, base_dh),
+        Item("serial", 6 * flops, tables, run_backward_serially, base_backward),
         Item("backward", 6 * flops, tables, run_backward, base_backward),
     ]
 

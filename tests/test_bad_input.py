@@ -106,6 +106,12 @@ def call_grouped_mm(**changed: Any) -> torch.Tensor:
     return mk.grouped_mm(**given)
 
 
+def aux_loss_after_a_pass(mask: Any) -> torch.Tensor:
+    moe = mk.MoE(H, I, E, K)
+    moe(torch.randn(T, H))
+    return mk.aux_loss(moe, mask)
+
+
 BAD_OTHERS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: call_grouped_mlp(x_sorted=None), TypeError, "x_sorted: got NoneType"),
     (lambda: call_grouped_mlp(x_sorted=torch.randn(6)), ValueError, "x_sorted: got shape"),
@@ -133,6 +139,25 @@ BAD_OTHERS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: mk.route(torch.randn(T, E), 1.5), TypeError, "top_k: got float"),
     (lambda: mk.route(torch.randn(T, E), 1, method="best"), ValueError, "method: got 'best'"),
     (lambda: mk.route(torch.randn(T, E), 1, norm_topk_prob=None), TypeError, "norm_topk_prob: got NoneType"),
+    (lambda: mk.route(torch.randn(T, E), 1, selection_bias=[0.0] * E), TypeError, "selection_bias: got list"),
+    (
+        lambda: mk.route(torch.randn(T, E), 1, selection_bias=torch.zeros(E + 1)),
+        ValueError,
+        "selection_bias: got shape",
+    ),
+    (lambda: mk.route(torch.randn(T, E), 1, n_group=3), ValueError, "n_group: got 3, expected a divisor of the 4"),
+    (lambda: mk.route(torch.randn(T, E), 1, n_group=2, topk_group=3), ValueError, "topk_group: got 3, expected 1 to 2"),
+    (lambda: mk.route(torch.randn(T, E), 3, n_group=2, topk_group=1), ValueError, "topk_group: got 1 groups of 2"),
+    (lambda: mk.route(torch.randn(T, E), 1, routed_scaling_factor=0), ValueError, "routed_scaling_factor: got 0"),
+    (lambda: mk.route(torch.randn(T, E), 1, routed_scaling_factor="2"), TypeError, "routed_scaling_factor: got str"),
+    (lambda: mk.expert_choice(torch.randn(T), 1), ValueError, "logits: got shape"),
+    (lambda: mk.expert_choice(torch.randn(T, E), T + 1), ValueError, f"capacity: got {T + 1}, expected 0 to {T}"),
+    (lambda: mk.limit_tokens(torch.rand(T, K), None, E), TypeError, "topk_ids: got dtype float32"),
+    (lambda: mk.limit_tokens(torch.zeros(T, K).long(), None, E), TypeError, "topk_weights: got NoneType"),
+    (lambda: mk.limit_tokens(torch.zeros(T, K).long(), torch.rand(T), E), ValueError, "topk_weights: got shape"),
+    (lambda: mk.limit_tokens(torch.zeros(T, K).long(), None, E, by="age"), ValueError, "by: got 'age'"),
+    (lambda: mk.limit_tokens(torch.zeros(T, K).long(), None, E, capacity=-1), ValueError, "capacity: got -1"),
+    (lambda: mk.limit_tokens(torch.zeros(T, K).long(), None, E, multiple=0), ValueError, "multiple: got 0"),
     (lambda: mk.MoE(0, I, E, K), ValueError, "hidden_size: got 0"),
     (lambda: mk.MoE(H, -1, E, K), ValueError, "intermediate_size: got -1"),
     (lambda: mk.MoE(H, I, 0, K), ValueError, "num_experts: got 0"),
@@ -143,6 +168,20 @@ BAD_OTHERS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: mk.MoE(H, I, E, K, routing="random"), ValueError, "routing: got 'random'"),
     (lambda: mk.MoE(H, I, E, K, bias="yes"), TypeError, "bias: got str"),
     (lambda: mk.MoE(H, I, E, K, dtype=torch.int8), TypeError, "dtype: got torch.int8"),
+    (lambda: mk.MoE(H, I, E, K, capacity_factor=-1.0), ValueError, "capacity_factor: got -1.0"),
+    (lambda: mk.MoE(H, I, E, K, capacity_factor=float("nan")), ValueError, "capacity_factor: got nan"),
+    (lambda: mk.MoE(H, I, E, K, drop_by="weight"), ValueError, "drop_by: got 'weight'"),
+    (lambda: mk.MoE(H, I, E, K, round_tokens_to=1.5), TypeError, "round_tokens_to: got float"),
+    (lambda: mk.MoE(H, I, E, K, router_jitter_noise=-0.1), ValueError, "router_jitter_noise: got -0.1"),
+    (lambda: mk.MoE(H, I, E, K, n_group=3), ValueError, "n_group: got 3"),
+    (lambda: mk.MoE(H, I, E, K, selection_bias=1), TypeError, "selection_bias: got int"),
+    (lambda: mk.MoE(H, I, E, K, shared_intermediate_size=0), ValueError, "shared_intermediate_size: got 0"),
+    (lambda: mk.MoE(H, I, E, K, shared_gate=True), ValueError, "shared_gate: got True"),
+    (
+        lambda: mk.MoE(H, I, E, K, routing="expert_choice", capacity_factor=1.0),
+        ValueError,
+        "capacity_factor: not accepted with routing 'expert_choice'",
+    ),
     (lambda: mk.MoE(H, I, E, K)([1.0]), TypeError, "x: got list"),
     (lambda: mk.MoE(H, I, E, K)(torch.randn(3, H + 1)), ValueError, rf"x: got shape \(3, {H + 1}\)"),
     (lambda: mk.MoE(H, I, E, K)(torch.tensor(1.0)), ValueError, "x: got shape"),
@@ -155,6 +194,22 @@ BAD_OTHERS: list[tuple[Callable[[], Any], type[Exception], str]] = [
         ValueError,
         "nn.Sequential of Linear",
     ),
+    (
+        lambda: mk.MoE.from_dense(torch.nn.Sequential(torch.nn.Linear(H, I)), E, K, routing="llama4"),
+        ValueError,
+        "routing: got 'llama4', expected one whose weights sum to one",
+    ),
+    (lambda: mk.MoE.from_dense("mlp", E, K, capacity_factor=1.0), ValueError, "capacity_factor: got 1.0"),
+    (lambda: mk.aux_loss("model"), TypeError, "model: got str"),
+    (lambda: mk.aux_loss(mk.MoE(H, I, E, K), z=-1), ValueError, "z: got -1"),
+    (lambda: aux_loss_after_a_pass(torch.ones(T + 1)), ValueError, rf"attention_mask: got shape \({T + 1},\)"),
+    (lambda: aux_loss_after_a_pass([1] * T), TypeError, "attention_mask: got list"),
+    (lambda: mk.z_loss(torch.randn(T)), ValueError, "logits: got shape"),
+    (lambda: mk.z_loss(torch.randn(T, E), mask=torch.ones(E)), ValueError, "mask: got shape"),
+    (lambda: mk.sequence_balancing_loss(torch.randn(T, E), torch.ones(T, K)), ValueError, "logits: got shape"),
+    (lambda: mk.update_selection_bias(mk.MoE(H, I, E, K)), ValueError, "no moekern.MoE layer with selection_bias"),
+    (lambda: mk.update_selection_bias(mk.MoE(H, I, E, K), rate="fast"), TypeError, "rate: got str"),
+    (lambda: mk.bias_update_hook("adam", mk.MoE(H, I, E, K)), TypeError, "optimizer: got str"),
     (lambda: mk.aux_loss(torch.nn.Linear(2, 2)), ValueError, "model: got a Linear without any"),
     (lambda: mk.aux_loss(mk.MoE(H, I, E, K)), ValueError, "has not run a forward pass"),
     (lambda: mk.load_balancing_loss(torch.randn(T, E), torch.zeros(1)), ValueError, "tokens_per_expert: got shape"),

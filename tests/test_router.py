@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
 import moekern as mk
+from moekern.router import FORMULAS
+from problems import error
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -32,7 +36,7 @@ def test_top_k_then_softmax_is_the_renormalised_softmax() -> None:
     assert torch.allclose(first, second)
 
 
-@pytest.mark.parametrize("method", ["softmax_topk", "topk_softmax"])
+@pytest.mark.parametrize("method", FORMULAS)
 @pytest.mark.parametrize("normalise", [False, True])
 def test_derivatives(method: str, normalise: bool) -> None:
     logits = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
@@ -62,22 +66,152 @@ def test_edges() -> None:
     assert torch.equal(weights, torch.ones(5, 1))
 
 
-def test_transformers_routers() -> None:
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
-    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
+H, E = 16, 8
 
-    mixtral = MixtralTopKRouter(transformers.MixtralConfig(hidden_size=16, num_local_experts=6, num_attention_heads=2))
-    qwen = [
-        Qwen3MoeTopKRouter(
-            transformers.Qwen3MoeConfig(hidden_size=16, num_experts=6, num_experts_per_tok=3, norm_topk_prob=normalise)
+
+def config(family: str, name: str, **options: object) -> object:
+    """A configuration of transformers that asks for E experts of inputs of H features, K of 3."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    cls = getattr(transformers, name, None)
+    if cls is None:
+        pytest.skip(f"transformers {transformers.__version__} has no {family}")
+    return cls(hidden_size=H, num_experts_per_tok=3, num_attention_heads=2, **options)
+
+
+def router_of(family: str, name: str, cfg: object) -> torch.nn.Module:
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    if not hasattr(module, name):
+        pytest.skip(f"this version of transformers has no {name}")
+    router = getattr(module, name)(cfg)
+    for parameter in router.parameters():
+        torch.nn.init.normal_(parameter)
+    if hasattr(router, "e_score_correction_bias"):
+        router.e_score_correction_bias.normal_(std=0.3)
+    return router
+
+
+FAMILIES: list[tuple[str, str, str, dict[str, object], dict[str, object]]] = [
+    # folder, configuration class, router class, its options, ours
+    ("mixtral", "MixtralConfig", "MixtralTopKRouter", {"num_local_experts": E}, {}),
+    ("minimax", "MiniMaxConfig", "MiniMaxTopKRouter", {"num_local_experts": E}, {}),
+    ("qwen2_moe", "Qwen2MoeConfig", "Qwen2MoeTopKRouter", {"num_experts": E, "norm_topk_prob": False}, {}),
+    ("qwen3_moe", "Qwen3MoeConfig", "Qwen3MoeTopKRouter", {"num_experts": E, "norm_topk_prob": True}, {}),
+    ("olmoe", "OlmoeConfig", "OlmoeTopKRouter", {"num_experts": E, "norm_topk_prob": False}, {}),
+    ("jamba", "JambaConfig", "JambaTopKRouter", {"num_experts": E}, {"norm_topk_prob": False}),
+    ("granitemoe", "GraniteMoeConfig", "GraniteMoeTopKRouter", {"num_local_experts": E}, {}),
+    ("gpt_oss", "GptOssConfig", "GptOssTopKRouter", {"num_local_experts": E}, {}),
+    (
+        "deepseek_v2", "DeepseekV2Config", "DeepseekV2TopkRouter",
+        {"n_routed_experts": E, "topk_method": "greedy", "routed_scaling_factor": 1.5, "norm_topk_prob": False},
+        {"routed_scaling_factor": 1.5},
+    ),
+    (
+        "deepseek_v2", "DeepseekV2Config", "DeepseekV2TopkRouter",
+        {"n_routed_experts": E, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2,
+         "routed_scaling_factor": 1.5, "norm_topk_prob": False},
+        {"routed_scaling_factor": 1.5, "n_group": 4, "topk_group": 2},
+    ),
+    *(
+        (
+            family, name, router,
+            {"n_routed_experts": E, "n_group": groups, "topk_group": (groups + 1) // 2, "routed_scaling_factor": 2.5,
+             "norm_topk_prob": normalise},
+            {"routed_scaling_factor": 2.5, "n_group": groups, "topk_group": (groups + 1) // 2},
         )
+        for family, name, router in (
+            ("deepseek_v3", "DeepseekV3Config", "DeepseekV3TopkRouter"),
+            ("glm4_moe", "Glm4MoeConfig", "Glm4MoeTopkRouter"),
+        )
+        for groups in (1, 4)
         for normalise in (False, True)
-    ]
-    x = torch.randn(20, 16)
-    for router, normalise in ((mixtral, True), (qwen[0], False), (qwen[1], True)):
-        torch.nn.init.normal_(router.weight)
-        logits, their_weights, their_ids = router(x)
-        weights, ids = mk.route(logits, router.top_k, norm_topk_prob=normalise)
-        assert torch.equal(ids, their_ids)
-        assert torch.allclose(weights, their_weights.float())
+    ),
+    (
+        "deepseek_v4", "DeepseekV4Config", "DeepseekV4TopKRouter",
+        {"n_routed_experts": E, "routed_scaling_factor": 2.5, "scoring_func": "sqrtsoftplus"},
+        {"routed_scaling_factor": 2.5},
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "config_name", "router_name", "theirs", "ours"), FAMILIES)
+def test_is_the_router_of_transformers(
+    family: str, config_name: str, router_name: str, theirs: dict[str, object], ours: dict[str, object]
+) -> None:
+    """Weights of every expert, zero for those not chosen, and the gradients of router weights and input."""
+    router = router_of(family, router_name, config(family, config_name, **theirs))
+    if "norm_topk_prob" in theirs:
+        ours = {"norm_topk_prob": theirs["norm_topk_prob"], **ours}
+    x = torch.randn(40, H, requires_grad=True)
+    _, their_weights, their_ids = router(x)
+    bias = getattr(router, "bias", None)
+    logits = torch.nn.functional.linear(x, router.weight, bias)
+    weights, ids = mk.route(
+        logits, 3, method=family, selection_bias=getattr(router, "e_score_correction_bias", None), **ours
+    )
+    assert torch.equal(ids.sort(1)[0], their_ids.sort(1)[0])
+    dense = torch.zeros(40, E).scatter(1, ids, weights)
+    their_dense = torch.zeros(40, E).scatter(1, their_ids, their_weights.float())
+    assert torch.allclose(dense, their_dense, atol=1e-6)
+    dout = torch.randn(40, E)
+    leaves = (x, *(p for p in (router.weight, bias) if p is not None))
+    expected = torch.autograd.grad(their_dense, leaves, dout)
+    for value, wanted in zip(torch.autograd.grad(dense, leaves, dout), expected, strict=True):
+        assert error(value, wanted) < 1e-5
+
+
+def test_llama4_router() -> None:
+    llama4 = pytest.importorskip("transformers.models.llama4.modeling_llama4", reason="transformers is not installed")
+    for top_k in (1, 2):
+        cfg = llama4.Llama4TextConfig(hidden_size=H, num_local_experts=E, num_experts_per_tok=top_k)
+        router = llama4.Llama4Router(cfg)
+        x = torch.randn(40, H, requires_grad=True)
+        theirs, logits = router(x)
+        weights, ids = mk.route(logits, top_k, method="llama4")
+        dense = torch.zeros(40, E).scatter(1, ids, weights)
+        assert torch.allclose(dense, theirs)
+        dout = torch.randn(40, E)
+        (ours,) = torch.autograd.grad(dense, router.weight, dout, retain_graph=True)
+        (expected,) = torch.autograd.grad(theirs, router.weight, dout)
+        assert error(ours, expected) < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (600, 8), (50, 300)])  # a sort for the small one, packed keys for the others
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_scores_go_to_the_lowest_index(device: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    logits = torch.randn(shape, device=device, dtype=dtype).round().clamp(-1, 1)
+    logits[0] = 0
+    logits[0, ::2] = -0.0  # equal to 0
+    expected = torch.argsort(logits.cpu(), dim=1, descending=True, stable=True)[:, :5]
+    for method in ("softmax_topk", "topk_softmax", "sigmoid_topk"):
+        _, ids = mk.route(logits, 5, method=method)
+        assert torch.equal(ids.cpu(), expected)
+        _, ids = mk.route(logits, 5, method=method, selection_bias=torch.zeros(shape[1], device=device))
+        assert torch.equal(ids.cpu(), expected)
+    _, ids = mk.route(torch.zeros(600, 8, device=device, dtype=dtype), 3, method="deepseek_v3", n_group=4, topk_group=2)
+    assert torch.equal(ids.cpu(), torch.arange(3).expand(600, 3))
+
+
+def test_extreme_logits_stay_in_order() -> None:
+    """Infinities and denormals too; scores that saturate do not tie."""
+    row = torch.tensor([1e-45, float("inf"), -3e38, 3e38, -1e-45, 40.0, 30.0, float("-inf")])
+    _, ids = mk.route(row.expand(512, 8), 8, method="topk_sigmoid")
+    assert ids[0].tolist() == [1, 3, 5, 6, 0, 4, 2, 7]
+    assert torch.equal(ids, ids[:1].expand(512, 8))
+
+
+def test_selection_bias_chooses_and_does_not_weigh() -> None:
+    logits = torch.randn(30, E)
+    bias = torch.zeros(E, requires_grad=True)
+    with torch.no_grad():
+        bias[5] = 10
+    weights, ids = mk.route(logits, 2, method="sigmoid_topk", norm_topk_prob=False, selection_bias=bias)
+    assert (ids[:, 0] == 5).all()
+    assert torch.allclose(weights, torch.sigmoid(logits).gather(1, ids))
+    assert not weights.requires_grad
+
+
+def test_only_experts_of_the_best_groups() -> None:
+    logits = torch.randn(50, 12)
+    _, ids = mk.route(logits, 4, method="deepseek_v2", n_group=3, topk_group=1)
+    best = logits.unflatten(1, (3, 4)).amax(2).argmax(1, keepdim=True)
+    assert torch.equal(ids // 4, best.expand(-1, 4))

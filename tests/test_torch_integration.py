@@ -55,6 +55,32 @@ def test_compile_fullgraph(device: str, compiler: str, dynamic: bool) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {
+            "routing": "deepseek_v3",
+            "selection_bias": True,
+            "n_group": 2,
+            "topk_group": 1,
+            "shared_intermediate_size": 8,
+        },
+        {"capacity_factor": 1.0, "round_tokens_to": 2},
+        {"routing": "llama4", "scale_input": True},
+        {"routing": "expert_choice"},
+    ],
+)
+def test_routing_options_compile_fullgraph(device: str, compiler: str, options: dict[str, object]) -> None:
+    model = torch.nn.Sequential(mk.MoE(H, I, 4, K, **options)).to(device)
+    compiled = torch.compile(model, fullgraph=True, backend=compiler)
+    x = torch.randn(3, 400, H, device=device)
+    for value, expected in zip(step(compiled, x), step(model, x), strict=True):
+        assert error(value, expected) < 1e-5
+    if "selection_bias" in options:
+        assert int(model[0].gate.tokens_since_update.sum()) == 2 * 1200 * K
+
+
+@pytest.mark.slow
 def test_functions_compile_fullgraph(device: str, compiler: str) -> None:
     p = make(20, H, I, E, K, device=device, bias=True)
 

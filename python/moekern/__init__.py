@@ -12,8 +12,17 @@ The public names::
 
 from importlib.metadata import PackageNotFoundError, version
 
-from moekern.balance import aux_loss, load_balancing_loss
+from moekern.balance import (
+    aux_loss,
+    bias_update_hook,
+    load_balancing_loss,
+    sequence_balancing_loss,
+    update_selection_bias,
+    z_loss,
+)
+from moekern.capacity import limit_tokens
 from moekern.dispatch import backend
+from moekern.expert_choice import expert_choice
 from moekern.functional import experts, grouped_mlp, grouped_mm
 from moekern.layer import MoE
 from moekern.plan import Plan, plan
@@ -30,10 +39,16 @@ __all__ = [
     "__version__",
     "aux_loss",
     "backend",
+    "bias_update_hook",
+    "expert_choice",
     "experts",
     "grouped_mlp",
     "grouped_mm",
+    "limit_tokens",
     "load_balancing_loss",
     "plan",
     "route",
+    "sequence_balancing_loss",
+    "update_selection_bias",
+    "z_loss",
 ]

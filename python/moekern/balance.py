@@ -1,15 +1,20 @@
-"""Keeping the experts evenly used."""
+"""Keeping the experts evenly used: losses on the router, and DeepSeek's bias that needs none."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from moekern import checks
-from moekern.layer import MoE
+from moekern import checks, router
+from moekern.layer import MoE, Routing
 
 
-def load_balancing_loss(logits: Tensor, tokens_per_expert: Tensor) -> Tensor:
+def load_balancing_loss(
+    logits: Tensor, tokens_per_expert: Tensor, *, mask: Tensor | None = None, group: Any = None
+) -> Tensor:
     """The auxiliary loss of Switch Transformer (Fedus et al. 2021, equations 4 to 6), scaled as transformers does.
 
     ``E * sum_e f_e * P_e`` with ``f_e`` the share of tokens that chose expert e (these sum to top_k) and ``P_e`` its
@@ -17,7 +22,11 @@ def load_balancing_loss(logits: Tensor, tokens_per_expert: Tensor) -> Tensor:
 
     Args:
         logits: ``[T, E]`` router logits; the gradient flows through these.
-        tokens_per_expert: ``[E]`` counts.
+        tokens_per_expert: ``[E]`` counts, without those of masked tokens.
+        mask: ``[T]``, zero for tokens that do not count (padding), or None.
+        group: A torch.distributed process group over which the counts are summed, so that the batches of all its ranks
+            are balanced together and not each on its own; None for this rank alone. The mean over the ranks, which
+            data-parallel training takes of the gradients, then gives the gradient of the loss of the whole batch.
 
     Returns:
         A scalar in float32.
@@ -27,29 +36,213 @@ def load_balancing_loss(logits: Tensor, tokens_per_expert: Tensor) -> Tensor:
     checks.has_shape("logits", logits, ("tokens", "experts"))
     num_experts = logits.shape[1]
     checks.has_shape("tokens_per_expert", tokens_per_expert, (num_experts,), "one count an expert")
-    tokens = max(logits.shape[0], 1)
-    probability = torch.softmax(logits.float(), dim=-1).sum(0) / tokens
-    return num_experts * ((tokens_per_expert.float() / tokens) * probability).sum()
+    weight = _token_weights(logits, mask)
+    probability = (torch.softmax(logits.float(), dim=-1) * weight).sum(0) / weight.sum().clamp(min=1)
+    counts, tokens = tokens_per_expert.float(), weight.sum()
+    if group is not None:
+        both = torch.cat((counts, tokens.reshape(1)))
+        dist.all_reduce(both, group=group)
+        counts, tokens = both[:-1], both[-1]
+    return num_experts * ((counts / tokens.clamp(min=1)) * probability).sum()
 
 
-def aux_loss(model: nn.Module) -> Tensor:
-    """The sum of the load-balancing losses of all MoE layers, from their latest forward pass in training mode.
+def z_loss(logits: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """The router z-loss of ST-MoE (Zoph et al. 2022, equation 5): the mean square of the logits' log-sum-exp.
 
-    Add it to the training loss with a small coefficient, such as 0.01.
+    It keeps the logits small, where float32 resolves them well.
+
+    Args:
+        logits: ``[T, E]``.
+        mask: As in :func:`load_balancing_loss`.
+    """
+    checks.is_tensor("logits", logits)
+    checks.has_shape("logits", logits, ("tokens", "experts"))
+    weight = _token_weights(logits, mask)
+    square = torch.logsumexp(logits.float(), dim=-1, keepdim=True).square()
+    return (square * weight).sum() / weight.sum().clamp(min=1)
+
+
+def sequence_balancing_loss(
+    logits: Tensor, topk_ids: Tensor, *, method: str = "deepseek_v3", mask: Tensor | None = None
+) -> Tensor:
+    """The sequence-wise loss of DeepSeek-V3 (2024, equations 17 to 20): balance within every sequence by itself.
+
+    For one sequence ``sum_e f_e * P_e`` with ``f_e = E / K`` times the share of its tokens that chose expert e, and
+    ``P_e`` the mean of e's score as a share of the token's scores. It is 1 when all experts are used alike.
+
+    Args:
+        logits: ``[B, N, E]``: B sequences of N tokens.
+        topk_ids: ``[B, N, K]``.
+        method: The method of :func:`moekern.route`, for its scores.
+        mask: ``[B, N]``, zero for padding, or None.
+
+    Returns:
+        The mean over the sequences, a scalar in float32.
+    """
+    checks.is_tensor("logits", logits)
+    checks.has_shape("logits", logits, ("sequences", "tokens", "experts"))
+    checks.is_tensor("topk_ids", topk_ids)
+    sequences, length, num_experts = logits.shape
+    checks.has_shape("topk_ids", topk_ids, (sequences, length, "top_k"), "as logits")
+    checks.one_of("method", method, tuple(router.METHODS))
+    weight = _token_weights(logits, mask)
+    tokens = weight.sum(1).clamp(min=1)
+    scores = router.scores(logits.float(), method)
+    probability = (scores / (scores.sum(-1, keepdim=True) + 1e-20) * weight).sum(1) / tokens
+    chosen = weight.expand(-1, -1, topk_ids.shape[2]).flatten(1)
+    counts = torch.zeros_like(probability).scatter_add(1, topk_ids.flatten(1).to(torch.int64), chosen)
+    share = counts * num_experts / (topk_ids.shape[2] * tokens)
+    return (share * probability).sum(1).mean()
+
+
+def aux_loss(
+    model: nn.Module,
+    attention_mask: Tensor | None = None,
+    *,
+    balance: float = 1.0,
+    z: float = 0.0,
+    sequence: float = 0.0,
+    group: Any = None,
+) -> Tensor:
+    """The sum of the routers' losses of all MoE layers, from their latest forward pass in training mode.
+
+    Add it to the training loss with a small coefficient, such as 0.01. A layer keeps its latest forward pass only, so a
+    recomputation under activation checkpointing does not count twice.
+
+    Args:
+        model: Anything that contains :class:`moekern.MoE` layers.
+        attention_mask: Zero for padding tokens, which then do not count; as many elements as the layers had tokens.
+        balance: Coefficient of :func:`load_balancing_loss`.
+        z: Coefficient of :func:`z_loss`.
+        sequence: Coefficient of :func:`sequence_balancing_loss`; the last leading dimension of the layers' input is the
+            sequence.
+        group: See :func:`load_balancing_loss`.
 
     Raises:
-        ValueError: The model has no MoE layer, or one that has not run in training mode yet.
+        TypeError, ValueError: An argument is of the wrong kind; the model has no MoE layer, or one that has not run in
+            training mode yet, or ran without gradient.
     """
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, MoE)]
-    if not layers:
-        raise ValueError(f"model: got a {type(model).__name__} without any moekern.MoE layer, expected at least one")
+    for name, value in (("balance", balance), ("z", z), ("sequence", sequence)):
+        checks.is_number(name, value, low=0)
     losses = []
-    for name, layer in layers:
+    for name, layer in _layers(model):
         routing = layer.latest_routing
         if routing is None:
             raise ValueError(
-                f"model: layer {name or type(layer).__name__!r} has not run a forward pass in training mode; "
+                f"model: layer {name!r} has not run a forward pass in training mode; "
                 "call model.train() and the model first"
             )
-        losses.append(load_balancing_loss(routing.logits, routing.tokens_per_expert))
+        if torch.is_grad_enabled() and layer.gate.weight.requires_grad and not routing.logits.requires_grad:
+            raise ValueError(
+                f"model: layer {name!r} ran without gradient, so its loss would have none; "
+                "checkpoint activations with use_reentrant=False, and do not run the model under torch.no_grad()"
+            )
+        losses.append(_layer_loss(layer, routing, attention_mask, balance, z, sequence, group))
     return torch.stack(losses).sum()
+
+
+def update_selection_bias(model: nn.Module, rate: float = 0.001, group: Any = None) -> None:
+    """One step of DeepSeek's balancing without loss (Wang et al. 2024): move every layer's selection bias.
+
+    Experts that got more than the mean number of tokens since the latest step are made less likely to be chosen by
+    ``rate``, those that got fewer, more likely. Call it once an optimiser step, after all its forward passes; or let
+    :func:`bias_update_hook` do so.
+
+    Args:
+        model: Contains :class:`moekern.MoE` layers with ``selection_bias=True``.
+        rate: The step.
+        group: A torch.distributed process group over which the tokens are summed, None for this rank alone. Ranks that
+            share their weights must share their tokens, or their biases drift apart.
+
+    Raises:
+        TypeError, ValueError: An argument is of the wrong kind; the model has no such layer.
+    """
+    checks.is_number("rate", rate, low=0)
+    gates = [layer.gate for _, layer in _layers(model) if layer.gate.e_score_correction_bias is not None]
+    if not gates:
+        raise ValueError("model: has no moekern.MoE layer with selection_bias=True")
+    with torch.no_grad():
+        for gate in gates:
+            bias, tokens = gate.e_score_correction_bias, gate.tokens_since_update
+            assert bias is not None
+            assert tokens is not None
+            if group is not None:
+                dist.all_reduce(tokens, group=group)
+            counts = tokens.to(torch.float32)
+            bias.add_(torch.sign(counts.mean() - counts), alpha=rate)
+            tokens.zero_()
+
+
+def bias_update_hook(
+    optimizer: torch.optim.Optimizer, model: nn.Module, rate: float = 0.001, group: Any = None
+) -> torch.utils.hooks.RemovableHandle:
+    """Call :func:`update_selection_bias` after every step of the optimiser.
+
+    Returns:
+        A handle whose ``remove()`` ends it.
+
+    Raises:
+        TypeError: ``optimizer`` is not a torch optimiser.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer: got {type(optimizer).__name__}, expected a torch.optim.Optimizer")
+    checks.is_number("rate", rate, low=0)
+    _layers(model)
+    return optimizer.register_step_post_hook(lambda *_: update_selection_bias(model, rate, group))
+
+
+def _layers(model: nn.Module) -> list[tuple[str, MoE]]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
+    layers = [(name or "MoE", module) for name, module in model.named_modules() if isinstance(module, MoE)]
+    if not layers:
+        raise ValueError(f"model: got a {type(model).__name__} without any moekern.MoE layer, expected at least one")
+    return layers
+
+
+def _token_weights(logits: Tensor, mask: Tensor | None) -> Tensor:
+    """Float32 ``[..., 1]``: one for a token that counts, zero for a masked one."""
+    if mask is None:
+        return torch.ones((*logits.shape[:-1], 1), dtype=torch.float32, device=logits.device)
+    checks.is_tensor("mask", mask)
+    checks.has_shape("mask", mask, tuple(logits.shape[:-1]), "one entry a token")
+    checks.same_device("mask", mask, "logits", logits)
+    return (mask != 0).to(torch.float32).unsqueeze(-1)
+
+
+def _layer_loss(
+    layer: MoE,
+    routing: Routing,
+    attention_mask: Tensor | None,
+    balance: float,
+    z: float,
+    sequence: float,
+    group: Any,
+) -> Tensor:
+    logits, counts, ids, shape = routing
+    mask = None
+    if attention_mask is not None:
+        checks.is_tensor("attention_mask", attention_mask)
+        if attention_mask.numel() != logits.shape[0]:
+            raise ValueError(
+                f"attention_mask: got shape {tuple(attention_mask.shape)}, "
+                f"expected {logits.shape[0]} elements, the tokens of the layers' latest input"
+            )
+        mask = attention_mask.reshape(-1).to(logits.device)
+        if ids is not None:
+            chosen = (mask != 0).float().repeat_interleave(ids.shape[1])
+            counts = torch.zeros_like(logits[0]).scatter_add(0, ids.reshape(-1), chosen)
+    loss = balance * load_balancing_loss(logits, counts, mask=mask, group=group)
+    if z > 0:
+        loss = loss + z * z_loss(logits, mask=mask)
+    if sequence > 0:
+        if ids is None:
+            raise ValueError("sequence: got a coefficient above 0, but a layer routes by expert choice")
+        rows = (-1, shape[-1] if shape else 1)
+        loss = loss + sequence * sequence_balancing_loss(
+            logits.unflatten(0, rows),
+            ids.unflatten(0, rows),
+            method=layer.routing,
+            mask=None if mask is None else mask.unflatten(0, rows),
+        )
+    return loss

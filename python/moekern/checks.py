@@ -5,6 +5,7 @@ They read shapes, dtypes and devices only, never values, so that they cost a mic
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -89,3 +90,15 @@ def topk_ids(name: str, value: object) -> None:
     has_shape(name, value, ("tokens", "top_k"))
     if value.numel() >= 2**31:
         raise ValueError(f"{name}: got {value.numel()} slots, expected fewer than 2**31")
+
+
+def is_number(name: str, value: object, *, above: float | None = None, low: float | None = None) -> None:
+    """Raises TypeError unless ``value`` is an int or float, ValueError unless finite, ``> above`` and ``>= low``."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
+    bounds = "a finite number"
+    bounds += f" above {above}" if above is not None else ""
+    bounds += f" of at least {low}" if low is not None else ""
+    in_bounds = (above is None or value > above) and (low is None or value >= low)
+    if not (-math.inf < value < math.inf and in_bounds):  # torch.compile cannot trace isfinite of a symbol
+        raise ValueError(f"{name}: got {value}, expected {bounds}")

@@ -120,10 +120,11 @@ def grouped_mlp(
     offsets = _check_offsets(offsets, x_sorted, "x_sorted", w_gate_up.shape[0])
     x_sorted, w_gate_up, w_down, b_gate_up, b_down = _autocast(x_sorted, w_gate_up, w_down, b_gate_up, b_down)
     rows = torch.arange(x_sorted.shape[0], dtype=torch.int32, device=x_sorted.device)
+    inverse = rows.clone() if torch.compiler.is_compiling() else rows  # it refuses one tensor in two places
     return autograd.experts(
         x_sorted,
         None,
-        (rows, rows, offsets),
+        (rows, inverse, offsets),
         w_gate_up,
         w_down,
         b_gate_up,

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from moekern import checks, functional, router
+from moekern import capacity, checks, functional, router
 from moekern.activations import ACTIVATIONS
+from moekern.expert_choice import expert_choice, run_chosen
+from moekern.parts import Experts, Router, SharedExpert
 from moekern.plan import plan
+
+ROUTINGS = (*router.METHODS, "expert_choice")
 
 
 class Routing(NamedTuple):
@@ -18,90 +21,15 @@ class Routing(NamedTuple):
 
     Attributes:
         logits: ``[T, E]`` float32, part of the autograd graph.
-        tokens_per_expert: ``[E]`` int32.
+        tokens_per_expert: ``[E]`` int32, before any are dropped.
+        topk_ids: ``[T, K]``, before any are dropped; None with expert choice.
+        shape: Leading dimensions of the layer's input; the last one is the sequence.
     """
 
     logits: Tensor
     tokens_per_expert: Tensor
-
-
-class Router(nn.Module):
-    """The linear map from tokens to expert logits; ``weight`` is ``[E, H]``, ``bias`` ``[E]`` or None."""
-
-    def __init__(
-        self, hidden_size: int, num_experts: int, bias: bool, device: Any = None, dtype: torch.dtype | None = None
-    ) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(num_experts, device=device, dtype=dtype)) if bias else None
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Small uniform weights, as nn.Linear starts with, so that the first routing is near random."""
-        bound = 1 / math.sqrt(self.weight.shape[1])
-        with torch.no_grad():
-            self.weight.uniform_(-bound, bound)
-            if self.bias is not None:
-                self.bias.zero_()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits ``[T, E]`` in float32 of tokens ``[T, H]``."""
-        return nn.functional.linear(x, self.weight, self.bias).float()
-
-    def extra_repr(self) -> str:
-        """Sizes, as nn.Linear shows them."""
-        return f"{self.weight.shape[1]}, {self.weight.shape[0]}, bias={self.bias is not None}"
-
-
-class Experts(nn.Module):
-    """The experts' weights, in the layout and under the names of Hugging Face transformers.
-
-    ``gate_up_proj`` ``[E, 2I, H]`` (gate rows, then up rows; ``[E, I, H]`` without gate), ``down_proj`` ``[E, H, I]``,
-    ``gate_up_proj_bias`` ``[E, 2I]`` and ``down_proj_bias`` ``[E, H]`` or None.
-    """
-
-    def __init__(
-        self,
-        hidden_size: int,
-        intermediate_size: int,
-        num_experts: int,
-        activation: str,
-        bias: bool,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.activation = activation
-        width = intermediate_size * (2 if ACTIVATIONS[activation].gated else 1)
-
-        def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
-
-        self.gate_up_proj = parameter(num_experts, width, hidden_size)
-        self.down_proj = parameter(num_experts, hidden_size, intermediate_size)
-        self.gate_up_proj_bias = parameter(num_experts, width) if bias else None
-        self.down_proj_bias = parameter(num_experts, hidden_size) if bias else None
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Every expert starts as an nn.Linear pair does: uniform within one over the square root of the inputs."""
-        with torch.no_grad():
-            for weight, bias in (
-                (self.gate_up_proj, self.gate_up_proj_bias),
-                (self.down_proj, self.down_proj_bias),
-            ):
-                bound = 1 / math.sqrt(weight.shape[2])
-                weight.uniform_(-bound, bound)
-                if bias is not None:
-                    bias.uniform_(-bound, bound)
-
-    def extra_repr(self) -> str:
-        """Sizes and activation."""
-        num_experts, hidden_size, intermediate_size = self.down_proj.shape
-        return (
-            f"num_experts={num_experts}, hidden_size={hidden_size}, intermediate_size={intermediate_size}, "
-            f"activation={self.activation!r}, bias={self.down_proj_bias is not None}"
-        )
+    topk_ids: Tensor | None
+    shape: tuple[int, ...]
 
 
 class MoE(nn.Module):
@@ -115,8 +43,22 @@ class MoE(nn.Module):
         activation: See :func:`moekern.experts`.
         bias: Biases on both projections of the experts.
         router_bias: A bias on the router.
-        routing: ``"softmax_topk"`` or ``"topk_softmax"``, see :func:`moekern.route`.
-        norm_topk_prob: Scale the router's weights of a token to sum to one.
+        routing: A method of :func:`moekern.route`, or ``"expert_choice"``: each expert takes its best tokens, so many
+            that a token has ``top_k`` experts on average, see :func:`moekern.expert_choice`.
+        norm_topk_prob, n_group, topk_group, routed_scaling_factor: See :func:`moekern.route`.
+        selection_bias: Keep a bias for choosing, ``gate.e_score_correction_bias``, which
+            :func:`moekern.update_selection_bias` moves.
+        router_jitter_noise: In training, multiply the layer's input by uniform noise within one plus or minus this, as
+            Mixtral does.
+        scale_input: Apply the router's weights to the experts' input, not their output (Llama 4).
+        capacity_factor: An expert takes at most so many times its even share of the slots, ``T * K / E``; None for no
+            limit. See :func:`moekern.limit_tokens` for this and the next two.
+        drop_by: ``"score"`` or ``"position"``.
+        round_tokens_to: Every expert takes a multiple of so many tokens in training.
+        shared_intermediate_size: Width of a dense MLP that every token passes beside its experts, None for none. Its
+            weights are ``shared_expert.gate_proj``, ``.up_proj`` and ``.down_proj``.
+        shared_gate: Scale that MLP's output by the sigmoid of a linear map of the token, ``shared_expert_gate``
+            (Qwen2-MoE).
         device, dtype: Of the parameters.
 
     The state dict has the names and layouts of transformers' MoE blocks: ``gate.weight``, ``experts.gate_up_proj``,
@@ -138,6 +80,17 @@ class MoE(nn.Module):
         router_bias: bool = False,
         routing: str = "softmax_topk",
         norm_topk_prob: bool = True,
+        n_group: int = 1,
+        topk_group: int | None = None,
+        routed_scaling_factor: float = 1.0,
+        selection_bias: bool = False,
+        router_jitter_noise: float = 0.0,
+        scale_input: bool = False,
+        capacity_factor: float | None = None,
+        drop_by: str = "score",
+        round_tokens_to: int = 1,
+        shared_intermediate_size: int | None = None,
+        shared_gate: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -150,9 +103,37 @@ class MoE(nn.Module):
             checks.is_int(name, value, 1)
         checks.is_int("top_k", top_k, 1, num_experts, f"num_experts is {num_experts}")
         checks.one_of("activation", activation, tuple(ACTIVATIONS))
-        checks.one_of("routing", routing, router.METHODS)
-        for name, flag in (("bias", bias), ("router_bias", router_bias), ("norm_topk_prob", norm_topk_prob)):
+        checks.one_of("routing", routing, ROUTINGS)
+        for name, flag in (
+            ("bias", bias),
+            ("router_bias", router_bias),
+            ("norm_topk_prob", norm_topk_prob),
+            ("selection_bias", selection_bias),
+            ("scale_input", scale_input),
+            ("shared_gate", shared_gate),
+        ):
             checks.is_bool(name, flag)
+        self._is_expert_choice = routing == "expert_choice"
+        method = "softmax_topk" if self._is_expert_choice else routing
+        router.check_options(top_k, num_experts, method, norm_topk_prob, n_group, topk_group, routed_scaling_factor)
+        checks.is_number("router_jitter_noise", router_jitter_noise, low=0)
+        if capacity_factor is not None:
+            checks.is_number("capacity_factor", capacity_factor, above=0)
+        checks.one_of("drop_by", drop_by, capacity.ORDERS)
+        checks.is_int("round_tokens_to", round_tokens_to, 1)
+        if self._is_expert_choice:
+            _refuse_with_expert_choice(
+                norm_topk_prob=not norm_topk_prob,
+                n_group=n_group != 1,
+                selection_bias=selection_bias,
+                scale_input=scale_input,
+                capacity_factor=capacity_factor is not None,
+                round_tokens_to=round_tokens_to != 1,
+            )
+        if shared_intermediate_size is not None:
+            checks.is_int("shared_intermediate_size", shared_intermediate_size, 1)
+        elif shared_gate:
+            raise ValueError("shared_gate: got True, expected False without shared_intermediate_size")
         if dtype is not None and dtype not in checks.FLOATING:
             raise TypeError(f"dtype: got {dtype}, expected one of float32, bfloat16, float16, float64")
         self.hidden_size = hidden_size
@@ -162,8 +143,22 @@ class MoE(nn.Module):
         self.activation = activation
         self.routing = routing
         self.norm_topk_prob = norm_topk_prob
-        self.gate = Router(hidden_size, num_experts, router_bias, device, dtype)
+        self.n_group = n_group
+        self.topk_group = topk_group
+        self.routed_scaling_factor = routed_scaling_factor
+        self.router_jitter_noise = router_jitter_noise
+        self.scale_input = scale_input
+        self.capacity_factor = capacity_factor
+        self.drop_by = drop_by
+        self.round_tokens_to = round_tokens_to
+        self.gate = Router(hidden_size, num_experts, router_bias, device, dtype, selection_bias)
         self.experts = Experts(hidden_size, intermediate_size, num_experts, activation, bias, device, dtype)
+        self.shared_expert: SharedExpert | None = None
+        self.shared_expert_gate: nn.Linear | None = None
+        if shared_intermediate_size is not None:
+            self.shared_expert = SharedExpert(hidden_size, shared_intermediate_size, activation, device, dtype)
+        if shared_gate:
+            self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False, device=device, dtype=dtype)
         self._latest_routing: Routing | None = None
 
     @classmethod
@@ -191,8 +186,7 @@ class MoE(nn.Module):
 
         checks.is_int("num_experts", num_experts, 1)
         checks.is_int("top_k", top_k, 1, num_experts, f"num_experts is {num_experts}")
-        if options.get("norm_topk_prob", True) is not True:
-            raise ValueError("norm_topk_prob: got False, expected True: the copies must average to the dense output")
+        _refuse_with_copies(options)
         dense = read_dense(dense_mlp, activation)
         layer = cls(
             dense.down.shape[0],
@@ -217,8 +211,9 @@ class MoE(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew."""
-        self.gate.reset_parameters()
-        self.experts.reset_parameters()
+        for part in (self.gate, self.experts, self.shared_expert, self.shared_expert_gate):
+            if part is not None:
+                part.reset_parameters()
 
     @property
     def latest_routing(self) -> Routing | None:
@@ -246,28 +241,124 @@ class MoE(nn.Module):
         if x.dtype != self.gate.weight.dtype and not torch.is_autocast_enabled(x.device.type):
             raise TypeError(f"x: got dtype {x.dtype}, expected {self.gate.weight.dtype}, the dtype of the layer")
         tokens = x.reshape(-1, self.hidden_size)
+        if self.training and self.router_jitter_noise > 0:
+            noise = self.router_jitter_noise
+            tokens = tokens * torch.empty_like(tokens).uniform_(1 - noise, 1 + noise)
         logits = self.gate(tokens)
-        weights, ids = router.route(logits, self.top_k, method=self.routing, norm_topk_prob=self.norm_topk_prob)
-        chosen = plan(ids, self.num_experts)
-        if self.training and not torch.compiler.is_exporting():
-            self._latest_routing = Routing(logits, chosen.counts)
-        out = functional.experts(
-            tokens,
-            None,
-            weights,
-            self.experts.gate_up_proj,
-            self.experts.down_proj,
-            self.experts.gate_up_proj_bias,
-            self.experts.down_proj_bias,
-            activation=self.activation,
-            plan=chosen,
-        )
+        choose = self._expert_choice if self._is_expert_choice else self._token_choice
+        out = choose(tokens, logits, x.shape[:-1])
+        if self.shared_expert is not None:
+            shared = self.shared_expert(tokens)
+            if self.shared_expert_gate is not None:
+                shared = torch.sigmoid(self.shared_expert_gate(tokens)) * shared
+            out = out + shared
         return out.reshape(x.shape)
+
+    def _token_choice(self, tokens: Tensor, logits: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Every token chooses its experts; the routed part of the output ``[T, H]``."""
+        weights, ids = router.route(
+            logits,
+            self.top_k,
+            method=self.routing,
+            norm_topk_prob=self.norm_topk_prob,
+            selection_bias=self.gate.e_score_correction_bias,
+            n_group=self.n_group,
+            topk_group=self.topk_group,
+            routed_scaling_factor=self.routed_scaling_factor,
+        )
+        chosen = plan(ids, self.num_experts)
+        self._record(logits, chosen.counts, ids, shape)
+        multiple = self.round_tokens_to if self.training else 1
+        if self.capacity_factor is not None or multiple > 1:
+            limit = None
+            if self.capacity_factor is not None:
+                limit = capacity.capacity_of(self.capacity_factor, ids.shape[0], self.top_k, self.num_experts)
+            ids = capacity.drop(chosen, ids, weights, limit, multiple, self.drop_by)
+            chosen = plan(ids, self.num_experts)
+        if not self.scale_input:
+            return functional.experts(
+                tokens, None, weights, *self.experts.projections, activation=self.activation, plan=chosen
+            )
+        # Each slot has an input of its own, so each becomes a token with one expert.
+        scaled = (tokens.unsqueeze(1) * weights.unsqueeze(2).to(tokens.dtype)).flatten(0, 1)
+        out = functional.experts(
+            scaled, ids.reshape(-1, 1), None, *self.experts.projections, activation=self.activation
+        )
+        return out.unflatten(0, (-1, self.top_k)).sum(1) if self.top_k > 1 else out
+
+    def _expert_choice(self, tokens: Tensor, logits: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Every expert chooses its tokens; the routed part of the output ``[T, H]``."""
+        count = min(tokens.shape[0], capacity.capacity_of(1.0, tokens.shape[0], self.top_k, self.num_experts))
+        weights, chosen = expert_choice(logits, count)
+        counts = logits.new_full((self.num_experts,), count, dtype=torch.int32)
+        self._record(logits, counts, None, shape)
+        if self.routed_scaling_factor != 1:
+            weights = weights * self.routed_scaling_factor
+        return run_chosen(tokens, weights, chosen, *self.experts.projections, activation=self.activation)
+
+    def _record(self, logits: Tensor, counts: Tensor, ids: Tensor | None, shape: tuple[int, ...]) -> None:
+        """Keep what the losses need, in training only."""
+        if not self.training or torch.compiler.is_exporting():
+            return
+        self._latest_routing = Routing(logits, counts, ids, tuple(shape))
+        total = self.gate.tokens_since_update
+        if total is not None and not _is_recomputing():
+            total.add_(counts)
 
     def extra_repr(self) -> str:
         """How tokens are routed; the sizes are shown by the experts."""
-        return f"top_k={self.top_k}, routing={self.routing!r}, norm_topk_prob={self.norm_topk_prob}"
+        text = f"top_k={self.top_k}, routing={self.routing!r}, norm_topk_prob={self.norm_topk_prob}"
+        defaults = {
+            "n_group": 1,
+            "topk_group": None,
+            "routed_scaling_factor": 1.0,
+            "router_jitter_noise": 0.0,
+            "scale_input": False,
+            "capacity_factor": None,
+            "round_tokens_to": 1,
+        }
+        changed = (
+            f", {name}={getattr(self, name)}" for name, value in defaults.items() if getattr(self, name) != value
+        )
+        return text + "".join(changed)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave out the latest routing: it belongs to a graph that they do not."""
         return {**self.__dict__, "_latest_routing": None}
+
+
+def _is_recomputing() -> bool:
+    """Whether this forward pass is activation checkpointing's second one: it then runs inside a backward pass."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _refuse_with_expert_choice(**used: bool) -> None:
+    for name, is_used in used.items():
+        if is_used:
+            raise ValueError(f"{name}: not accepted with routing 'expert_choice', where experts choose the tokens")
+
+
+def _refuse_with_copies(options: dict[str, Any]) -> None:
+    """Options under which a token's weights do not sum to one, so that copies would not average to the original."""
+    if options.get("norm_topk_prob", True) is not True:
+        raise ValueError("norm_topk_prob: got False, expected True: the copies must average to the dense output")
+    if router.METHODS.get(options.get("routing", "softmax_topk"), "") not in (
+        "softmax_topk",
+        "topk_softmax",
+        "sigmoid_topk",
+    ):
+        raise ValueError(
+            f"routing: got {options['routing']!r}, expected one whose weights sum to one: "
+            "the copies must average to the dense output"
+        )
+    for name, neutral in (
+        ("routed_scaling_factor", 1.0),
+        ("scale_input", False),
+        ("capacity_factor", None),
+        ("round_tokens_to", 1),
+        ("shared_intermediate_size", None),
+    ):
+        if options.get(name, neutral) != neutral:
+            raise ValueError(
+                f"{name}: got {options[name]!r}, expected {neutral!r}: the copies must average to the dense output"
+            )

@@ -107,7 +107,7 @@ def _combine_expression(y: Tensor, weights: Tensor | None, inverse: Tensor, offs
     by_slot = torch.where(used, y[inverse.long()], 0).to(_accumulator(y.dtype))
     if weights is not None:
         by_slot = by_slot * weights.reshape(-1, 1)
-    return by_slot.reshape(-1, top_k, y.shape[1]).sum(1).to(y.dtype)
+    return by_slot.reshape(y.shape[0] // top_k, top_k, y.shape[1]).sum(1).to(y.dtype)
 
 
 def _combine_gradient_expression(

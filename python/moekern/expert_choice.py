@@ -1,0 +1,52 @@
+"""Expert choice: every expert takes its best tokens, so that all are used alike without any loss (Zhou et al. 2022)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moekern import checks, functional, router
+
+
+def expert_choice(logits: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    """Let every expert choose its tokens.
+
+    A token may be chosen by any number of experts, none included. The choice looks at all tokens of the batch, later
+    ones too: a causal language model trained so cannot generate token by token as it was trained.
+
+    Args:
+        logits: ``[T, E]`` floating.
+        capacity: C, tokens an expert takes, 0 to T.
+
+    Returns:
+        Weights ``[E, C]`` in float32, the softmax over experts at the chosen tokens, differentiable in the logits, and
+        tokens ``[E, C]`` int64. Of equal scores the first token wins.
+
+    Raises:
+        TypeError, ValueError: An argument is of the wrong kind or out of range.
+    """
+    checks.is_tensor("logits", logits)
+    checks.has_dtype("logits", logits, checks.FLOATING)
+    checks.has_shape("logits", logits, ("tokens", "experts"))
+    checks.is_int("capacity", capacity, 0, logits.shape[0], f"logits have {logits.shape[0]} tokens")
+    scores = router.scores(logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32), "softmax_topk")
+    by_expert = scores.mT.contiguous()
+    tokens = router.choose(by_expert.detach(), capacity)
+    return by_expert.gather(1, tokens), tokens
+
+
+def run_chosen(x: Tensor, weights: Tensor, tokens: Tensor, *projections: Tensor | None, **options: Any) -> Tensor:
+    """Run tokens ``[E, C]`` of x ``[T, H]`` through their experts and sum by token with weights ``[E, C]``.
+
+    The gather is an embedding lookup and the sum its transpose: both, and so their gradients, add in a fixed order on
+    every device.
+    """
+    num_experts, capacity = tokens.shape
+    rows = torch.nn.functional.embedding(tokens.reshape(-1), x)
+    offsets = torch.arange(num_experts + 1, device=x.device, dtype=torch.int32) * capacity
+    y = functional.grouped_mlp(rows, offsets, *projections, **options)  # type: ignore[arg-type]
+    weighted = y.to(weights.dtype) * weights.reshape(-1, 1)
+    summed = torch.ops.aten.embedding_dense_backward(weighted, tokens.reshape(-1), x.shape[0], -1, False)
+    return summed.to(y.dtype)  # type: ignore[no-any-return]

@@ -1,0 +1,192 @@
+"""The parameters of a layer, as modules with the names of transformers' MoE blocks: router, experts, shared expert."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moekern.activations import ACTIVATIONS
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def _uniform(*parameters: Tensor | None, inputs: int) -> None:
+    """What nn.Linear starts with: uniform within one over the square root of the inputs."""
+    bound = 1 / math.sqrt(inputs)
+    with torch.no_grad():
+        for parameter in parameters:
+            if parameter is not None:
+                parameter.uniform_(-bound, bound)
+
+
+class _WideLinear(torch.autograd.Function):
+    """``x @ weight.T`` of half-precision CUDA tensors in float32: exact products, and no wide copies of x."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor) -> Tensor:
+        return torch.mm(x, weight.mT, out_dtype=torch.float32)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        dout = dout.to(x.dtype)
+        return dout @ weight if ctx.needs_input_grad[0] else None, dout.mT @ x if ctx.needs_input_grad[1] else None
+
+
+class Router(nn.Module):
+    """The linear map from tokens to expert logits.
+
+    ``weight`` is ``[E, H]``, ``bias`` ``[E]`` or None. With ``selection_bias`` there is a float32 buffer
+    ``e_score_correction_bias`` ``[E]``, added to the scores for choosing only; it stays float32 whatever the module is
+    cast to, because its steps are below the resolution of half precision.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        bias: bool,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        selection_bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(num_experts, device=device, dtype=dtype)) if bias else None
+        self.e_score_correction_bias: Tensor | None
+        # Tokens each expert got in training since the latest update of that bias. Not a buffer: DistributedDataParallel
+        # would overwrite it with that of rank 0.
+        self.tokens_since_update: Tensor | None = None
+        buffer = torch.zeros(num_experts, device=device, dtype=torch.float32) if selection_bias else None
+        self.register_buffer("e_score_correction_bias", buffer)
+        if selection_bias:
+            self.tokens_since_update = torch.zeros(num_experts, device=device, dtype=torch.int64)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Small uniform weights, as nn.Linear starts with, so that the first routing is near random."""
+        _uniform(self.weight, inputs=self.weight.shape[1])
+        with torch.no_grad():
+            for tensor in (self.bias, self.e_score_correction_bias, self.tokens_since_update):
+                if tensor is not None:
+                    tensor.zero_()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        correction = self._buffers.get("e_score_correction_bias")
+        super()._apply(fn, recurse)
+        if correction is not None:
+            moved = self._buffers["e_score_correction_bias"]
+            assert moved is not None
+            if moved.dtype != torch.float32:
+                self._buffers["e_score_correction_bias"] = correction.to(moved.device)
+        if self.tokens_since_update is not None:
+            self.tokens_since_update = fn(self.tokens_since_update)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``[T, E]`` of tokens ``[T, H]``, computed in float32 under autocast too (float64 for float64)."""
+        weight, bias = self.weight, self.bias
+        if x.is_cuda and x.dtype in _HALF and weight.dtype == x.dtype and not torch.compiler.is_compiling():
+            logits = _WideLinear.apply(x, weight)
+            return logits if bias is None else logits + bias.float()
+        wide = torch.float64 if torch.float64 in (x.dtype, weight.dtype) else torch.float32
+        device = x.device.type
+        autocast = device != "meta" and torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False) if autocast else nullcontext():
+            return nn.functional.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
+
+    def extra_repr(self) -> str:
+        """Sizes, as nn.Linear shows them."""
+        biased = ", selection_bias=True" if self.e_score_correction_bias is not None else ""
+        return f"{self.weight.shape[1]}, {self.weight.shape[0]}, bias={self.bias is not None}{biased}"
+
+
+class Experts(nn.Module):
+    """The experts' weights, in the layout and under the names of Hugging Face transformers.
+
+    ``gate_up_proj`` ``[E, 2I, H]`` (gate rows, then up rows; ``[E, I, H]`` without gate), ``down_proj`` ``[E, H, I]``,
+    ``gate_up_proj_bias`` ``[E, 2I]`` and ``down_proj_bias`` ``[E, H]`` or None.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        num_experts: int,
+        activation: str,
+        bias: bool,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.activation = activation
+        width = intermediate_size * (2 if ACTIVATIONS[activation].gated else 1)
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
+
+        self.gate_up_proj = parameter(num_experts, width, hidden_size)
+        self.down_proj = parameter(num_experts, hidden_size, intermediate_size)
+        self.gate_up_proj_bias = parameter(num_experts, width) if bias else None
+        self.down_proj_bias = parameter(num_experts, hidden_size) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Every expert starts as an nn.Linear pair does."""
+        _uniform(self.gate_up_proj, self.gate_up_proj_bias, inputs=self.gate_up_proj.shape[2])
+        _uniform(self.down_proj, self.down_proj_bias, inputs=self.down_proj.shape[2])
+
+    @property
+    def projections(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """The weights and biases in the order of :func:`moekern.experts`."""
+        return self.gate_up_proj, self.down_proj, self.gate_up_proj_bias, self.down_proj_bias
+
+    def extra_repr(self) -> str:
+        """Sizes and activation."""
+        num_experts, hidden_size, intermediate_size = self.down_proj.shape
+        return (
+            f"num_experts={num_experts}, hidden_size={hidden_size}, intermediate_size={intermediate_size}, "
+            f"activation={self.activation!r}, bias={self.down_proj_bias is not None}"
+        )
+
+
+class SharedExpert(nn.Module):
+    """The dense MLP that every token passes: ``gate_proj``, ``up_proj``, ``down_proj`` (no gate: the latter two)."""
+
+    def __init__(
+        self, hidden_size: int, size: int, activation: str, device: Any = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[activation]
+
+        def linear(inputs: int, outputs: int) -> nn.Linear:
+            return nn.Linear(inputs, outputs, bias=False, device=device, dtype=dtype)
+
+        self.gate_proj = linear(hidden_size, size) if self.activation.gated else None
+        self.up_proj = linear(hidden_size, size)
+        self.down_proj = linear(size, hidden_size)
+
+    def reset_parameters(self) -> None:
+        """As nn.Linear starts."""
+        for projection in (self.gate_proj, self.up_proj, self.down_proj):
+            if projection is not None:
+                projection.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[T, H]`` to ``[T, H]``."""
+        up = self.up_proj(x)
+        a = (
+            self.activation.forward(up, None)
+            if self.gate_proj is None
+            else self.activation.forward(self.gate_proj(x), up)
+        )
+        return self.down_proj(a)  # type: ignore[no-any-return]
