@@ -46,7 +46,7 @@ DEVICE void store_activated(u32 tile, int column, u32 warp, u32 lane, const floa
   for (int i = 0; i < 4; i++) {
     const float g = bias.value[0][i & 1], u = bias.value[1][i & 1];
     float first, second;
-    activate_two(gate[2 * i] + g, up[2 * i] + u, gate[2 * i + 1] + g, up[2 * i + 1] + u, first, second);
+    activate_two(biased(gate[2 * i], g), biased(up[2 * i], u), biased(gate[2 * i + 1], g), biased(up[2 * i + 1], u), first, second);
     out[i] = ELEMENT::pack(first, second);
   }
   const u32 token = column + (lane & 7) + ((lane >> 4) << 3), chunk = warp * 2 + ((lane >> 3) & 1);

@@ -158,3 +158,17 @@ def cuda_launch(
 
     RuntimeError without a CUDA driver, or with what the driver reports.
     """
+
+# Element type, place, byte offset, dimensions, strides in bytes, box.
+_RecordedMap = tuple[int, int, int, Sequence[int], Sequence[int], Sequence[int]]
+
+class CudaProgram:
+    """A verb's kernel launches, recorded for its sizes: function, grid, block, shared memory, maps, parameters, addresses."""
+
+    def __init__(
+        self,
+        device: int,
+        launches: Sequence[tuple[int, int, int, int, Sequence[_RecordedMap], bytes, Sequence[tuple[int, int, int]]]],
+    ) -> None: ...
+    def replay(self, stream: int, addresses: Sequence[int]) -> None:
+        """Launch everything on `stream` with these addresses."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from functools import cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ def warn_once(reason: str) -> None:
 
 
 # Public in the newer versions of torch; the same function under a private name before.
-_grouped_mm = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
+_grouped_mm: Any = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
 
 
 @cache
