@@ -1,0 +1,73 @@
+"""The host planner, called from Python, beside the same plan made of torch's sort and bincount."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import moekern as mk
+
+
+@pytest.fixture
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def seconds(f: Callable[[], object], rounds: int = 15) -> float:
+    """The median time of a call that takes long enough to be timed alone."""
+    times = []
+    for _ in range(rounds):
+        start = perf_counter()
+        f()
+        times.append(perf_counter() - start)
+    return median(times)
+
+
+def sort_and_bincount(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """What a layer without a planner does; the inverse permutation, which would cost a scatter more, is left out."""
+    order = torch.sort(ids.reshape(-1), stable=True).indices
+    return order, torch.bincount(ids.reshape(-1), minlength=num_experts).cumsum(0)
+
+
+def ids_of(routing: str, slots: int, num_experts: int) -> Tensor:
+    torch.manual_seed(0)
+    ids = torch.full((slots,), 3) if routing == "one expert" else torch.randint(num_experts, (slots,))
+    return ids.reshape(-1, 8)
+
+
+@pytest.mark.benchmark(group="plan")
+@pytest.mark.parametrize("threads", [1, 2], indirect=True)
+@pytest.mark.parametrize(
+    ("slots", "num_experts", "routing"),
+    [(1 << 18, e, "uniform") for e in (8, 64, 128, 1024)]
+    + [(1 << 18, 64, "one expert"), (1 << 20, 64, "uniform"), (1 << 14, 64, "uniform")],
+)
+def bench_plan(benchmark: Any, slots: int, num_experts: int, routing: str, threads: int) -> None:
+    ids = ids_of(routing, slots, num_experts)
+    order = benchmark(mk.plan, ids, num_experts).order
+    assert torch.equal(order.long(), sort_and_bincount(ids, num_experts)[0])
+    if benchmark.enabled:
+        ours, theirs = benchmark.stats.stats.median, seconds(lambda: sort_and_bincount(ids, num_experts))
+        benchmark.extra_info["ns a slot"] = ours / slots * 1e9
+        benchmark.extra_info["torch, ns a slot"] = theirs / slots * 1e9
+        benchmark.extra_info["times torch"] = theirs / ours
+
+
+@pytest.mark.benchmark(group="plan, eight slots")
+def bench_plan_of_one_token(benchmark: Any) -> None:
+    ids = ids_of("uniform", 8, 64)
+    offsets = benchmark(mk.plan, ids, 64).offsets
+    assert offsets[-1] == 8
+    if benchmark.enabled:
+        calls = 200
+        theirs = seconds(lambda: [sort_and_bincount(ids, 64) for _ in range(calls)]) / calls
+        benchmark.extra_info["torch, us"] = theirs * 1e6
