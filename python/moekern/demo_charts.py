@@ -47,7 +47,7 @@ def round_step(rough: float) -> float:
 
 
 def line_chart(title: str, lines: Sequence[Line], x_label: str, y_label: str, *, floor: float | None = None) -> str:
-    """A chart of `lines`, each labelled at its right end. `floor` fixes the lower end of the y axis."""
+    """A chart of `lines`, each labelled at the right margin. `floor` fixes the lower end of the y axis."""
     xs = [x for line in lines for x, _ in line.points]
     ys = [y for line in lines for _, y in line.points]
     low, high = (min(ys) if floor is None else floor), max(ys)
@@ -71,7 +71,7 @@ def line_chart(title: str, lines: Sequence[Line], x_label: str, y_label: str, *,
         for a, b in line.points:
             tip = f"<title>{escape(line.label)}: {b:.3f} at {a:.4g}</title>"
             parts.append(f'<circle {fill} cx="{x(a):.1f}" cy="{y(b):.1f}" r="3">{tip}</circle>')
-        place = f'x="{x(line.points[-1][0]) + 10:.1f}" y="{end + 4:.1f}"'
+        place = f'x="{WIDTH - RIGHT + 10}" y="{end + 4:.1f}"'
         parts.append(f'<text class="end" {fill} {place}>{escape(line.label)}</text>')
     return "".join([*parts, "</svg>"])
 
