@@ -16,6 +16,7 @@ from rich.table import Table
 
 from moekern import __version__, machine
 from moekern.backends.cuda import loader
+from moekern.backends.cuda.configuration import choose
 from moekern.cli import HelpFormat, Subparsers
 from moekern.selftest import ALLOWED, SelfTest, run_self_test
 
@@ -27,6 +28,7 @@ examples:
 The exit code is 0 if the CPU backend works and no self-test fails, 1 otherwise. A missing optional package is not a
 failure: it is listed with the command that adds it.
 """
+USUAL_SIZES = (65536, 64, 2048, 1024)  # slots, experts, hidden, inter: the answer holds for all that are multiples of 8
 
 
 @dataclass
@@ -144,14 +146,10 @@ def examine_gpu(diagnosis: Diagnosis) -> None:
         return
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        arch = f"sm_{properties.major}{properties.minor}"
+        capability = (properties.major, properties.minor)
         memory = properties.total_memory / 2**30
-        diagnosis.fact("GPU", f"cuda:{index}", f"{properties.name}, {arch}, {memory:.0f} GiB")
-        if not any(known.startswith(arch) for known in loader.ARCHITECTURES):
-            diagnosis.problem(
-                f"cuda:{index} ({properties.name}) is {arch}; CUDA kernels exist for {', '.join(loader.ARCHITECTURES)}",
-                "use the CPU, or MOEKERN_BACKEND=reference (plain PyTorch) on this GPU",
-            )
+        diagnosis.fact("GPU", f"cuda:{index}", f"{properties.name}, {memory:.0f} GiB")
+        diagnosis.fact("GPU", f"cuda:{index} in bf16", str(choose(torch.bfloat16, capability, *USUAL_SIZES)))
 
 
 def driver_version() -> str | None:
