@@ -140,7 +140,7 @@ class Trainer:
         return [layer for layer in self.model.modules() if isinstance(layer, mk.MoE)]
 
     @torch.no_grad()
-    def evaluate(self, count: int = EVALUATION_WINDOWS) -> tuple[Tensor, Tensor]:
+    def evaluate(self, count: int) -> tuple[Tensor, Tensor]:
         """Bits per byte of each validation window, float64[windows], and tokens per layer and expert, float64[L, E].
 
         In training mode: nothing in the model depends on the mode, and the layers keep their routing only there.
@@ -207,21 +207,25 @@ def train(
 ) -> Result:
     """Run the whole experiment. The two callbacks are for progress; they do not change the result."""
     dense, moe = make_trainers(corpus, options, steps)
+
+    def evaluate(trainer: Trainer) -> tuple[Tensor, Tensor]:
+        bits, load = trainer.evaluate(EVALUATION_WINDOWS)
+        trainer.record(bits)
+        on_evaluation(trainer)
+        return bits, load
+
     balance = []
-    last = {dense: torch.empty(0), moe: torch.empty(0)}
     intervals = min(EVALUATIONS, max(1, steps // FEWEST_STEPS_BETWEEN))
     marks = [round(steps * i / intervals) for i in range(intervals + 1)]
     for begin, end in zip(marks, [*marks[1:], steps], strict=True):
+        dense_bits, _ = evaluate(dense)
+        moe_bits, load = evaluate(moe)
+        balance.append(Balance(begin, max_over_mean(load)))
         for trainer in (dense, moe):
-            bits, load = trainer.evaluate()
-            last[trainer] = bits
-            trainer.record(bits)
-            on_evaluation(trainer)
             for _ in range(end - begin):
                 trainer.step()
                 on_step(trainer)
-        balance.append(Balance(begin, max_over_mean(load)))
-    difference = last[moe] - last[dense]
+    difference = moe_bits - dense_bits
     return Result(
         steps=steps,
         tokens_per_step=options.tokens_per_step,
