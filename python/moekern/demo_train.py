@@ -24,11 +24,11 @@ WARMUP_STEPS = 20
 WEIGHT_DECAY = 0.1
 GRADIENT_NORM = 1.0
 AUX_COEFFICIENT = 0.01
-EVALUATIONS = 12
+EVALUATIONS = 10
 FEWEST_STEPS_BETWEEN = 5  # two evaluations
 EVALUATION_WINDOWS = 256  # the same ones every time, so that points of a curve can be compared
 EVALUATION_BATCH = 32
-EXPECTED_STEPS = 600
+EXPECTED_STEPS = 700
 CALIBRATION_STEPS = 6
 CALIBRATION_WARMUP = 2
 
@@ -38,7 +38,7 @@ class Options:
     """What one run of the demo is asked to do. steps None: EXPECTED_STEPS, or fewer if they would not fit `seconds`."""
 
     shape: Shape = field(default_factory=Shape)
-    batch: int = 16
+    batch: int = 8
     steps: int | None = None
     seconds: float = 150.0
     seed: int = 0
