@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moekern.activations import ACTIVATIONS
 from moekern.backends.cuda import loader
-from moekern.backends.cuda.program import Map, launch
+from moekern.backends.cuda.program import Map, collected, launch
 
 ELEMENT = {torch.bfloat16: "Bf16", torch.float16: "F16"}
 MAP_ELEMENT = {torch.bfloat16: 9, torch.float16: 6}  # CU_TENSOR_MAP_DATA_TYPE_*
@@ -34,15 +34,43 @@ def multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count // 2 * 2
 
 
+Macros = tuple[tuple[str, int | str], ...]
+
+
+def up_variant(
+    dtype: torch.dtype, activation: str, transposed: bool, interleaved: bool, bias: bool, save: bool, few_rows: bool
+) -> tuple[str, Macros]:
+    """File and macros of the up projection; `few_rows` counts where that form exists: halves, nothing saved."""
+    act = ACTIVATIONS[activation]
+    few_rows = few_rows and act.gated and not interleaved and not save
+    macros = (
+        ("ACTIVATION", act.code), ("BIAS", int(bias)), ("ELEMENT", ELEMENT[dtype]),
+        ("INTERLEAVED", int(interleaved and act.gated)), ("SAVE", int(save)),
+        ("SHARED_BYTES", UP_FEW_SHARED if few_rows else UP_SHARED), ("TRANSPOSED", int(transposed)),
+    )  # fmt: skip
+    return "up_few.cu" if few_rows else "up.cu", macros
+
+
+def grouped_mm_variant(dtype: torch.dtype, bias: bool, transposed: bool, stages: int, store_rows: int) -> Macros:
+    """Macros of the grouped GEMM over contiguous rows."""
+    return (
+        ("BIAS", int(bias)), ("ELEMENT", ELEMENT[dtype]), ("RING_STAGES", stages),
+        ("SHARED_BYTES", GROUPED_SHARED[stages]), ("STORE_ROWS", store_rows), ("TRANSPOSED", int(transposed)),
+    )  # fmt: skip
+
+
+def combine_variant(dtype: torch.dtype, top_k: int) -> Macros:
+    """Macros of the combine."""
+    return (("ELEMENT", ELEMENT[dtype]), ("TOP_K", top_k if top_k in COMBINE_TOP_K else 0))
+
+
+def _function(device: int, file: str, name: str, shared: int, macros: Macros, carve_out: int | None = None) -> int:
+    """The handle of a kernel; while a program only collects what it needs, a note of it and 0."""
+    return 0 if collected(file, macros) else _loaded(device, file, name, shared, macros, carve_out)
+
+
 @cache
-def _function(
-    device: int,
-    file: str,
-    name: str,
-    shared: int,
-    macros: tuple[tuple[str, int | str], ...],
-    carve_out: int | None = None,
-) -> int:
+def _loaded(device: int, file: str, name: str, shared: int, macros: Macros, carve_out: int | None) -> int:
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"the kernel {name} is used for the first time while a CUDA graph is being captured, where nothing can be "
@@ -181,23 +209,20 @@ def up(
     act = ACTIVATIONS[activation]
     interleaved = interleaved and act.gated
     halves = act.gated and not interleaved
-    few_rows = few_rows and halves and pre is None
-    shared = UP_FEW_SHARED if few_rows else UP_SHARED
-    macros = (
-        ("ACTIVATION", act.code), ("BIAS", int(bias is not None)), ("ELEMENT", ELEMENT[x.dtype]),
-        ("INTERLEAVED", int(interleaved)), ("SAVE", int(pre is not None)), ("SHARED_BYTES", shared),
-        ("TRANSPOSED", int(transposed)),
+    file, macros = up_variant(
+        x.dtype, activation, transposed, interleaved, bias is not None, pre is not None, few_rows
     )  # fmt: skip
+    few_rows = file == "up_few.cu"
+    shared = UP_FEW_SHARED if few_rows else UP_SHARED
     params = struct.pack(
         "<6Q4i", tables.table, tables.counter(), x.data_ptr(), order.data_ptr(), activated.data_ptr(),
         0 if bias is None else bias.data_ptr(), -(-inter // (128 if act.gated else 256)), hidden, inter, top_k,
     )  # fmt: skip
     weight_map = _up_weights(weights, hidden, inter, halves, transposed)
+    function = _function(device, file, file.removesuffix(".cu"), shared, macros)
     if few_rows:
-        function = _function(device, "up_few.cu", "up_few", shared, macros)
         second_map = _ragged_rows(activated, 128)
     else:
-        function = _function(device, "up.cu", "up", shared, macros)
         second_map = weight_map if pre is None else _pre_activation(pre, inter, halves)
     maps = [weight_map, second_map]
     launch(function, device, multiprocessors(device), 512, shared, maps, params)
@@ -216,10 +241,7 @@ def grouped_mm(
     """``out[r] = a[r] @ W_e^T + bias_e`` for the rows of every expert; `transposed` weights are ``[E, k, n]``."""
     device, inner, features, experts = a.get_device(), a.shape[1], out.shape[1], weights.shape[0]
     element, shared = MAP_ELEMENT[a.dtype], GROUPED_SHARED[stages]
-    macros = (
-        ("BIAS", int(bias is not None)), ("ELEMENT", ELEMENT[a.dtype]), ("RING_STAGES", stages),
-        ("SHARED_BYTES", shared), ("STORE_ROWS", store_rows), ("TRANSPOSED", int(transposed)),
-    )  # fmt: skip
+    macros = grouped_mm_variant(a.dtype, bias is not None, transposed, stages, store_rows)
     if transposed:
         weight_map: Map = (
             element, weights.data_ptr(), (features, inner, experts), (2 * features, 2 * features * inner), (64, 64, 1)
@@ -243,10 +265,7 @@ def grouped_mm(
 def zero_past_end(out: Tensor, offsets: Tensor) -> None:
     """Zero the rows past the last expert's."""
     device, rows = out.get_device(), out.shape[0]
-    macros = (
-        ("BIAS", 0), ("ELEMENT", ELEMENT[out.dtype]), ("RING_STAGES", 3), ("SHARED_BYTES", GROUPED_SHARED[3]),
-        ("STORE_ROWS", 256), ("TRANSPOSED", 0),
-    )  # fmt: skip
+    macros = grouped_mm_variant(out.dtype, False, False, 3, 256)
     params = struct.pack("<2Q2iQ", out.data_ptr(), offsets.data_ptr(), offsets.shape[0] - 1, rows, 2 * out.shape[1])
     function = _function(device, "grouped_mm.cu", "zero_past_end", 0, macros)
     launch(function, device, multiprocessors(device), 256, 0, [], params)
@@ -255,7 +274,7 @@ def zero_past_end(out: Tensor, offsets: Tensor) -> None:
 def combine(rows: Tensor, scores: Tensor | None, inverse: Tensor, offsets: Tensor, out: Tensor, top_k: int) -> None:
     """``out[t] = sum over k of scores[t, k] * rows[inverse[t, k]]``, sentinels zero."""
     device, (tokens, hidden) = out.get_device(), out.shape
-    macros = (("ELEMENT", ELEMENT[out.dtype]), ("TOP_K", top_k if top_k in COMBINE_TOP_K else 0))
+    macros = combine_variant(out.dtype, top_k)
     params = struct.pack(
         "<5Q4i", rows.data_ptr(), inverse.data_ptr(), offsets.data_ptr(), 0 if scores is None else scores.data_ptr(),
         out.data_ptr(), tokens, hidden, top_k, offsets.shape[0] - 1,

@@ -11,6 +11,7 @@ import os
 import re
 import tempfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from .wgmma import wgmma_source
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
 ARCHITECTURES = ("sm_90a",)
 OLDEST_NVRTC = (12, 9)  # earlier ones serialise wgmma
@@ -66,6 +67,11 @@ def cuda_directory() -> Path:
     )
 
 
+@cache
+def _wgmma_lines() -> list[str]:
+    return wgmma_source().splitlines()
+
+
 def expand(file: str) -> str:
     """The text of a source with its quoted includes put in place, each file once."""
     directory = cuda_directory()
@@ -76,7 +82,7 @@ def expand(file: str) -> str:
             return []
         seen.add(name)
         if name == "wgmma.cuh":
-            return wgmma_source().splitlines()
+            return _wgmma_lines()
         path = directory / name
         try:
             text = path.read_text(encoding="utf-8")
@@ -182,6 +188,18 @@ def cubin_path(source: KernelSource, arch: str = "sm_90a") -> Path:
             f"cannot write compiled kernels to {path.parent} ({error}); set MOEKERN_CACHE_DIR to a writable directory"
         ) from error
     return path
+
+
+_present: set[KernelSource] = set()  # known to be in the cache
+
+
+def compile_missing(sources: Iterable[KernelSource]) -> None:
+    """Bring variants into the cache, several at once: NVRTC takes seconds for one and does not hold Python's lock."""
+    missing = [source for source in dict.fromkeys(sources) if source not in _present]
+    if len(missing) > 1:
+        with ThreadPoolExecutor(min(len(missing), os.cpu_count() or 1)) as pool:
+            list(pool.map(cubin_path, missing))
+    _present.update(missing)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from moekern import _core  # type: ignore[attr-defined]
+from moekern.backends.cuda.loader import KernelSource, compile_missing
 
 Map = tuple[int, int, tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
@@ -84,8 +85,33 @@ def launch(function: int, device: int, grid: int, block: int, shared: int, maps:
     launches.append((function, grid, block, shared, relocated, params, pointers))
 
 
+def collected(file: str, macros: tuple[tuple[str, int | str], ...]) -> bool:
+    """Whether a variant is only being noted, to be compiled with others at once, and not yet wanted."""
+    sources = getattr(_active, "sources", None)
+    if sources is None:
+        return False
+    sources.append(KernelSource.of(file, dict(macros)))
+    return True
+
+
+def sources_of(verb: Callable[[], None]) -> list[KernelSource]:
+    """The variants that `verb` launches, without loading any."""
+    sources: list[KernelSource] = []
+    with _recording():
+        _active.sources = sources
+        try:
+            verb()
+        finally:
+            _active.sources = None
+    return sources
+
+
 def record(device: int, verb: Callable[[], None]) -> Any:
-    """Run `verb` on placeholders and keep its launches; ``replay(stream, addresses)`` of the result launches them."""
+    """Run `verb` on placeholders and keep its launches; ``replay(stream, addresses)`` of the result launches them.
+
+    Kernels that it needs and that are not in the cache are compiled first, all at once.
+    """
+    compile_missing(sources_of(verb))
     with _recording() as launches:
         verb()
     return _core.CudaProgram(device, launches)
