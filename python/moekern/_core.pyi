@@ -163,7 +163,7 @@ def cuda_launch(
 _RecordedMap = tuple[int, int, int, Sequence[int], Sequence[int], Sequence[int]]
 
 class CudaProgram:
-    """A verb's kernel launches, recorded for its sizes: function, grid, block, shared memory, maps, parameters, addresses."""
+    """A verb's launches, recorded for its sizes: function, grid, block, shared memory, maps, parameters, addresses."""
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ from moekern import __version__
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
-COMMANDS = ("moekern.demo", "moekern.doctor")
+COMMANDS = ("moekern.demo", "moekern.doctor", "moekern.compile_command")
 
 USAGE_ERROR = 2
 INTERRUPTED = 130

@@ -34,6 +34,10 @@ class KernelError(RuntimeError):
     """A kernel could not be compiled or loaded; the message says what is missing and what is accepted."""
 
 
+class CacheError(KernelError):
+    """Compiled kernels cannot be kept."""
+
+
 @dataclass(frozen=True)
 class KernelSource:
     """One compilation: a file of the CUDA directory and the macros that choose the variant."""
@@ -132,14 +136,20 @@ def _whole(cubin: bytes) -> bytes:
     return cubin.ljust(start + size * count, b"\0")
 
 
+def check(arch: str) -> None:
+    """Raise KernelError unless kernels exist for the architecture and a compiler for them is there."""
+    if arch not in ARCHITECTURES:
+        raise KernelError(f"arch: got {arch!r}; kernels exist for {', '.join(ARCHITECTURES)}")
+    _nvrtc()
+
+
 def compile_source(source: KernelSource, arch: str = "sm_90a") -> tuple[bytes, str]:
     """Compile one variant to a cubin; returns the cubin and the compiler's log (registers, spills).
 
     Raises KernelError for an unknown architecture, a compile error, a spill, or a note of ptxas that setmaxnreg was
     ignored or wgmma serialised.
     """
-    if arch not in ARCHITECTURES:
-        raise KernelError(f"arch: got {arch!r}; kernels exist for {', '.join(ARCHITECTURES)}")
+    check(arch)
     nvrtc = _nvrtc()
     macros = (f"-D{name}={value}" for name, value in source.macros)
     options = (f"--gpu-architecture={arch}", "--std=c++17", "--ptxas-options=-v", "--no-source-include", *macros)
@@ -184,7 +194,7 @@ def cubin_path(source: KernelSource, arch: str = "sm_90a") -> Path:
             partial.write(cubin)
         os.replace(partial.name, path)
     except OSError as error:
-        raise KernelError(
+        raise CacheError(
             f"cannot write compiled kernels to {path.parent} ({error}); set MOEKERN_CACHE_DIR to a writable directory"
         ) from error
     return path

@@ -1,0 +1,83 @@
+"""Which kernel variants exist: for `moekern compile`, and for the tests that compile them without a GPU."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+
+import torch
+
+from moekern.activations import ACTIVATIONS
+from moekern.backends.cuda import backward_kernels, kernels
+from moekern.backends.cuda.loader import KernelSource
+
+DTYPES = (torch.bfloat16, torch.float16)
+DOWN_FORMS = ((3, 256), (4, 128))  # stages, rows of a store: configuration.py
+LAUNCH_REGISTERS = (168, 160)  # of the weight gradient: alone, and beside the combine
+
+
+def layer(
+    dtype: torch.dtype, activation: str, transposed: bool = False, interleaved: bool = False, bias: bool = False
+) -> list[KernelSource]:
+    """Every variant that training and inference of such a layer can launch, at any size."""
+    element = kernels.ELEMENT[dtype]
+    found = [KernelSource.of("plan.cu", {}), KernelSource.of("rows.cu", {"ELEMENT": element})]
+    for save, few_rows in ((True, False), (False, False), (False, True)):
+        file, macros = kernels.up_variant(dtype, activation, transposed, interleaved, bias, save, few_rows)
+        found.append(KernelSource.of(file, dict(macros)))
+    # The down projection, and the input gradient of the up projection: the other orientation, without bias.
+    for has_bias, way in ((bias, transposed), (False, not transposed)):
+        for stages, store_rows in DOWN_FORMS:
+            macros = kernels.grouped_mm_variant(dtype, has_bias, way, stages, store_rows)
+            found.append(KernelSource.of("grouped_mm.cu", dict(macros)))
+    found += [
+        KernelSource.of("combine.cu", dict(kernels.combine_variant(dtype, top_k)))
+        for top_k in (*kernels.COMBINE_TOP_K, 0)
+    ]
+    found += [
+        KernelSource.of("combine_beside.cu", {"ELEMENT": element, "TOP_K": top_k})
+        for top_k in backward_kernels.BESIDE_TOP_K
+    ]
+    act = ACTIVATIONS[activation]
+    found.append(
+        KernelSource.of("dh.cu", {
+            "ACTIVATION": act.code, "ELEMENT": element, "INTERLEAVED": int(interleaved and act.gated),
+            "SHARED_BYTES": backward_kernels.DH_SHARED, "TRANSPOSED": int(transposed),
+        })
+    )  # fmt: skip
+    for innermost, registers in itertools.product((0, 1), LAUNCH_REGISTERS):
+        found.append(
+            KernelSource.of("wgrad.cu", {
+                "ELEMENT": element, "GATHER": 1, "LAUNCH_REGISTERS": registers, "P_INNERMOST": innermost,
+                "SHARED_BYTES": backward_kernels.WGRAD_SHARED,
+            })
+        )  # fmt: skip
+    return found
+
+
+def _distinct(groups: Iterable[list[KernelSource]]) -> list[KernelSource]:
+    return list(dict.fromkeys(itertools.chain.from_iterable(groups)))
+
+
+def usual() -> list[KernelSource]:
+    """What today's models need: SwiGLU without bias in Hugging Face's layout, gpt-oss's own; bfloat16."""
+    oai = layer(torch.bfloat16, "swiglu_oai", transposed=True, interleaved=True, bias=True)
+    return _distinct((layer(torch.bfloat16, "swiglu"), oai))
+
+
+def covering() -> list[KernelSource]:
+    """Few variants in which every line of the sources is compiled: each activation, type, layout, bias."""
+    layouts = itertools.cycle(itertools.product((False, True), repeat=3))
+    groups = [layer(torch.bfloat16, "swiglu")]
+    for i, (activation, layout) in enumerate(zip(ACTIVATIONS, layouts, strict=False)):
+        sources = layer(DTYPES[i % 2], activation, *layout)
+        up = [s for s in sources if s.file in ("up.cu", "up_few.cu")]
+        groups.append([up[i % len(up)], *(s for s in sources if s.file == "dh.cu")])
+    groups.append([s for s in layer(torch.float16, "swiglu", bias=True) if s.file in ("grouped_mm.cu", "wgrad.cu")][:3])
+    return _distinct(groups)
+
+
+def every() -> list[KernelSource]:
+    """All of them: some hundreds."""
+    yes_no = (False, True)
+    return _distinct(layer(*c) for c in itertools.product(DTYPES, ACTIVATIONS, yes_no, yes_no, yes_no))

@@ -1,0 +1,68 @@
+"""`moekern compile`: bring the CUDA kernels into the cache ahead of time, with or without a GPU."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from moekern.cli import Subparsers
+
+EXAMPLES = """\
+examples:
+  moekern compile              what SwiGLU and gpt-oss layers in bfloat16 need
+  moekern compile --set all    every variant: every activation, layout, dtype
+  MOEKERN_CACHE_DIR=/shared/kernels moekern compile
+"""
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
+        "compile",
+        help="compile the CUDA kernels into the cache",
+        description="Compile the CUDA kernels into the cache, so that no first call has to wait for it. Needs NVRTC "
+        "(through CuPy), but neither a GPU nor a driver.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--arch", default="sm_90a", help="GPU architecture (default: sm_90a, Hopper)")
+    parser.add_argument(
+        "--set", dest="which", choices=("usual", "covering", "all"), default="usual",
+        help="usual: what today's models need (default); covering: few variants with every line in one; all",
+    )  # fmt: skip
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilations at once (default: cores)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from moekern.backends.cuda import loader, variants
+
+    try:
+        loader.check(args.arch)
+    except loader.KernelError as error:
+        raise ValueError(str(error)) from error
+    chosen = {"usual": variants.usual, "covering": variants.covering, "all": variants.every}[args.which]()
+    start, failed = time.perf_counter(), []
+    with ThreadPoolExecutor(max(args.jobs, 1)) as pool:
+        pending = {pool.submit(loader.cubin_path, source, args.arch): source for source in chosen}
+        bar = tqdm(as_completed(pending), total=len(pending), desc=f"moekern {args.arch}", unit="kernel")
+        for done in bar:
+            bar.set_postfix_str(pending[done].file)
+            failure = done.exception()
+            if isinstance(failure, loader.CacheError):
+                pool.shutdown(cancel_futures=True)
+                raise OSError(str(failure)) from failure
+            if failure is not None:
+                failed.append(failure)
+    for failure in failed:
+        print(f"moekern compile: error: {failure}", file=sys.stderr)
+    seconds = time.perf_counter() - start
+    compiled = len(chosen) - len(failed)
+    print(f"{compiled} of {len(chosen)} kernels in {loader.cache_directory()}, {seconds:.1f} s")
+    return 1 if failed else 0

@@ -1,0 +1,186 @@
+"""The CUDA kernels without a GPU: they compile, spill nothing, and their machine code keeps its promises."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from moekern.cli import main
+
+pytest.importorskip("cupy")
+
+from moekern.backends.cuda import kernels, loader, program, variants
+from moekern.backends.cuda.loader import KernelError, KernelSource
+
+SMALLEST = KernelSource.of("combine.cu", {"ELEMENT": "Bf16", "TOP_K": 1})
+
+
+def disassembler() -> str:
+    """Of the wheel nvidia-cuda-nvdisasm, Triton's, or a CUDA toolkit's."""
+    found = shutil.which("nvdisasm")
+    for root in map(Path, sys.path):
+        if found is None and root.name == "site-packages":
+            found = next((str(p) for p in root.glob("**/bin/nvdisasm") if p.is_file()), None)
+    if found is None:
+        pytest.skip("no nvdisasm: neither the wheel nvidia-cuda-nvdisasm nor a CUDA toolkit")
+    return found
+
+
+def machine_code(source: KernelSource) -> list[str]:
+    command = [disassembler(), "-c", loader.cubin_path(source)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def multiplying_loops(lines: list[str]) -> list[list[str]]:
+    """The innermost loops with wgmma in them, each from the target of a conditional backward branch to the branch.
+
+    The retries of a failed wait lie out of line at the end and branch back unconditionally: no loops.
+    """
+    labels, spans = {}, set()
+    for i, line in enumerate(lines):
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = i
+        branch = re.search(r"@!?U?P\d BRA(?:\.\S+)? .*`\((\.L_x_\d+)\)", line)
+        if branch and branch[1] in labels and any("HGMMA" in line for line in lines[labels[branch[1]] : i]):
+            spans.add((labels[branch[1]], i))
+    inner = [(i, j) for i, j in spans if not any((i, j) != (k, m) and i <= k and m <= j for k, m in spans)]
+    return [lines[i:j] for i, j in inner]
+
+
+HEAVY = [s for s in variants.layer(torch.bfloat16, "swiglu") if s.file in ("up.cu", "up_few.cu", "grouped_mm.cu")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", HEAVY, ids=str)
+def test_main_loops(source: KernelSource) -> None:
+    lines = machine_code(source)
+    loops = multiplying_loops(lines)
+    assert len(loops) >= 5, "fewer loops with wgmma than N classes"
+    for loop in loops:
+        assert not any("MEMBAR.ALL.GPU" in line for line in loop), "a GPU-wide memory barrier in a main loop"
+    assert not any(re.search(r"\b(LDL|STL)\b", line) for line in lines), "local memory"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", [s for s in HEAVY if s.file.startswith("up")], ids=str)
+def test_gather_copies_do_not_wait_for_each_other(source: KernelSource) -> None:
+    """The eight copies of the full case follow each other and name at least five registers: see copy_8_rows."""
+    lines = [line for line in machine_code(source) if re.search(r"/\*[0-9a-f]{4}\*/", line)]
+    copies = [i for i, line in enumerate(lines) if "LDGSTS.E" in line and "@" not in line.split("LDGSTS")[0]]
+    runs = [copies[i : i + 8] for i in range(len(copies) - 7) if copies[i + 7] - copies[i] <= 20]
+    assert runs
+    most = max(len({re.search(r"\]\[(R\d+)\.64\]", lines[i])[1] for i in run}) for run in runs)  # type: ignore[index]
+    assert most >= 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", variants.covering(), ids=str)
+def test_every_kernel_compiles(source: KernelSource) -> None:
+    """The loader refuses spills and the notes that setmaxnreg was ignored or wgmma serialised."""
+    assert loader.cubin_path(source).read_bytes().startswith(b"\x7fELF")
+
+
+def test_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOEKERN_CACHE_DIR", str(tmp_path / "kernels"))
+    path = loader.cubin_path(SMALLEST)
+    first = path.stat().st_mtime_ns
+    assert path.parent == tmp_path / "kernels"
+    assert loader.cubin_path(SMALLEST) == path
+    assert path.stat().st_mtime_ns == first
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    other = KernelSource.of("combine.cu", {"ELEMENT": "F16", "TOP_K": 1})
+    assert loader.cubin_path(other) != path
+
+
+def test_cache_follows_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = tmp_path / "cuda"
+    shutil.copytree(loader.cuda_directory(), copy)
+    monkeypatch.setenv("MOEKERN_CACHE_DIR", str(tmp_path / "kernels"))
+    before = loader.cubin_path(SMALLEST)
+    monkeypatch.setenv("MOEKERN_CUDA_DIR", str(copy))
+    assert loader.cubin_path(SMALLEST) == before
+    with (copy / "hopper.cuh").open("a") as header:
+        header.write("// changed\n")
+    assert loader.cubin_path(SMALLEST) != before
+
+
+def test_errors_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(KernelError, match=r"sm_80.*sm_90a"):
+        loader.compile_source(SMALLEST, "sm_80")
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setenv("MOEKERN_CACHE_DIR", str(blocked / "below"))
+    with pytest.raises(KernelError, match="MOEKERN_CACHE_DIR"):
+        loader.cubin_path(SMALLEST)
+    monkeypatch.setenv("MOEKERN_CUDA_DIR", str(tmp_path))
+    with pytest.raises(KernelError, match="MOEKERN_CUDA_DIR"):
+        loader.expand("up.cu")
+
+
+def test_a_bad_kernel_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "hopper.cuh").write_text("")
+    (tmp_path / "broken.cu").write_text("int f() { return oops; }")
+    monkeypatch.setenv("MOEKERN_CUDA_DIR", str(tmp_path))
+    with pytest.raises(KernelError, match="oops"):
+        loader.compile_source(KernelSource("broken.cu"))
+
+
+def test_old_compilers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cupy.cuda import nvrtc
+
+    monkeypatch.setattr(nvrtc, "getVersion", lambda: (12, 8))
+    loader._nvrtc.cache_clear()
+    try:
+        with pytest.raises(KernelError, match=r"12\.8.*12\.9"):
+            loader._nvrtc()
+    finally:
+        loader._nvrtc.cache_clear()
+
+
+def test_compile_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("MOEKERN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(variants, "usual", lambda: [SMALLEST])
+    assert main(["compile"]) == 0
+    assert "1 of 1 kernels" in capsys.readouterr().out
+    assert len(list(tmp_path.iterdir())) == 1
+    assert main(["compile", "--arch", "sm_80"]) != 0
+    assert "sm_90a" in capsys.readouterr().err
+
+
+def test_the_usual_variants_are_a_subset_of_all() -> None:
+    every = set(variants.every())
+    assert set(variants.usual()) <= every
+    assert set(variants.covering()) <= every
+    assert {s.file for s in every} == {p.name for p in loader.cuda_directory().glob("*.cu")}
+
+
+def test_a_verbs_variants_are_listed() -> None:
+    """What the forward pass launches is what `moekern compile` prepares."""
+    from moekern.backends.cuda import forward
+    from moekern.backends.cuda.configuration import Configuration
+
+    seen: list[KernelSource] = []
+    for activation, save, few in (("swiglu", True, False), ("swiglu", False, True), ("relu2", True, False)):
+        chosen = Configuration("hopper", few_rows=few, stages=4 if few else 3, store_rows=128 if few else 256)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernels, "multiprocessors", lambda device: 132)
+            patch.setattr(forward, "record", lambda device, verb: seen.extend(program.sources_of(verb)))
+            forward._forward_program.__wrapped__(
+                0, torch.bfloat16, 32, 64, 24, 4, 2, activation, False, False, save, True, False, False, chosen
+            )
+    listed = {*variants.layer(torch.bfloat16, "swiglu"), *variants.layer(torch.bfloat16, "relu2")}
+    assert set(seen) <= listed
+
+
+def test_recorded_addresses() -> None:
+    """A placeholder's address, shifted as ragged maps shift it, still names its place."""
+    for place in (0, 3, 200):
+        tensor = program.Placeholder(place, (4, 8), torch.bfloat16, 0, offset=512)
+        assert program._relocation(tensor.data_ptr()) == (place, 512)
+        assert program._relocation(kernels._ragged(tensor.data_ptr(), 1 << 17)) == (place, 512 - (1 << 47))
