@@ -112,16 +112,21 @@ def _weight(projection: nn.Module) -> Tensor:
     return weight.T if type(projection).__name__ == "Conv1D" else weight
 
 
-def _activation_name(pointwise: Any, gated: bool, module: nn.Module) -> str:
-    if pointwise is None and gated:
-        return "swiglu"  # Llama's own MLP keeps w1, w3, w2 and calls F.silu
+def known_activation(pointwise: Any, gated: bool) -> str | None:
+    """Our name of a pointwise function given as module, function or string, or of its gated form; None if unknown."""
     key = pointwise if isinstance(pointwise, str) else getattr(pointwise, "__name__", type(pointwise).__name__)
     if isinstance(pointwise, nn.GELU):
         key = "gelu_pytorch_tanh" if pointwise.approximate == "tanh" else "gelu"
     name = _POINTWISE.get(str(key).lower())
-    if gated and name is not None:
-        name = _GATED_FORM.get(name)
+    return _GATED_FORM.get(name) if gated and name is not None else name
+
+
+def _activation_name(pointwise: Any, gated: bool, module: nn.Module) -> str:
+    if pointwise is None and gated:
+        return "swiglu"  # Llama's own MLP keeps w1, w3, w2 and calls F.silu
+    name = known_activation(pointwise, gated)
     if name is None:
+        key = pointwise if isinstance(pointwise, str) else getattr(pointwise, "__name__", type(pointwise).__name__)
         raise ValueError(
             f"activation: {type(module).__name__}'s activation {key!r} is not recognised; "
             f"pass one of {', '.join(ACTIVATIONS)}"

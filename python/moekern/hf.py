@@ -1,0 +1,173 @@
+"""Hugging Face transformers: importing this module registers ``experts_implementation="moekern"``.
+
+    import moekern.hf
+    model = AutoModelForCausalLM.from_pretrained(name, experts_implementation="moekern")
+
+Models of transformers 5 that use its experts interface need no more than that. The two that keep a block of their own,
+Llama 4 and DBRX, are served by :func:`replace`.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moekern import functional
+from moekern.activations import OAI_ALPHA, OAI_LIMIT
+from moekern.backends.reference import _bias_rows
+from moekern.dense import known_activation
+from moekern.plan import plan
+
+try:
+    from transformers.integrations import moe as _interface
+except ImportError as missing:
+    raise ImportError("moekern.hf needs transformers >= 5.0: pip install 'moekern[hf]'") from missing
+
+NAME = "moekern"
+
+
+def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The experts of a transformers model, called with the experts module as ``self``.
+
+    The activation runs inside the kernels where the module's gate is the default one and its activation known, or the
+    gate is that of gpt-oss; else the module's own gate runs between two grouped products.
+
+    Args:
+        hidden_states: ``[T, H]``.
+        top_k_index: ``[T, K]``; ids from ``num_experts`` on are sentinels (expert parallelism).
+        top_k_weights: ``[T, K]``.
+
+    Returns:
+        ``[T, H]`` in the dtype of hidden_states.
+
+    Raises:
+        TypeError, ValueError: The weights are not of an accepted dtype or shape (quantised ones are not).
+    """
+    gated, biased = getattr(self, "has_gate", True), getattr(self, "has_bias", False)
+    transposed = getattr(self, "is_transposed", False)
+    up_name = "gate_up_proj" if gated else "up_proj"
+    w_up, w_down = _local(getattr(self, up_name)), _local(self.down_proj)
+    b_up = _local(getattr(self, f"{up_name}_bias")) if biased else None
+    b_down = _local(self.down_proj_bias) if biased else None
+    # transformers runs some norms in float32 before half-precision experts; autocast casts by itself.
+    x = hidden_states
+    if x.dtype != w_up.dtype and w_up.is_floating_point() and not torch.is_autocast_enabled(x.device.type):
+        x = x.to(w_up.dtype)
+    activation, interleaved = _fused_activation(self, gated)
+    if activation is not None and not getattr(self, "has_post_expert_norm", False):
+        out = functional.experts(
+            x, top_k_index, top_k_weights, w_up, w_down, b_up, b_down,
+            activation=activation, transposed=transposed, interleaved=interleaved,
+        )  # fmt: skip
+    else:
+        out = _with_own_gate(self, x, top_k_index, top_k_weights, w_up, w_down, b_up, b_down, gated, transposed)
+    return out.to(hidden_states.dtype)
+
+
+def _local(weight: Tensor) -> Tensor:
+    """The rank's part of a DTensor, anything else as it is."""
+    return weight.to_local() if hasattr(weight, "to_local") else weight  # type: ignore[no-any-return]
+
+
+def _fused_activation(module: Any, gated: bool) -> tuple[str | None, bool]:
+    """The activation's name for the kernels, None if only the module knows it; and whether gate and up alternate."""
+    if not gated:
+        return known_activation(getattr(module, "act_fn", None), gated=False), False
+    gate = getattr(type(module), "_apply_gate", None)
+    if gate is None or gate is getattr(_interface, "_default_apply_gate", None):
+        # The default gate halves its input whatever is_concatenated says.
+        return known_activation(getattr(module, "act_fn", None), gated=True), False
+    gpt_oss = sys.modules.get("transformers.models.gpt_oss.modeling_gpt_oss")
+    if gpt_oss is not None and gate is getattr(gpt_oss.GptOssExperts, "_apply_gate", None):
+        constants = (getattr(module, "alpha", None), getattr(module, "limit", None))
+        if constants == (OAI_ALPHA, OAI_LIMIT):
+            return "swiglu_oai", True
+    return None, False
+
+
+def _with_own_gate(
+    module: Any,
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    b_up: Tensor | None,
+    b_down: Tensor | None,
+    gated: bool,
+    transposed: bool,
+) -> Tensor:
+    """Grouped products around the module's gate or activation, and its norm of every expert's output if it has one."""
+    tokens, top_k = ids.shape
+    chosen = plan(ids, w_up.shape[0])
+
+    def linear(a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        out = functional.grouped_mm(a, weight if transposed else weight.mT, chosen.offsets)
+        return out if bias is None else out + _bias_rows(bias, chosen.offsets, a.shape[0]).to(out.dtype)
+
+    pre = linear(x[(chosen.order // top_k).long()], w_up, b_up)
+    y = linear(module._apply_gate(pre) if gated else module.act_fn(pre), w_down, b_down)
+    if getattr(module, "has_post_expert_norm", False):
+        y = module.post_expert_norm(y)
+    real = chosen.inverse < chosen.offsets[-1]
+    by_slot = torch.where(real.unsqueeze(1), y[chosen.inverse.long()], 0).reshape(tokens, top_k, -1)
+    wide = torch.float64 if y.dtype == torch.float64 else torch.float32
+    return (by_slot.to(wide) * weights.to(wide).unsqueeze(-1)).sum(1).to(y.dtype)
+
+
+def replace(model: Any) -> list[str]:
+    """Let moekern run the experts of a model, in place, whether or not it uses transformers' experts interface.
+
+    Models with the interface are switched to it. The blocks of Llama 4 and DBRX are replaced: Llama 4's keeps its
+    parameters, DBRX's three matrices are rewritten as two. State dicts keep the names and shapes that transformers
+    knows, so that ``save_pretrained`` and ``load_state_dict`` work as before.
+
+    Args:
+        model: A transformers model, or any module that contains such blocks.
+
+    Returns:
+        Names of the modules that moekern runs now.
+
+    Raises:
+        TypeError: ``model`` is not an nn.Module.
+        ValueError: Nothing in it can be replaced; the message names the MoE modules found, if any.
+    """
+    from moekern.hf_blocks import BLOCKS
+
+    if not issubclass(type(model), nn.Module):  # isinstance would narrow Any to a class without configuration
+        raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
+    done = []
+    for name, module in list(model.named_modules()):
+        block = BLOCKS.get(f"{type(module).__module__}.{type(module).__qualname__}")
+        if block is not None:
+            if not name:
+                raise ValueError(f"model: got a bare {type(module).__name__}, expected a model that contains it")
+            model.set_submodule(name, block(module))
+            done.append(name)
+    interface = [name for name, module in model.named_modules() if _uses_interface(module)]
+    if interface:
+        if not hasattr(model, "set_experts_implementation"):
+            raise ValueError(f"model: got a {type(model).__name__}, expected a transformers model with a configuration")
+        model.set_experts_implementation(NAME)
+        done += interface
+    if not done:
+        classes = {type(m).__name__ for m in model.modules()}
+        similar = sorted(c for c in classes if "moe" in c.lower() or "expert" in c.lower())
+        raise ValueError(
+            f"model: {type(model).__name__} has no block that moekern can replace; it has "
+            + (f"{', '.join(similar)}, not on transformers' experts interface and not known to moekern"
+               if similar else "no MoE modules")
+        )  # fmt: skip
+    return done
+
+
+def _uses_interface(module: nn.Module) -> bool:
+    """Whether transformers' decorator wrapped the class's forward: its closure holds the interface."""
+    closure = getattr(type(module).forward, "__closure__", None) or ()
+    return any(isinstance(cell.cell_contents, _interface.ExpertsInterface) for cell in closure)
+
+
+_interface.ExpertsInterface.register(NAME, experts_forward)
