@@ -14,47 +14,53 @@ struct Params {
   const int* inverse;  // slot -> row
   const int* offsets;  // [E + 1]
   u8* out;             // [T, H]
-  int tokens, hidden, experts, unused;
+  int tokens, hidden, experts;
+  int span;            // blocks that share a token: ceil(hidden / 512)
 };
 static_assert(sizeof(Params) == 48, "filled by the launcher");
 
-DEVICE uint2 load_8_streamed(const u8* address) {
+// Eight bytes of a row, zeros where there is none (row < 0).
+DEVICE uint2 load_row(const u8* column, int row, u32 pitch) {
   uint2 v;
-  asm volatile("ld.global.cs.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(address));
+  asm volatile(
+      "{\n"
+      ".reg .pred exists;\n"
+      "setp.ge.s32 exists, %3, 0;\n"
+      "mov.u32 %0, 0;\n"
+      "mov.u32 %1, 0;\n"
+      "@exists ld.global.cs.v2.u32 {%0, %1}, [%2];\n"
+      "}" : "=&r"(v.x), "=&r"(v.y) : "l"(column + (u64)(u32)row * pitch), "r"(row));
   return v;
 }
 
-// A warp takes a token, 128 features at a time. Lane k < TOP_K holds the row of the token's k-th slot, -1 for sentinels.
+// A warp keeps to 128 features; `span` neighbouring blocks have all of a token's, so that rows are read whole while their
+// DRAM pages are open. Lane k < TOP_K holds the row of the token's k-th slot, -1 for sentinels.
 extern "C" __global__ void __maxnreg__(32) combine_beside(const __grid_constant__ Params p) {
-  const int lane = threadIdx.x & 31, step = gridDim.x * 4, end = __ldg(p.offsets + p.experts);
-  const u32 pitch = p.hidden * 2;
-  int token = blockIdx.x * 4 + threadIdx.x / 32;
+  const int lane = threadIdx.x & 31, part = blockIdx.x % p.span * 4 + threadIdx.x / 32;
+  const u32 pitch = p.hidden * 2, byte = part * 256 + lane * 8;
+  const int step = gridDim.x / p.span;
+  int token = blockIdx.x / p.span;
+  if (token >= step || part * 256 >= (int)pitch) return;
+  const u8* column = p.rows + (byte < pitch ? byte : 0);
   auto row_of = [&](int t) {
-    const int row = lane < TOP_K && t < p.tokens ? __ldg(p.inverse + (u64)(u32)t * TOP_K + lane) : end;
-    return row < end ? row : -1;
+    const int row = lane < TOP_K && t < p.tokens ? __ldg(p.inverse + (u64)(u32)t * TOP_K + lane) : -1;
+    return row < __ldg(p.offsets + p.experts) ? row : -1;  // loaded every time: no register is left to keep it
   };
-  int next = row_of(token);
+  int row = row_of(token);
   for (; token < p.tokens; token += step) {
-    const int row = next;
-    const u32 real = __ballot_sync(0xffffffffu, row >= 0);
-    next = row_of(token + step);
-    for (u32 first = 0; first < pitch; first += 256) {
-      const u32 byte = first + lane * 8;
-      const u8* column = p.rows + (byte < pitch ? byte : 0);
-      uint2 v[TOP_K];  // unconditional loads, a sentinel's from row 0, so that all are in flight at once
+    uint2 v[TOP_K];
 #pragma unroll
-      for (int k = 0; k < TOP_K; k++) v[k] = load_8_streamed(column + (u64)(u32)max(__shfl_sync(0xffffffffu, row, k), 0) * pitch);
-      float sum[4] = {};
+    for (int k = 0; k < TOP_K; k++) v[k] = load_row(column, __shfl_sync(0xffffffffu, row, k), pitch);
+    row = row_of(token + step);
+    float sum[4] = {};
 #pragma unroll
-      for (int k = 0; k < TOP_K; k++)
-        if (real >> k & 1) {
-          sum[0] += ELEMENT::low(v[k].x), sum[1] += ELEMENT::high(v[k].x);
-          sum[2] += ELEMENT::low(v[k].y), sum[3] += ELEMENT::high(v[k].y);
-        }
-      if (byte < pitch)
-        asm volatile("st.global.cs.v2.u32 [%0], {%1, %2};" ::"l"(p.out + (u64)(u32)token * pitch + byte),
-                     "r"(ELEMENT::pack(sum[0], sum[1])), "r"(ELEMENT::pack(sum[2], sum[3]))
-                     : "memory");
+    for (int k = 0; k < TOP_K; k++) {
+      sum[0] += ELEMENT::low(v[k].x), sum[1] += ELEMENT::high(v[k].x);
+      sum[2] += ELEMENT::low(v[k].y), sum[3] += ELEMENT::high(v[k].y);
     }
+    if (byte < pitch)
+      asm volatile("st.global.cs.v2.u32 [%0], {%1, %2};" ::"l"(p.out + (u64)(u32)token * pitch + byte),
+                   "r"(ELEMENT::pack(sum[0], sum[1])), "r"(ELEMENT::pack(sum[2], sum[3]))
+                   : "memory");
   }
 }

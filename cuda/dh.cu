@@ -87,6 +87,7 @@ DEVICE void gather_rows(const Params& p, Pipeline pipe, TileReader tiles, u32 ra
   const bool eleventh = first < 8;
   const u32 inside = Shape::B_OFFSET + swizzled(first, chunk);
   const int k_blocks = (p.hidden + 63) / 64;
+  const u8* end = p.source + p.hidden * 2;
   Tile tile;
   while (tiles.next(tile)) {
     const Share share = share_of(tile, rank);
@@ -97,8 +98,7 @@ DEVICE void gather_rows(const Params& p, Pipeline pipe, TileReader tiles, u32 ra
       offset[i] = share.rows > 0 ? (u32)__ldg(p.row_token + share.row + (row < share.rows ? row : 0)) * p.source_pitch_16 : 0;
     }
     const u8* column = p.source + chunk * 16;
-    for (int k = 0; k < k_blocks; k++, column += 128) {
-      const bool exists = k * 64 + chunk * 8 < p.hidden;
+    auto copy = [&](bool all) {  // `all`: 128 rows and no end of hidden
       const u8* row[STEPS];
 #pragma unroll
       for (int i = 0; i < STEPS; i++) {  // in registers of their own before the wait: see wgrad.cu
@@ -107,7 +107,7 @@ DEVICE void gather_rows(const Params& p, Pipeline pipe, TileReader tiles, u32 ra
       }
       pipe.wait_empty();
       const u32 even = pipe.address<Shape>() + inside, odd = even ^ 64;
-      if (share.width == ROWS && exists) {
+      if (all) {
         asm volatile(COPY "[%0], [%2], 16;\n" COPY "[%1+1536], [%3], 16;\n" COPY "[%0+3072], [%4], 16;\n"
                      COPY "[%1+4608], [%5], 16;\n" COPY "[%0+6144], [%6], 16;\n" COPY "[%1+7680], [%7], 16;\n"
                      COPY "[%0+9216], [%8], 16;\n" COPY "[%1+10752], [%9], 16;\n" COPY "[%0+12288], [%10], 16;\n"
@@ -115,7 +115,8 @@ DEVICE void gather_rows(const Params& p, Pipeline pipe, TileReader tiles, u32 ra
                      "l"(row[3]), "l"(row[4]), "l"(row[5]), "l"(row[6]), "l"(row[7]), "l"(row[8]), "l"(row[9])
                      : "memory");
         if (eleventh) asm volatile(COPY "[%0+15360], [%1], 16;" ::"r"(even), "l"(row[10]) : "memory");
-      } else {  // a narrower tile; or hidden ends inside the k-block: zeros there, as TMA writes zeros of W
+      } else {  // where hidden ends: zeros, as TMA writes zeros of W
+        const bool exists = column < end;
 #pragma unroll
         for (int i = 0; i < STEPS; i++)
           if (first + i * STRIDE < share.width)
@@ -123,7 +124,12 @@ DEVICE void gather_rows(const Params& p, Pipeline pipe, TileReader tiles, u32 ra
       }
       barrier_arrive_after_copies(pipe.full_barrier());
       pipe.advance<Shape>();
-    }
+      column += 128;
+    };
+    const int whole = share.width == ROWS ? p.hidden / 64 : 0;
+#pragma unroll 4
+    for (int k = 0; k < whole; k++) copy(true);
+    for (int k = whole; k < k_blocks; k++) copy(false);
   }
 }
 
@@ -223,26 +229,50 @@ struct Epilogue {
   }
 };
 
-// One thread of each block: half of the weights for both blocks. It also draws the tickets: no warp is free to wait for the
-// atomic and the table, so they are begun at one k-block and used at a later one.
+// No warp is free to wait for the ticket's atomic and for the two dependent loads of the table: they are begun at successive
+// k-blocks, each used at the next.
+struct SteppedScheduler : TileScheduler {
+  int row_tiles, near, column;
+  int4 entry;
+
+  DEVICE SteppedScheduler(const Params& p, u32 ring_) {
+    TileScheduler::begin(ring_, p.table, p.columns, p.counter);
+    row_tiles = tickets / columns;
+  }
+  DEVICE void begin() {
+    advance<2>();
+    if (more) advance<2>();
+  }
+  DEVICE void step(int block, int blocks) {  // publishes the tile after next
+    if (!more) return;
+    if (block == 0) draw();
+    if (block == min(2, blocks - 1)) {
+      near = min(ticket / columns, row_tiles - 1);
+      entry = __ldg(table + 1 + near);
+    }
+    if (block == min(3, blocks - 1)) {
+      const int start = near - (entry.w & 0xffff), band = entry.w >> 16, place = ticket - start * columns;
+      column = place / band;
+      entry = __ldg(table + 1 + min(start + place - column * band, row_tiles - 1));
+    }
+    if (block == min(4, blocks - 1)) {
+      tile = ticket < tickets ? Tile{entry.x, entry.y, entry.z, column} : Tile{0, 0, -1, 0};
+      publish<2>();
+    }
+  }
+};
+
+// One thread of each block: half of the weights for both blocks, and in block 0 the tickets.
 DEVICE void load(const Params& p, const TensorMap* weights, Pipeline pipe, TileReader tiles, u32 rank, u32 ring) {
   const int k_blocks = (p.hidden + 63) / 64;
-  TileScheduler scheduler;
-  scheduler.begin(ring, p.table, p.columns, p.counter);
+  SteppedScheduler scheduler(p, ring);
   const bool schedules = rank == 0;
-  if (schedules) {
-    scheduler.advance<2>();
-    if (scheduler.more) scheduler.advance<2>();
-  }
+  if (schedules) scheduler.begin();
   Tile tile;
   while (tiles.next(tile)) {
     const int feature = tile.column * 256 + (int)rank * 128;
     for (int block = 0; block < k_blocks; block++) {
-      if (schedules && scheduler.more) {  // the tile after next
-        if (block == 0) scheduler.draw();
-        if (block == min(2, k_blocks - 1)) scheduler.look_up();
-        if (block == min(4, k_blocks - 1)) scheduler.publish<2>();
-      }
+      if (schedules) scheduler.step(block, k_blocks);
       pipe.wait_empty();
       const u32 target = pipe.address<Shape>() + rank * 2 * BOX, full = pipe.full_barrier();
       barrier_arrive_expect(full, 4 * BOX);

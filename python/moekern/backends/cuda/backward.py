@@ -24,7 +24,8 @@ LEAST_BESIDE = 32 << 20
 
 def combines_beside(slots: int, hidden: int, top_k: int) -> bool:
     """Whether the sum over a token's rows runs on a second stream, beside the weight gradient of the up projection."""
-    return top_k in own.BESIDE_TOP_K and 2 * slots * hidden >= LEAST_BESIDE
+    fits = hidden <= 16 * own.BESIDE_FEATURES  # blocks that share a token; more would leave too many without one
+    return fits and top_k in own.BESIDE_TOP_K and 2 * slots * hidden >= LEAST_BESIDE
 
 
 @cache

@@ -156,6 +156,7 @@ def bias_gradient(
 
 
 BESIDE_TOP_K = (1, 2, 4, 8)
+BESIDE_FEATURES = 512  # of a block
 
 
 def combine_beside(rows: Tensor, inverse: Tensor, offsets: Tensor, out: Tensor, top_k: int) -> None:
@@ -166,6 +167,6 @@ def combine_beside(rows: Tensor, inverse: Tensor, offsets: Tensor, out: Tensor, 
     function = _function(device, "combine_beside.cu", "combine_beside", 0, macros, 100)
     params = struct.pack(
         "<4Q4i", rows.data_ptr(), inverse.data_ptr(), offsets.data_ptr(), out.data_ptr(),
-        tokens, hidden, offsets.shape[0] - 1, 0,
+        tokens, hidden, offsets.shape[0] - 1, -(-hidden // BESIDE_FEATURES),
     )  # fmt: skip
     _core.cuda_launch(function, device, multiprocessors(device), 128, 0, _stream(device), [], params)
