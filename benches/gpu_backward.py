@@ -15,6 +15,7 @@ import json
 import random
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -73,10 +74,11 @@ def items_of(shape: tuple[int, int, int, int, int], routing: str) -> list[Item]:
     )
     few = slots < 600 * experts
     chosen = Configuration("hopper", 4, 128) if few else Configuration("hopper")
+    alone = replace(chosen, combine_beside=False)
     settings = (top_k, "swiglu", False, False)
     arguments = (dout, x, pre, scores, order, inverse, offsets, w_gate_up, w_down, None, None, *settings, [True] * 6)
 
-    rows = backward_kernels.Rows(x, order, scores, top_k)
+    rows = backward_kernels.Rows(x, order, scores, top_k, torch.empty_like(order), torch.empty(slots, device="cuda"))
     columns = -(-inter // backward_kernels.DH_FEATURES)
     dh, scaled, partials = pre.clone(), normal(slots, inter), torch.empty(slots, columns, device="cuda")
     grad_rows, dx = normal(slots, hidden), torch.empty_like(x)
@@ -121,9 +123,7 @@ def items_of(shape: tuple[int, int, int, int, int], routing: str) -> list[Item]:
         backward.experts_backward(*arguments, chosen)
 
     def run_backward_serially(_: object) -> None:
-        least, backward.LEAST_BESIDE = backward.LEAST_BESIDE, 1 << 62
-        backward.experts_backward(*arguments, chosen)
-        backward.LEAST_BESIDE = least
+        backward.experts_backward(*arguments, alone)
 
     def tables() -> kernels.Tables:
         return kernels.Tables(offsets, slots)

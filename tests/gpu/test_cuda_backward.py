@@ -22,6 +22,13 @@ def _hopper() -> None:
         pytest.skip("needs a GPU of compute capability 9.0")
 
 
+def _rows(like: Tensor, order: Tensor, scores: Tensor | None):
+    from moekern.backends.cuda import backward_kernels
+
+    token, score = torch.full_like(order, -1), torch.full(order.shape, NAN, device="cuda")
+    return backward_kernels.Rows(like, order, scores, 1, token, score)
+
+
 # ------------------------------------------------------------------------------------------------- dH, A' and dS
 
 
@@ -53,7 +60,7 @@ def _check_dh(
         whole_h, dh = guarded(slots, columns, dtype=dtype)
         whole_a, scaled = guarded(slots, inter, dtype=dtype)
         whole_s, partials = guarded(slots, -(-inter // 256), dtype=torch.float32)
-        tables, values = kernels.Tables(offsets, slots), backward_kernels.Rows(dout, order, scores, 1)
+        tables, values = kernels.Tables(offsets, slots), _rows(dout, order, scores)
         backward_kernels.dh(
             dout, w, pre, values, tables, activation, transposed, interleaved, dh, scaled, partials
         )  # fmt: skip
@@ -114,7 +121,7 @@ def test_wgrad_on_ragged_rows(
         shape = (experts, q_size, p_size) if p_innermost else (experts, p_size, q_size)
         whole, out = guarded(*shape, dtype=dtype)
         tables = kernels.Tables(offsets, slots)
-        token = backward_kernels.Rows(p, order, None, 1).token if gather else None
+        token = _rows(p, order, None).token if gather else None
         backward_kernels.wgrad(p, q, token, offsets, tables, out, p_innermost, launch_registers)
         return whole, out
 
@@ -176,7 +183,7 @@ def test_bias_gradient(dtype: torch.dtype, gather: bool, features: int) -> None:
     rows = sum(COUNTS)
     order, _, offsets = plan_of_counts(COUNTS, 3)
     source, scores = normal(rows + 3, features, dtype=dtype), torch.rand(rows + 3, 1, device="cuda")
-    values = backward_kernels.Rows(source, order, scores, 1)
+    values = _rows(source, order, scores)
     whole, out = guarded(len(COUNTS), features, dtype=dtype)
     by_row = source.float()
     if gather:

@@ -7,8 +7,9 @@ gradients are dH and the larger of A' and the rows of the input gradient.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,12 @@ from moekern.activations import ACTIVATIONS, split
 from moekern.backends.cuda import backward_kernels as own
 from moekern.backends.cuda import kernels
 from moekern.backends.cuda.configuration import Configuration
+from moekern.backends.cuda.forward import PROGRAMS, _address, _round_up, _stream
+from moekern.backends.cuda.program import Placeholder, record
+
+# Places of the addresses in a replay.
+DOUT, X, PRE, SCORES, ORDER, INVERSE, OFFSETS, W_UP, W_DOWN, B_DOWN, WORK = range(11)
+GRADIENTS = range(11, 17)  # of x, scores, w_gate_up, w_down, b_gate_up, b_down
 
 # Bytes of a combine under which the events of a second stream cost more than they hide.
 LEAST_BESIDE = 32 << 20
@@ -28,32 +35,166 @@ def combines_beside(slots: int, hidden: int, top_k: int) -> bool:
     return fits and top_k in own.BESIDE_TOP_K and 2 * slots * hidden >= LEAST_BESIDE
 
 
+@dataclass(frozen=True)
+class _Sizes:
+    """All that the launches depend on but the addresses."""
+
+    device: int
+    dtype: torch.dtype
+    tokens: int
+    hidden: int
+    inter: int
+    experts: int
+    top_k: int
+    activation: str
+    transposed: bool
+    interleaved: bool
+    has_scores: bool
+    has_down_bias: bool
+    wanted: tuple[bool, ...]
+    chosen: Configuration
+
+    @property
+    def columns(self) -> int:
+        return self.inter * (2 if ACTIVATIONS[self.activation].gated else 1)
+
+
+class _Work:
+    """Where in the working memory each buffer lies; the scaled activation and the rows of dx share a place in turn."""
+
+    def __init__(self, z: _Sizes):
+        """Lay out the buffers of a problem."""
+        slots, wanted = z.tokens * z.top_k, z.wanted
+        rows_of_dx = 2 * slots * z.hidden if wanted[0] else 0
+        scaled = 2 * slots * z.inter if wanted[3] else 0
+        sizes = {
+            "table": kernels.Tables.size(slots, z.experts),
+            "token": 4 * slots,
+            "score": 4 * slots,
+            "partials": 4 * slots * -(-z.inter // own.DH_FEATURES) if wanted[1] else 0,
+            "grad_pre": 2 * slots * z.columns,
+            "in_turn": max(rows_of_dx, scaled),
+        }
+        self.offset = {}
+        self.size = 0
+        for name, size in sizes.items():
+            self.offset[name] = self.size
+            self.size += _round_up(size)
+
+
+class _Launches:
+    """The launches of a problem in three parts: what comes first, the up projection's gradients, the combine."""
+
+    def __init__(self, z: _Sizes):
+        """Prepare to launch on placeholders."""
+        self.z, self.work = z, _Work(z)
+        self.slots = z.tokens * z.top_k
+        pays = combines_beside(self.slots, z.hidden, z.top_k)
+        self.beside = z.wanted[0] and z.wanted[2] and z.chosen.combine_beside and pays
+        dw_up = (z.experts, z.hidden, z.columns) if z.transposed else (z.experts, z.columns, z.hidden)
+        dw_down = (z.experts, z.inter, z.hidden) if z.transposed else (z.experts, z.hidden, z.inter)
+        self.w_up, self.w_down = self._place(W_UP, dw_up), self._place(W_DOWN, dw_down)
+        shapes = (
+            (z.tokens, z.hidden),
+            (z.tokens, z.top_k),
+            dw_up,
+            dw_down,
+            (z.experts, z.columns),
+            (z.experts, z.hidden),
+        )
+        self.grads = [self._place(place, shape) for place, shape in zip(GRADIENTS, shapes, strict=True)]
+        self.dout, self.x = self._place(DOUT, (z.tokens, z.hidden)), self._place(X, (z.tokens, z.hidden))
+        self.inverse = self._place(INVERSE, (self.slots,), torch.int32)
+        self.offsets = self._place(OFFSETS, (z.experts + 1,), torch.int32)
+        self.token = self._buffer("token", (self.slots,), torch.int32)
+        self.score = self._buffer("score", (self.slots,), torch.float32)
+        self.grad_pre = self._buffer("grad_pre", (self.slots, z.columns))
+        self.grad_rows = self._buffer("in_turn", (self.slots, z.hidden))
+
+    def _place(self, place: int, shape: tuple[int, ...], dtype: torch.dtype | None = None, offset: int = 0) -> Any:
+        return Placeholder(place, shape, dtype or self.z.dtype, self.z.device, offset)
+
+    def _buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Any:
+        return self._place(WORK, shape, dtype, self.work.offset[name])
+
+    def first(self) -> None:
+        """Everything up to the rows of dx, and their sum unless that runs beside."""
+        z, wanted = self.z, self.z.wanted
+        order = self._place(ORDER, (self.slots,), torch.int32)
+        scores = self._place(SCORES, (z.tokens, z.top_k), torch.float32) if z.has_scores else None
+        table_bytes = kernels.Tables.size(self.slots, z.experts)
+        self.tables = kernels.Tables(self.offsets, self.slots, self._buffer("table", (table_bytes,), torch.uint8))
+        rows = own.Rows(self.dout, order, scores, z.top_k, self.token, self.score)
+        scaled = self._buffer("in_turn", (self.slots, z.inter)) if wanted[3] else None
+        columns = -(-z.inter // own.DH_FEATURES)
+        partials = self._buffer("partials", (self.slots, columns), torch.float32) if wanted[1] else None
+        own.dh(
+            self.dout, self.w_down, self._place(PRE, (self.slots, z.columns)), rows, self.tables, z.activation,
+            z.transposed, z.interleaved, self.grad_pre, scaled, partials,
+        )  # fmt: skip
+        if partials is not None:
+            bias = self._place(B_DOWN, (z.experts, z.hidden)) if z.has_down_bias else None
+            own.score_gradient(partials, self.inverse, self.offsets, self.dout, bias, z.top_k, self.grads[1])
+        if scaled is not None:
+            own.wgrad(self.dout, scaled, self.token, self.offsets, self.tables, self.grads[3], z.transposed)
+        if wanted[5]:
+            own.bias_gradient(self.dout, self.token, self.score, self.offsets, self.grads[5])
+        if wanted[0]:
+            kernels.grouped_mm(
+                self.grad_pre, self.w_up, None, self.grad_rows, self.tables, not z.transposed,
+                z.chosen.stages, z.chosen.store_rows,
+            )  # fmt: skip
+            if not self.beside:
+                kernels.combine(self.grad_rows, None, self.inverse, self.offsets, self.grads[0], z.top_k)
+
+    def up_projection(self) -> None:
+        """The gradients of the up projection's weights and bias."""
+        z = self.z
+        if z.wanted[2]:
+            own.wgrad(
+                self.x, self.grad_pre, self.token, self.offsets, self.tables, self.grads[2], not z.transposed,
+                160 if self.beside else 168,
+            )  # fmt: skip
+        if z.wanted[4]:
+            own.bias_gradient(self.grad_pre, None, None, self.offsets, self.grads[4])
+
+    def all(self) -> None:
+        """Everything, where the combine does not run beside."""
+        self.first()
+        self.up_projection()
+
+    def combine(self) -> None:
+        """The sum of the rows of dx, in the registers that the weight gradient leaves free."""
+        own.combine_beside(self.grad_rows, self.inverse, self.offsets, self.grads[0], self.z.top_k)
+
+
+@lru_cache(maxsize=PROGRAMS)
+def _programs(z: _Sizes) -> tuple[list[Any], int]:
+    """One program, or three with the combine beside; and the bytes they work in."""
+    launches = _Launches(z)
+    parts = [launches.first, launches.up_projection, launches.combine] if launches.beside else [launches.all]
+    return [record(z.device, part) for part in parts], launches.work.size
+
+
 @cache
 def _side_stream(device: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-class _Beside:
-    """A second stream that begins after what the current one holds at entry, and that the current one awaits at exit.
-
-    Memory of the current stream may be used on it: whatever the current stream does next comes after.
-    """
-
-    def __init__(self, device: int):
-        self.main, self.side = torch.cuda.current_stream(device), _side_stream(device)
-
-    def __enter__(self) -> torch.cuda.Stream:
-        self.side.wait_stream(self.main)
-        return self.side
-
-    def __exit__(self, *_: object) -> None:
-        self.main.wait_stream(self.side)
-
-
-def _scaled_activation(pre: Tensor, score: Tensor, activation: str, interleaved: bool) -> Tensor:
-    """``s_r act(pre_r)`` alone, for the rare case that only the down projection is trained."""
-    act = ACTIVATIONS[activation]
-    return (act.forward(*split(pre.float(), act, interleaved)) * score.unsqueeze(1)).to(pre.dtype)
+def _only_down_projection(
+    dout: Tensor, pre: Tensor, scores: Tensor | None, order: Tensor, offsets: Tensor, top_k: int,
+    activation: str, transposed: bool, interleaved: bool, dw_down: Tensor | None, db_down: Tensor | None,
+) -> None:  # fmt: skip
+    """The rare case that nothing before the down projection is trained: A' comes from torch, no dA is needed."""
+    slots = order.shape[0]
+    token, score = torch.empty_like(order), torch.empty(slots, dtype=torch.float32, device=order.device)
+    own.Rows(dout, order, scores, top_k, token, score)
+    if db_down is not None:
+        own.bias_gradient(dout, token, score, offsets, db_down)
+    if dw_down is not None:
+        act = ACTIVATIONS[activation]
+        scaled = (act.forward(*split(pre.float(), act, interleaved)) * score.unsqueeze(1)).to(pre.dtype)
+        own.wgrad(dout, scaled, token, offsets, kernels.Tables(offsets, slots), dw_down, p_innermost=transposed)
 
 
 def experts_backward(
@@ -80,51 +221,31 @@ def experts_backward(
     Arguments are those of :func:`moekern.backends.reference.experts_backward`, and the configuration. The tensors are
     not empty and their device is current.
     """
-    slots, hidden = order.shape[0], x.shape[1]
-    inter = w_down.shape[1 if transposed else 2]
-    empty = x.new_empty(0)
     inputs = (x, scores, w_gate_up, w_down, b_gate_up, b_down)
-    wanted = [t is not None and need for t, need in zip(inputs, needs, strict=True)]
-    dx, dscores, dw_gate_up, dw_down, db_gate_up, db_down = (
-        torch.empty_like(t) if want and t is not None else empty for t, want in zip(inputs, wanted, strict=True)
-    )
-    tables = kernels.Tables(offsets, slots)
-    rows = own.Rows(x, order, scores, top_k)
-    grad_pre = scaled = None
+    wanted = tuple(t is not None and need for t, need in zip(inputs, needs, strict=True))
+    empty = x.new_empty(0)
+    grads = [torch.empty_like(t) if want and t is not None else None for t, want in zip(inputs, wanted, strict=True)]
     if wanted[0] or wanted[1] or wanted[2] or wanted[4]:
-        grad_pre = torch.empty_like(pre)
-        scaled = x.new_empty((slots, inter)) if wanted[3] else None
-        columns = -(-inter // own.DH_FEATURES)
-        partials = torch.empty((slots, columns), dtype=torch.float32, device=x.device) if wanted[1] else None
-        own.dh(
-            dout, w_down, pre, rows, tables, activation, transposed, interleaved, grad_pre, scaled, partials
+        device, (tokens, hidden) = x.get_device(), x.shape
+        sizes = _Sizes(
+            device, x.dtype, tokens, hidden, w_down.shape[1 if transposed else 2], w_down.shape[0], top_k, activation,
+            transposed, interleaved, scores is not None, b_down is not None, wanted, chosen,
         )  # fmt: skip
-        if partials is not None:
-            own.score_gradient(partials, inverse, offsets, dout, b_down, top_k, dscores)
-    elif wanted[3]:
-        scaled = _scaled_activation(pre, rows.score, activation, interleaved)
-    if scaled is not None:
-        own.wgrad(dout, scaled, rows.token, offsets, tables, dw_down, p_innermost=transposed)
-        scaled = None
-    if wanted[5]:
-        own.bias_gradient(dout, rows.token, rows.score, offsets, db_down)
-    if grad_pre is not None:
-        beside = wanted[0] and wanted[2] and combines_beside(slots, hidden, top_k)
-        if wanted[0]:
-            grad_rows = x.new_empty((slots, hidden))
-            kernels.grouped_mm(
-                grad_pre, w_gate_up, None, grad_rows, tables, not transposed, chosen.stages, chosen.store_rows
-            )  # fmt: skip
-            if not beside:
-                kernels.combine(grad_rows, None, inverse, offsets, dx, top_k)
-        if wanted[2]:
-            with _Beside(x.get_device()) if beside else nullcontext() as side:
-                own.wgrad(
-                    x, grad_pre, rows.token, offsets, tables, dw_gate_up, not transposed, 160 if beside else 168
-                )  # fmt: skip
-                if side is not None:
-                    with torch.cuda.stream(side):
-                        own.combine_beside(grad_rows, inverse, offsets, dx, top_k)
-        if wanted[4]:
-            own.bias_gradient(grad_pre, None, None, offsets, db_gate_up)
-    return dx, dscores, dw_gate_up, dw_down, db_gate_up, db_down
+        programs, size = _programs(sizes)
+        work = torch.empty(size, dtype=torch.uint8, device=x.device)
+        tensors = (dout, x, pre, scores, order, inverse, offsets, w_gate_up, w_down, b_down, work, *grads)
+        addresses = [_address(t) for t in tensors]
+        programs[0].replay(_stream(device), addresses)
+        if len(programs) == 3:
+            # The second stream starts when the rows of dx are there, and the first one waits for it: memory that is
+            # handed out again on the first stream is used after both.
+            main, side = torch.cuda.current_stream(device), _side_stream(device)
+            side.wait_stream(main)
+            programs[1].replay(main.cuda_stream, addresses)
+            programs[2].replay(side.cuda_stream, addresses)
+            main.wait_stream(side)
+    elif wanted[3] or wanted[5]:
+        _only_down_projection(
+            dout, pre, scores, order, offsets, top_k, activation, transposed, interleaved, grads[3], grads[5]
+        )
+    return tuple(empty if grad is None else grad for grad in grads)  # type: ignore[return-value]

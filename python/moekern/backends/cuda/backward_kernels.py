@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import struct
 
-import torch
 from torch import Tensor
 
-from moekern import _core  # type: ignore[attr-defined]
 from moekern.activations import ACTIVATIONS
 from moekern.backends.cuda.kernels import (
     ELEMENT,
@@ -20,10 +18,9 @@ from moekern.backends.cuda.kernels import (
     RAGGED,
     Tables,
     _function,
-    _stream,
     multiprocessors,
 )
-from moekern.backends.cuda.program import Map
+from moekern.backends.cuda.program import Map, launch
 
 DH_SHARED = 230912
 WGRAD_SHARED = 214528
@@ -38,18 +35,17 @@ def _launch(file: str, name: str, like: Tensor, blocks: int, params: bytes) -> N
     """Launch one of the small kernels, 256 threads a block."""
     device = like.get_device()
     function = _function(device, file, name, 0, (("ELEMENT", ELEMENT[like.dtype]),))
-    _core.cuda_launch(function, device, blocks, 256, 0, _stream(device), [], params)
+    launch(function, device, blocks, 256, 0, [], params)
 
 
 class Rows:
-    """Token and router weight of every row, in one small tensor."""
+    """Token and router weight of every row."""
 
-    def __init__(self, like: Tensor, order: Tensor, scores: Tensor | None, top_k: int):
-        """Launch the kernel that fills them."""
+    def __init__(self, like: Tensor, order: Tensor, scores: Tensor | None, top_k: int, token: Tensor, score: Tensor):
+        """Launch the kernel that fills `token` int32 and `score` float32, both ``[S]``; `like` has the dtype."""
         slots = order.shape[0]
-        self.token = torch.empty(slots, dtype=torch.int32, device=order.device)
-        self.score = torch.empty(slots, dtype=torch.float32, device=order.device)
-        addresses = order.data_ptr(), _address(scores), self.token.data_ptr(), self.score.data_ptr()
+        self.token, self.score = token, score
+        addresses = order.data_ptr(), _address(scores), token.data_ptr(), score.data_ptr()
         _launch("rows.cu", "row_values", like, -(-slots // 256), struct.pack("<4Q2i", *addresses, slots, top_k))
 
 
@@ -84,7 +80,7 @@ def dh(
         hidden, inter, -(-inter // DH_FEATURES), hidden // 8,
     )  # fmt: skip
     function = _function(device, "dh.cu", "dh", DH_SHARED, macros)
-    _core.cuda_launch(function, device, multiprocessors(device), 512, DH_SHARED, _stream(device), [weights], params)
+    launch(function, device, multiprocessors(device), 512, DH_SHARED, [weights], params)
 
 
 def _ragged_rows(tensor: Tensor) -> Map:
@@ -126,7 +122,7 @@ def wgrad(
     )  # fmt: skip
     function = _function(device, "wgrad.cu", "wgrad", WGRAD_SHARED, macros)
     maps = [p_map, q_map, result]
-    _core.cuda_launch(function, device, multiprocessors(device), 384, WGRAD_SHARED, _stream(device), maps, params)
+    launch(function, device, multiprocessors(device), 384, WGRAD_SHARED, maps, params)
 
 
 def score_gradient(
@@ -169,4 +165,4 @@ def combine_beside(rows: Tensor, inverse: Tensor, offsets: Tensor, out: Tensor, 
         "<4Q4i", rows.data_ptr(), inverse.data_ptr(), offsets.data_ptr(), out.data_ptr(),
         tokens, hidden, offsets.shape[0] - 1, -(-hidden // BESIDE_FEATURES),
     )  # fmt: skip
-    _core.cuda_launch(function, device, multiprocessors(device), 128, 0, _stream(device), [], params)
+    launch(function, device, multiprocessors(device), 128, 0, [], params)

@@ -21,6 +21,7 @@ class Configuration:
     few_rows: bool = False  # an expert has few rows on average: the up projection's form for that, in inference
     stages: int = 3  # of the down projection's pipeline
     store_rows: int = 256  # rows of one of its stores
+    combine_beside: bool = True  # the backward's combine beside the weight gradient, where that pays (backward.py)
     reason: str = ""
 
     def __str__(self) -> str:
