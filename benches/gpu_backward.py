@@ -73,7 +73,7 @@ def items_of(shape: tuple[int, int, int, int, int], routing: str) -> list[Item]:
         normal(experts, hidden, inter, scale=inter**-0.5),
     )
     few = slots < 600 * experts
-    chosen = Configuration("hopper", 4, 128) if few else Configuration("hopper")
+    chosen = Configuration("hopper", few_rows=True, stages=4, store_rows=128) if few else Configuration("hopper")
     alone = replace(chosen, combine_beside=False)
     settings = (top_k, "swiglu", False, False)
     arguments = (dout, x, pre, scores, order, inverse, offsets, w_gate_up, w_down, None, None, *settings, [True] * 6)

@@ -328,8 +328,8 @@ def test_backward_of_unusual_routing(routing: str) -> None:
 def test_backward_with_the_combine_beside_the_weight_gradient(top_k: int) -> None:
     from moekern.backends.cuda import backward
 
-    tensors, settings = _problem(16384 // top_k, 1024, 256, 16, top_k, BF16)
-    assert backward.combines_beside(16384, 1024, top_k)
+    tensors, settings = _problem(16384 // top_k, 1024, 512, 16, top_k, BF16)
+    assert backward.combines_beside(16384, 1024, 512, top_k)
     _check_backward(tensors, settings)
 
 
