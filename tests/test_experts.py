@@ -53,7 +53,8 @@ def test_any_shape(
     device: str, tokens: int, hidden: int, intermediate: int, experts: int, top_k: int, dtype: torch.dtype
 ) -> None:
     problem = make(tokens, hidden, intermediate, experts, top_k, dtype=dtype, device=device, bias=True)
-    check_against_truth(forward_and_backward, problem)
+    few_numbers = tokens * top_k < 16  # plain torch's own error is then a matter of luck
+    check_against_truth(forward_and_backward, problem, factor=4.0 if few_numbers else 2.0)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

@@ -181,7 +181,6 @@ def experts_backward(
     ``dS_r = <dO_t W_down, A_r> + <dO_t, b_down>``.
     """
     act = ACTIVATIONS[activation]
-    empty = x.new_empty(0)
     rows = pre.shape[0]
     token = (order // top_k).long()
     real = (torch.arange(rows, device=x.device) < offsets[-1]).unsqueeze(1)
@@ -192,7 +191,7 @@ def experts_backward(
     dout_rows = torch.where(real, dout[token], 0)
     da_unscaled = multiply(dout_rows, w_down, offsets, "nt" if transposed else "nn").to(weight.dtype)
 
-    d_scores = empty
+    d_scores = x.new_empty(0)
     if needs[1]:
         per_row = (da_unscaled * a.to(weight.dtype)).sum(1)
         if b_down is not None:
@@ -203,7 +202,7 @@ def experts_backward(
     dh = join(dg, du, interleaved)
     scaled_a = (a * weight).to(x.dtype)
 
-    dx = empty
+    dx = x.new_empty(0)
     if needs[0]:
         dx_rows = multiply(dh, w_gate_up, offsets, "nt" if transposed else "nn")
         by_slot = dx_rows[inverse.long()].reshape(x.shape[0], top_k, x.shape[1])
@@ -219,8 +218,8 @@ def experts_backward(
     return (
         dx,
         d_scores,
-        weight_gradient(dh, x[token]) if needs[2] else empty,
-        weight_gradient(dout_rows, scaled_a) if needs[3] else empty,
-        bias_gradient(dh.to(weight.dtype)) if needs[4] else empty,
-        bias_gradient(dout_rows.to(weight.dtype) * weight) if needs[5] else empty,
+        weight_gradient(dh, x[token]) if needs[2] else x.new_empty(0),
+        weight_gradient(dout_rows, scaled_a) if needs[3] else x.new_empty(0),
+        bias_gradient(dh.to(weight.dtype)) if needs[4] else x.new_empty(0),
+        bias_gradient(dout_rows.to(weight.dtype) * weight) if needs[5] else x.new_empty(0),
     )

@@ -120,12 +120,25 @@ impl Combine {
     /// The pointers are as documented, and `inverse` is a permutation.
     pub unsafe fn run(&self) {
         // Safety: handed on, and each token is drawn once.
-        self.layout.for_tokens(|tokens| unsafe {
+        self.layout.for_tokens(|tokens| unsafe { self.tokens(tokens) });
+    }
+
+    /// Does the tokens that are left to draw from `next`, which starts at 0: one thread's part of a larger job.
+    ///
+    /// # Safety
+    /// As for `run`.
+    pub(crate) unsafe fn work(&self, next: &AtomicUsize) {
+        // Safety: handed on, and each token is drawn once.
+        self.layout.draw_tokens(next, &|tokens| unsafe { self.tokens(tokens) });
+    }
+
+    unsafe fn tokens(&self, tokens: Range<usize>) {
+        unsafe {
             match self.layout.dtype {
                 DType::F64 => double::combine(self, tokens),
                 dtype => with_kernels!(self.layout.isa, dtype, S, F => kernels::combine::<S, F>(self, tokens)),
             }
-        });
+        }
     }
 }
 
@@ -173,19 +186,28 @@ impl Layout {
         (row < self.used).then_some(row)
     }
 
+    /// Tokens of a ticket.
+    fn ticket(&self) -> usize {
+        let token_bytes = self.row_bytes() * (self.top_k + 1);
+        (TICKET_BYTES / token_bytes.max(1)).clamp(1, self.tokens.max(1))
+    }
+
     /// Calls `f` on ranges that hold every token once, from several threads if there is work for them.
     fn for_tokens(&self, f: impl Fn(Range<usize>) + Sync) {
-        let token_bytes = self.row_bytes() * (self.top_k + 1);
-        let ticket = (TICKET_BYTES / token_bytes.max(1)).clamp(1, self.tokens.max(1));
         let next = AtomicUsize::new(0);
-        parallel(self.threads.min(self.tokens.div_ceil(ticket)).max(1), &|_| {
-            loop {
-                let start = next.fetch_add(ticket, Relaxed);
-                if start >= self.tokens {
-                    return;
-                }
-                f(start..self.tokens.min(start + ticket));
+        let threads = self.threads.min(self.tokens.div_ceil(self.ticket())).max(1);
+        parallel(threads, &|_| self.draw_tokens(&next, &f));
+    }
+
+    /// Calls `f` on ranges of tokens until none is left.
+    fn draw_tokens(&self, next: &AtomicUsize, f: &impl Fn(Range<usize>)) {
+        let ticket = self.ticket();
+        loop {
+            let start = next.fetch_add(ticket, Relaxed);
+            if start >= self.tokens {
+                return;
             }
-        });
+            f(start..self.tokens.min(start + ticket));
+        }
     }
 }

@@ -1,6 +1,8 @@
 //! `moekern._core`: a thin Python shell over `moekern-core`.
 
 mod cuda;
+mod experts;
+mod experts_backward;
 mod permute;
 mod plan;
 
@@ -9,6 +11,8 @@ use pyo3::prelude::*;
 #[pymodule]
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     cuda::register(module)?;
+    experts::register(module)?;
+    experts_backward::register(module)?;
     plan::register(module)?;
     permute::register(module)
 }

@@ -80,16 +80,22 @@ impl<F: Format, const ROWS: usize, const FEATURES: usize> Kernel for Dot<F, ROWS
                 }
                 step::<S, F, ROWS, FEATURES>(&mut sums, x, partial.as_ptr().cast(), 64);
             }
-            for (r, row) in sums.iter().enumerate() {
-                let mut folded = [<S::Narrow as Simd>::zero(); 8];
-                for (n, &sum) in row.iter().enumerate() {
-                    folded[n] = S::fold(sum);
+            // Two small loops: one large one would not be unrolled, and the sums would live in memory.
+            let mut folded = [<S::Narrow as Simd>::zero(); 32];
+            for r in 0..ROWS {
+                for n in 0..FEATURES {
+                    folded[r * FEATURES + n] = S::fold(sums[r][n]);
                 }
-                let mut values = [0f32; 8];
-                <S::Narrow as Simd>::store(values.as_mut_ptr(), S::Narrow::sum_each(folded));
-                for (n, &value) in values.iter().enumerate().take(FEATURES) {
+            }
+            let mut values = [0f32; 32];
+            for group in 0..(ROWS * FEATURES).div_ceil(8) {
+                let eight = folded.as_ptr().add(group * 8).cast::<[<S::Narrow as Simd>::V; 8]>().read();
+                <S::Narrow as Simd>::store(values.as_mut_ptr().add(group * 8), S::Narrow::sum_each(eight));
+            }
+            for r in 0..ROWS {
+                for n in 0..FEATURES {
                     let start = if bias.is_null() { 0.0 } else { *bias.add(n) };
-                    *out.add(r * self.out_stride + n) = start + value;
+                    *out.add(r * self.out_stride + n) = start + values[r * FEATURES + n];
                 }
             }
             if !bias.is_null() {

@@ -26,8 +26,8 @@ use super::score_grad::ScoreGradient;
 use super::scratch::{Buffer, with_workspace};
 use super::simd::{Kernel, Simd};
 use super::tn::{GroupedTn, TnJob, larger_than_cache};
-use super::token_sums::TokenSums;
 use crate::dtype::DType;
+use crate::permute::{Combine, Layout};
 use std::marker::PhantomData;
 use std::ptr::null_mut;
 
@@ -182,7 +182,7 @@ impl<'a, S: Simd, F: Format> Pass<'a, S, F> {
         }
         self.after_activation();
         if !args.dx.is_null() {
-            run_jobs(args.threads, &[&self.token_sums()]);
+            self.token_sums().run();
         }
     }
 
@@ -264,9 +264,10 @@ impl<'a, S: Simd, F: Format> Pass<'a, S, F> {
         }
     }
 
-    fn token_sums(&self) -> TokenSums<S, F> {
-        let &ExpertsBackward { tokens, top_k, inverse, hidden: n, dx: out, .. } = self.args;
-        TokenSums { tokens, top_k, inverse, used: self.used, rows: self.rows, n, out, types: PhantomData }
+    fn token_sums(&self) -> Combine {
+        let &ExpertsBackward { isa, threads, dtype, tokens, top_k, inverse, hidden, dx: out, .. } = self.args;
+        let layout = Layout { isa, threads, dtype, tokens, top_k, hidden, inverse, used: self.used };
+        Combine { layout, y: self.rows, weights: std::ptr::null(), out }
     }
 
     fn apart(&self, finish: HiddenGradient<F>) -> DifferentiateApart<S, F> {

@@ -3,15 +3,14 @@
 //! One build serves every CPU: kernels are generic over a vector unit (`simd`), compiled for each instruction
 //! set, and chosen when they are called (`isa`). Operands are fp32, bf16 or fp16 (`format`); sums are fp32.
 
-// Until the kernels that use all of it are in.
-#![allow(dead_code, unused_macros, unused_imports)]
-
+mod activate_rows;
 mod activation;
 mod activation_grad;
 mod axpy;
 mod column_sums;
 mod dot;
 mod experts_backward;
+mod experts_forward;
 pub(crate) mod format;
 mod forward;
 mod forward_block;
@@ -37,12 +36,13 @@ mod store;
 mod tickets;
 mod tile;
 mod tn;
-mod token_sums;
 
 pub use activation::Activation;
 pub use experts_backward::{ExpertsBackward, experts_backward};
+pub use experts_forward::{ExpertsForward, experts_forward};
 pub use forward::{Epilogue, grouped_nt};
 pub use grouped::{Gather, Grouped};
 pub use isa::{ISA_VARIABLE, Isa, IsaError};
 pub use nn::grouped_nn;
+pub use scratch::advise_huge_pages;
 pub use tn::{GroupedTn, grouped_tn, larger_than_cache};

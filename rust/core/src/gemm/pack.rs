@@ -3,7 +3,7 @@
 #![allow(unsafe_op_in_unsafe_fn)]
 
 use super::format::{Format, Kind};
-use super::simd::{Kernel, Narrow, Simd, prefetch};
+use super::simd::{Kernel, Narrow, Simd};
 use std::marker::PhantomData;
 
 /// `to[word of k][width]` from rows given by address: the rows become lanes. Lanes without a row are zero.
@@ -126,95 +126,5 @@ impl<F: Format> Kernel for PackSteps<'_, F> {
             to = to.add(rows.len() * S::LANES * if matches!(F::KIND, Kind::Bf16) { 2 } else { 1 });
             at += step_bytes;
         }
-    }
-}
-
-/// `to[panel][word of k][width]` from the columns of rows given by address: the rows become k. The last
-/// panel's missing columns, and the second half of an odd last pair, are zero.
-pub struct PackColumns<'a, F> {
-    /// The rows, in the order of k.
-    pub rows: &'a [*const u8],
-    /// First column.
-    pub column: usize,
-    /// How many columns.
-    pub columns: usize,
-    /// Columns of a panel, a multiple of eight.
-    pub width: usize,
-    /// `ceil(columns / width)` panels.
-    pub to: *mut f32,
-    /// Words from one panel to the next.
-    pub panel_stride: usize,
-    /// Rows ahead of the copy to prefetch; 0 for none.
-    pub prefetch_rows: usize,
-    pub format: PhantomData<F>,
-}
-
-impl<F: Format> Kernel for PackColumns<'_, F> {
-    type Output = ();
-
-    #[inline(always)]
-    unsafe fn run<S: Simd>(self) {
-        let paired = matches!(F::KIND, Kind::Bf16Pairs);
-        let lines = (self.columns * F::BYTES).div_ceil(64);
-        let mut k = 0;
-        while k < self.rows.len() {
-            let first = self.rows[k].add(self.column * F::BYTES);
-            let second = if paired && k + 1 < self.rows.len() {
-                self.rows[k + 1].add(self.column * F::BYTES)
-            } else {
-                std::ptr::null()
-            };
-            if self.prefetch_rows > 0 {
-                for ahead in 0..F::PER_WORD {
-                    if let Some(row) = self.rows.get(k + ahead + self.prefetch_rows) {
-                        for line in 0..lines {
-                            prefetch(row.wrapping_add(self.column * F::BYTES + line * 64));
-                        }
-                    }
-                }
-            }
-            let mut to = self.to.add(k / F::PER_WORD * self.width);
-            let mut panel_column = 0;
-            while panel_column < self.columns {
-                let mut c = 0;
-                while c < self.width {
-                    let at = panel_column + c;
-                    let left = self.columns.saturating_sub(at);
-                    let words = if left >= 8 {
-                        Self::eight::<S::Narrow>(
-                            first.add(at * F::BYTES),
-                            if second.is_null() { second } else { second.add(at * F::BYTES) },
-                        )
-                    } else {
-                        let (mut a, mut b) = ([0u8; 32], [0u8; 32]);
-                        if left > 0 {
-                            first.add(at * F::BYTES).copy_to_nonoverlapping(a.as_mut_ptr(), left * F::BYTES);
-                        }
-                        if left > 0 && !second.is_null() {
-                            second.add(at * F::BYTES).copy_to_nonoverlapping(b.as_mut_ptr(), left * F::BYTES);
-                        }
-                        Self::eight::<S::Narrow>(a.as_ptr(), b.as_ptr())
-                    };
-                    S::Narrow::store(to.add(c), words);
-                    c += 8;
-                }
-                to = to.add(self.panel_stride);
-                panel_column += self.width;
-            }
-            k += F::PER_WORD;
-        }
-    }
-}
-
-impl<F: Format> PackColumns<'_, F> {
-    /// Eight words from eight elements of one row, or of two (the second absent if null).
-    #[inline(always)]
-    unsafe fn eight<S: Narrow>(first: *const u8, second: *const u8) -> S::V {
-        if !matches!(F::KIND, Kind::Bf16Pairs) {
-            return F::load_words::<S>(first);
-        }
-        let zeros = [0u16; 8];
-        let second = if second.is_null() { zeros.as_ptr() } else { second.cast() };
-        S::load_zipped(first.cast(), second)
     }
 }

@@ -36,8 +36,6 @@ pub trait Simd: Copy + Send + Sync + 'static {
     unsafe fn load(p: *const f32) -> Self::V;
     unsafe fn load_bf16(p: *const u16) -> Self::V;
     unsafe fn load_f16(p: *const u16) -> Self::V;
-    /// Words of `a[i]` and `b[i]`.
-    unsafe fn load_zipped(a: *const u16, b: *const u16) -> Self::V;
     unsafe fn store(p: *mut f32, a: Self::V);
     /// Non-temporal store; `p` is aligned to the vector. `fence` must follow before other threads read.
     unsafe fn stream(p: *mut f32, a: Self::V);

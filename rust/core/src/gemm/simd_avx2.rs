@@ -110,12 +110,6 @@ macro_rules! simd_256 {
                 _mm256_cvtph_ps(_mm_loadu_si128(p.cast()))
             }
             #[inline(always)]
-            unsafe fn load_zipped(a: *const u16, b: *const u16) -> __m256 {
-                let a = _mm256_cvtepu16_epi32(_mm_loadu_si128(a.cast()));
-                let b = _mm256_cvtepu16_epi32(_mm_loadu_si128(b.cast()));
-                _mm256_castsi256_ps(_mm256_or_si256(a, _mm256_slli_epi32::<16>(b)))
-            }
-            #[inline(always)]
             unsafe fn store(p: *mut f32, a: __m256) {
                 _mm256_storeu_ps(p, a)
             }

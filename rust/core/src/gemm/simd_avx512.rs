@@ -68,12 +68,6 @@ macro_rules! simd_512 {
                 _mm512_cvtph_ps(_mm256_loadu_si256(p.cast()))
             }
             #[inline(always)]
-            unsafe fn load_zipped(a: *const u16, b: *const u16) -> __m512 {
-                let a = _mm512_cvtepu16_epi32(_mm256_loadu_si256(a.cast()));
-                let b = _mm512_cvtepu16_epi32(_mm256_loadu_si256(b.cast()));
-                _mm512_castsi512_ps(_mm512_or_si512(a, _mm512_slli_epi32::<16>(b)))
-            }
-            #[inline(always)]
             unsafe fn store(p: *mut f32, a: __m512) {
                 _mm512_storeu_ps(p, a)
             }

@@ -53,12 +53,6 @@ impl Simd for Scalar {
         each!(|i| f16::from_bits(bits[i]).to_f32())
     }
     #[inline(always)]
-    unsafe fn load_zipped(a: *const u16, b: *const u16) -> V {
-        let a = a.cast::<[u16; 8]>().read_unaligned();
-        let b = b.cast::<[u16; 8]>().read_unaligned();
-        each!(|i| f32::from_bits(u32::from(a[i]) | u32::from(b[i]) << 16))
-    }
-    #[inline(always)]
     unsafe fn store(p: *mut f32, a: V) {
         p.cast::<V>().write_unaligned(a);
     }

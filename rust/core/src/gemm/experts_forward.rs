@@ -1,0 +1,185 @@
+//! The forward pass of a layer of experts: up projection with the gather, activation, down projection, combine.
+//!
+//! One call of the thread pool for all of it. Threads that run out of one pass's tickets go on with the next
+//! pass and wait there only for the rows they need.
+//!
+//! | step    | reads                    | writes         | waits for                       |
+//! |---------|--------------------------|----------------|---------------------------------|
+//! | up      | `x`, gathered            | hidden, `pre`  | -                               |
+//! | down    | hidden                   | rows           | the unit's rows of hidden       |
+//! | combine | rows, gathered           | `out`          | all rows                        |
+//!
+//! Transposed weights have kernels that do not store through an activation: there the steps are separate calls,
+//! with a pass over `pre` between the projections.
+
+use super::activate_rows::ActivateRows;
+use super::activation::Activation;
+use super::forward::{Epilogue, Forward};
+use super::grouped::{Gather, Grouped};
+use super::isa::{Isa, with_kernels};
+use super::jobs::run_jobs;
+use super::nn::grouped_nn;
+use super::scratch::{advise_huge_pages, with_scratch, with_workspace};
+use super::tickets::{Tickets, units};
+use crate::dtype::DType;
+use crate::permute::{Combine, Layout};
+use crate::pool::parallel;
+use std::marker::PhantomData;
+use std::sync::atomic::AtomicUsize;
+
+/// Arguments of [`experts_forward`]. Matrices are row-major and of type `dtype` (not fp64). Shapes are those of
+/// plain weights, in brackets those of `transposed` ones; `width` is `2 * inter` for gated activations, else
+/// `inter`.
+#[derive(Clone, Copy)]
+pub struct ExpertsForward {
+    /// Instruction set of the kernels.
+    pub isa: Isa,
+    /// Threads to use, at least one.
+    pub threads: usize,
+    /// Element type.
+    pub dtype: DType,
+    /// Number of tokens.
+    pub tokens: usize,
+    /// Columns of `x` and `out`.
+    pub hidden: usize,
+    /// Columns between the projections.
+    pub inter: usize,
+    /// Number of experts.
+    pub experts: usize,
+    /// Slots of a token.
+    pub top_k: usize,
+    /// Between the projections.
+    pub activation: Activation,
+    /// Whether weights are `[in, out]`.
+    pub transposed: bool,
+    /// Whether gate and up features alternate.
+    pub interleaved: bool,
+    /// `[tokens, hidden]`.
+    pub x: *const u8,
+    /// `[slots]` fp32, by slot; null: ones.
+    pub scores: *const f32,
+    /// Row to slot.
+    pub order: *const i32,
+    /// Slot to row.
+    pub inverse: *const i32,
+    /// `experts + 1` row offsets; rows behind the last are sentinels' and contribute nothing.
+    pub offsets: *const i32,
+    /// `[experts, width, hidden]` (`[experts, hidden, width]`).
+    pub w_gate_up: *const u8,
+    /// `[experts, hidden, inter]` (`[experts, inter, hidden]`).
+    pub w_down: *const u8,
+    /// `[experts, width]` or null.
+    pub b_gate_up: *const u8,
+    /// `[experts, hidden]` or null.
+    pub b_down: *const u8,
+    /// `[slots, width]`: the rounded input of the activation is left here, except in sentinels' rows. Null: not
+    /// wanted.
+    pub pre: *mut u8,
+    /// `[tokens, hidden]`.
+    pub out: *mut u8,
+}
+
+/// Computes `out`, and `pre` if wanted. The bits do not depend on the number of threads.
+///
+/// # Safety
+/// All pointers are as documented.
+pub unsafe fn experts_forward(args: &ExpertsForward) {
+    let used = unsafe { *args.offsets.add(args.experts) } as usize;
+    let row_bytes = |columns: usize| columns * args.dtype.size();
+    let width = args.inter * args.activation.columns();
+    advise_huge_pages(args.out, args.tokens * row_bytes(args.hidden));
+    if !args.pre.is_null() {
+        advise_huge_pages(args.pre, used * row_bytes(width));
+    }
+    with_workspace(|[hidden, rows]| {
+        // Without a place for it, `pre` follows `hidden` where a pass over it is needed.
+        let inner = used * row_bytes(args.inter);
+        let extra = if args.transposed && args.pre.is_null() { used * row_bytes(width) } else { 0 };
+        let hidden = hidden.bytes(inner + extra);
+        let rows = rows.bytes(used * row_bytes(args.hidden));
+        let up = Grouped {
+            isa: args.isa,
+            threads: args.threads,
+            dtype: args.dtype,
+            experts: args.experts,
+            offsets: args.offsets,
+            k: args.hidden,
+            n: width,
+            a: args.x,
+            gather: Gather { order: args.order, top_k: args.top_k },
+            b: args.w_gate_up,
+            bias: args.b_gate_up,
+            out: hidden,
+        };
+        let down = Grouped {
+            k: args.inter,
+            n: args.hidden,
+            a: hidden,
+            gather: Gather::NONE,
+            b: args.w_down,
+            bias: args.b_down,
+            out: rows,
+            ..up
+        };
+        let layout = Layout {
+            isa: args.isa,
+            threads: args.threads,
+            dtype: args.dtype,
+            tokens: args.tokens,
+            top_k: args.top_k,
+            hidden: args.hidden,
+            inverse: args.inverse,
+            used,
+        };
+        let combine = Combine { layout, y: rows, weights: args.scores.cast(), out: args.out };
+        let mut epilogue = Epilogue { activation: Some(args.activation), interleaved: args.interleaved, pre: args.pre };
+        unsafe {
+            if args.transposed {
+                if epilogue.pre.is_null() {
+                    epilogue.pre = hidden.add(inner);
+                }
+                transposed(&up, &epilogue, used, &down, &combine);
+            } else {
+                plain(&up, &epilogue, &down, &combine);
+            }
+        }
+    });
+}
+
+/// The three steps with weights `[out, in]`.
+unsafe fn plain(up: &Grouped, epilogue: &Epilogue, down: &Grouped, combine: &Combine) {
+    let units = unsafe { units(up) };
+    let columns = epilogue.columns();
+    let up_tickets = Tickets::new(&units, up.n / columns, columns, up.threads);
+    let down_tickets = Tickets::new(&units, down.n, 1, up.threads);
+    let up = Forward { job: *up, epilogue: *epilogue, tickets: &up_tickets, after: None };
+    let down = Forward { job: *down, epilogue: Epilogue::NONE, tickets: &down_tickets, after: Some(&up_tickets) };
+    let tokens = AtomicUsize::new(0);
+    parallel(down.job.threads, &|_| {
+        with_scratch(|scratch| unsafe {
+            up.work(scratch);
+            down.work(scratch);
+            down_tickets.wait_all();
+            combine.work(&tokens);
+        });
+    });
+}
+
+/// The steps with weights `[in, out]`, the activation of `used` rows among them.
+unsafe fn transposed(up: &Grouped, epilogue: &Epilogue, used: usize, down: &Grouped, combine: &Combine) {
+    let Some(activation) = epilogue.activation else { unreachable!("experts have an activation") };
+    unsafe {
+        grouped_nn(&Grouped { out: epilogue.pre, ..*up });
+        with_kernels!(up.isa, up.dtype, S, F => run_jobs(up.threads, &[&ActivateRows::<S, F> {
+            activation,
+            interleaved: epilogue.interleaved,
+            rows: used,
+            columns: down.k,
+            pre: epilogue.pre,
+            out: up.out,
+            types: PhantomData,
+        }]));
+        grouped_nn(down);
+        combine.run();
+    }
+}
