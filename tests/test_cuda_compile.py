@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,8 @@ def multiplying_loops(lines: list[str]) -> list[list[str]]:
     return [lines[i:j] for i, j in inner]
 
 
-HEAVY = [s for s in variants.layer(torch.bfloat16, "swiglu") if s.file in ("up.cu", "up_few.cu", "grouped_mm.cu")]
+HEAVY_FILES = ("up.cu", "up_few.cu", "grouped_mm.cu", "dh.cu", "wgrad.cu")
+HEAVY = [s for s in variants.layer(torch.bfloat16, "swiglu") if s.file in HEAVY_FILES]
 
 
 @pytest.mark.slow
@@ -61,7 +63,7 @@ HEAVY = [s for s in variants.layer(torch.bfloat16, "swiglu") if s.file in ("up.c
 def test_main_loops(source: KernelSource) -> None:
     lines = machine_code(source)
     loops = multiplying_loops(lines)
-    assert len(loops) >= 5, "fewer loops with wgmma than N classes"
+    assert len(loops) >= (1 if source.file == "wgrad.cu" else 5), "fewer loops with wgmma than N classes"
     for loop in loops:
         assert not any("MEMBAR.ALL.GPU" in line for line in loop), "a GPU-wide memory barrier in a main loop"
     assert not any(re.search(r"\b(LDL|STL)\b", line) for line in lines), "local memory"
@@ -77,6 +79,24 @@ def test_gather_copies_do_not_wait_for_each_other(source: KernelSource) -> None:
     assert runs
     most = max(len({re.search(r"\]\[(R\d+)\.64\]", lines[i])[1] for i in run}) for run in runs)  # type: ignore[index]
     assert most >= 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("source", "copies"),
+    [(s, 10) for s in HEAVY if s.file in ("dh.cu", "wgrad.cu")],
+    ids=lambda value: str(value) if isinstance(value, KernelSource) else "",
+)
+def test_backward_gathers_issue_their_copies_in_a_row(source: KernelSource, copies: int) -> None:
+    """The copies of a full k-block have registers of their own (pairs share one in wgrad) and no wait between them."""
+    lines = [line for line in machine_code(source) if re.search(r"/\*[0-9a-f]{4,5}\*/", line)]
+    at = [i for i, line in enumerate(lines) if "LDGSTS.E.BYPASS.LTC256B" in line and "@" not in line.split("LDGSTS")[0]]
+    runs = [at[i : i + copies] for i in range(len(at) - copies + 1) if at[i + copies - 1] - at[i] <= 2 * copies + 2]
+    assert runs
+    for run in runs[:1]:
+        assert not any("SYNCS" in line or "BAR" in line for line in lines[run[0] : run[-1]])
+        registers = {re.search(r"\]\[(R\d+)\.64", lines[i])[1] for i in run}  # type: ignore[index]
+        assert len(registers) >= copies // (2 if source.file == "wgrad.cu" else 1)
 
 
 @pytest.mark.slow
@@ -176,6 +196,31 @@ def test_a_verbs_variants_are_listed() -> None:
             )
     listed = {*variants.layer(torch.bfloat16, "swiglu"), *variants.layer(torch.bfloat16, "relu2")}
     assert set(seen) <= listed
+
+
+def test_the_backward_passs_variants_are_listed() -> None:
+    from moekern.backends.cuda import backward, backward_kernels
+    from moekern.backends.cuda.configuration import Configuration
+
+    seen: list[KernelSource] = []
+
+    def note(device: int, parts: list[Callable[[], None]]) -> list[None]:
+        seen.extend(source for part in parts for source in program.sources_of(part))
+        return [None] * len(parts)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "multiprocessors", lambda device: 132)
+        patch.setattr(backward_kernels, "multiprocessors", lambda device: 132)
+        patch.setattr(backward, "record_parts", note)
+        for tokens, activation in ((32768, "swiglu"), (16, "relu2")):
+            sizes = backward._Sizes(
+                0, torch.bfloat16, tokens, 2048, 768, 64, 8, activation, False, False, True, True, (True,) * 6,
+                Configuration("hopper"),
+            )  # fmt: skip
+            programs, _ = backward._programs.__wrapped__(sizes)
+            assert len(programs) == (3 if tokens == 32768 else 1)
+    assert {"combine_beside.cu", "combine.cu", "dh.cu", "wgrad.cu", "rows.cu"} <= {s.file for s in seen}
+    assert set(seen) <= {*variants.layer(torch.bfloat16, "swiglu"), *variants.layer(torch.bfloat16, "relu2")}
 
 
 def test_recorded_addresses() -> None:

@@ -7,6 +7,7 @@ gradients are dH and the larger of A' and the rows of the input gradient.
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
@@ -19,7 +20,7 @@ from moekern.backends.cuda import backward_kernels as own
 from moekern.backends.cuda import kernels
 from moekern.backends.cuda.configuration import Configuration
 from moekern.backends.cuda.forward import PROGRAMS, _address, _round_up, _stream
-from moekern.backends.cuda.program import Placeholder, record
+from moekern.backends.cuda.program import Placeholder, record_parts
 
 # Places of the addresses in a replay.
 DOUT, X, PRE, SCORES, ORDER, INVERSE, OFFSETS, W_UP, W_DOWN, B_DOWN, WORK = range(11)
@@ -152,10 +153,10 @@ class _Launches:
 
     def up_projection(self) -> None:
         """The gradients of the up projection's weights and bias."""
-        z = self.z
+        z, tables = self.z, copy(self.tables)  # a part may be gone through more than once: the same counter each time
         if z.wanted[2]:
             own.wgrad(
-                self.x, self.grad_pre, self.token, self.offsets, self.tables, self.grads[2], not z.transposed,
+                self.x, self.grad_pre, self.token, self.offsets, tables, self.grads[2], not z.transposed,
                 160 if self.beside else 168,
             )  # fmt: skip
         if z.wanted[4]:
@@ -176,7 +177,7 @@ def _programs(z: _Sizes) -> tuple[list[Any], int]:
     """One program, or three with the combine beside; and the bytes they work in."""
     launches = _Launches(z)
     parts = [launches.first, launches.up_projection, launches.combine] if launches.beside else [launches.all]
-    return [record(z.device, part) for part in parts], launches.work.size
+    return record_parts(z.device, parts), launches.work.size
 
 
 @cache

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 
+import torch
 from torch import Tensor
 
 from moekern.activations import ACTIVATIONS
@@ -16,6 +17,7 @@ from moekern.backends.cuda.kernels import (
     MAP_ELEMENT,
     MOST_ROWS,
     RAGGED,
+    Macros,
     Tables,
     _function,
     multiprocessors,
@@ -25,6 +27,30 @@ from moekern.backends.cuda.program import Map, launch
 DH_SHARED = 230912
 WGRAD_SHARED = 214528
 DH_FEATURES = 256  # of a tile, and of one partial sum of dS
+BESIDE_TOP_K = (1, 2, 4, 8)
+BESIDE_FEATURES = 512  # of a block
+
+
+def dh_variant(dtype: torch.dtype, activation: str, transposed: bool, interleaved: bool) -> Macros:
+    """Macros of the pre-activation's gradient."""
+    act = ACTIVATIONS[activation]
+    return (
+        ("ACTIVATION", act.code), ("ELEMENT", ELEMENT[dtype]), ("INTERLEAVED", int(interleaved and act.gated)),
+        ("SHARED_BYTES", DH_SHARED), ("TRANSPOSED", int(transposed)),
+    )  # fmt: skip
+
+
+def wgrad_variant(dtype: torch.dtype, gather: bool, p_innermost: bool, launch_registers: int) -> Macros:
+    """Macros of the weight gradient."""
+    return (
+        ("ELEMENT", ELEMENT[dtype]), ("GATHER", int(gather)), ("LAUNCH_REGISTERS", launch_registers),
+        ("P_INNERMOST", int(p_innermost)), ("SHARED_BYTES", WGRAD_SHARED),
+    )  # fmt: skip
+
+
+def combine_beside_variant(dtype: torch.dtype, top_k: int) -> Macros:
+    """Macros of the combine that runs beside the weight gradient; `top_k` in BESIDE_TOP_K."""
+    return (("ELEMENT", ELEMENT[dtype]), ("TOP_K", top_k))
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -65,11 +91,7 @@ def dh(
     """Fill the gradient of `pre`, A' ``[S, I]`` and the partial sums of dS, ``[S, ceil(I / 256)]``."""
     device, hidden, experts = dout.get_device(), dout.shape[1], w_down.shape[0]
     inter = w_down.shape[1 if transposed else 2]
-    act = ACTIVATIONS[activation]
-    macros = (
-        ("ACTIVATION", act.code), ("ELEMENT", ELEMENT[dout.dtype]), ("INTERLEAVED", int(interleaved and act.gated)),
-        ("SHARED_BYTES", DH_SHARED), ("TRANSPOSED", int(transposed)),
-    )  # fmt: skip
+    macros = dh_variant(dout.dtype, activation, transposed, interleaved)
     inner, outer = (hidden, inter) if transposed else (inter, hidden)
     weights: Map = (
         MAP_ELEMENT[dout.dtype], w_down.data_ptr(), (inner, outer, experts), (2 * inner, 2 * inner * outer), (64, 64, 1)
@@ -106,10 +128,7 @@ def wgrad(
     """
     device, experts = q.get_device(), out.shape[0]
     gather = row_token is not None
-    macros = (
-        ("ELEMENT", ELEMENT[q.dtype]), ("GATHER", int(gather)), ("LAUNCH_REGISTERS", launch_registers),
-        ("P_INNERMOST", int(p_innermost)), ("SHARED_BYTES", WGRAD_SHARED),
-    )  # fmt: skip
+    macros = wgrad_variant(q.dtype, gather, p_innermost, launch_registers)
     q_map = _ragged_rows(q)
     p_map = q_map if gather else _ragged_rows(p)
     result: Map = (
@@ -151,14 +170,10 @@ def bias_gradient(
     _launch("rows.cu", "bias_gradient", source, experts * columns, params)
 
 
-BESIDE_TOP_K = (1, 2, 4, 8)
-BESIDE_FEATURES = 512  # of a block
-
-
 def combine_beside(rows: Tensor, inverse: Tensor, offsets: Tensor, out: Tensor, top_k: int) -> None:
     """``out[t] = sum over k of rows[inverse[t, k]]``, in the registers that :func:`wgrad` with 160 leaves free."""
     device, (tokens, hidden) = out.get_device(), out.shape
-    macros = (("ELEMENT", ELEMENT[out.dtype]), ("TOP_K", top_k))
+    macros = combine_beside_variant(out.dtype, top_k)
     # The same split of an SM's memory as the GEMM's: blocks that ask for another one cannot share an SM with it.
     function = _function(device, "combine_beside.cu", "combine_beside", 0, macros, 100)
     params = struct.pack(

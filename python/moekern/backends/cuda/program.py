@@ -106,6 +106,12 @@ def sources_of(verb: Callable[[], None]) -> list[KernelSource]:
     return sources
 
 
+def record_parts(device: int, parts: list[Callable[[], None]]) -> list[Any]:
+    """A program for each part of a verb, for several streams; their kernels are compiled together."""
+    compile_missing([source for part in parts for source in sources_of(part)])
+    return [record(device, part) for part in parts]
+
+
 def record(device: int, verb: Callable[[], None]) -> Any:
     """Run `verb` on placeholders and keep its launches; ``replay(stream, addresses)`` of the result launches them.
 

@@ -35,24 +35,24 @@ def layer(
         for top_k in (*kernels.COMBINE_TOP_K, 0)
     ]
     found += [
-        KernelSource.of("combine_beside.cu", {"ELEMENT": element, "TOP_K": top_k})
+        KernelSource.of("combine_beside.cu", dict(backward_kernels.combine_beside_variant(dtype, top_k)))
         for top_k in backward_kernels.BESIDE_TOP_K
     ]
-    act = ACTIVATIONS[activation]
-    found.append(
-        KernelSource.of("dh.cu", {
-            "ACTIVATION": act.code, "ELEMENT": element, "INTERLEAVED": int(interleaved and act.gated),
-            "SHARED_BYTES": backward_kernels.DH_SHARED, "TRANSPOSED": int(transposed),
-        })
-    )  # fmt: skip
-    for innermost, registers in itertools.product((0, 1), LAUNCH_REGISTERS):
-        found.append(
-            KernelSource.of("wgrad.cu", {
-                "ELEMENT": element, "GATHER": 1, "LAUNCH_REGISTERS": registers, "P_INNERMOST": innermost,
-                "SHARED_BYTES": backward_kernels.WGRAD_SHARED,
-            })
-        )  # fmt: skip
+    macros = backward_kernels.dh_variant(dtype, activation, transposed, interleaved)
+    found.append(KernelSource.of("dh.cu", dict(macros)))
+    for innermost, registers in itertools.product((False, True), LAUNCH_REGISTERS):
+        macros = backward_kernels.wgrad_variant(dtype, True, innermost, registers)
+        found.append(KernelSource.of("wgrad.cu", dict(macros)))
     return found
+
+
+def products(dtype: torch.dtype) -> list[KernelSource]:
+    """Every variant that grouped products launch."""
+    kinds = itertools.product((False, True), DOWN_FORMS)
+    found = [kernels.grouped_mm_variant(dtype, False, transposed, *form) for transposed, form in kinds]
+    sources = [KernelSource.of("grouped_mm.cu", dict(macros)) for macros in found]
+    gradient = backward_kernels.wgrad_variant(dtype, False, False, LAUNCH_REGISTERS[0])
+    return [KernelSource.of("plan.cu", {}), *sources, KernelSource.of("wgrad.cu", dict(gradient))]
 
 
 def _distinct(groups: Iterable[list[KernelSource]]) -> list[KernelSource]:
@@ -62,13 +62,13 @@ def _distinct(groups: Iterable[list[KernelSource]]) -> list[KernelSource]:
 def usual() -> list[KernelSource]:
     """What today's models need: SwiGLU without bias in Hugging Face's layout, gpt-oss's own; bfloat16."""
     oai = layer(torch.bfloat16, "swiglu_oai", transposed=True, interleaved=True, bias=True)
-    return _distinct((layer(torch.bfloat16, "swiglu"), oai))
+    return _distinct((layer(torch.bfloat16, "swiglu"), oai, products(torch.bfloat16)))
 
 
 def covering() -> list[KernelSource]:
     """Few variants in which every line of the sources is compiled: each activation, type, layout, bias."""
     layouts = itertools.cycle(itertools.product((False, True), repeat=3))
-    groups = [layer(torch.bfloat16, "swiglu")]
+    groups = [layer(torch.bfloat16, "swiglu"), products(torch.bfloat16)]
     for i, (activation, layout) in enumerate(zip(ACTIVATIONS, layouts, strict=False)):
         sources = layer(DTYPES[i % 2], activation, *layout)
         up = [s for s in sources if s.file in ("up.cu", "up_few.cu")]
@@ -80,4 +80,5 @@ def covering() -> list[KernelSource]:
 def every() -> list[KernelSource]:
     """All of them: some hundreds."""
     yes_no = (False, True)
-    return _distinct(layer(*c) for c in itertools.product(DTYPES, ACTIVATIONS, yes_no, yes_no, yes_no))
+    layers = (layer(*c) for c in itertools.product(DTYPES, ACTIVATIONS, yes_no, yes_no, yes_no))
+    return _distinct((*layers, *map(products, DTYPES)))
