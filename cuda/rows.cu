@@ -54,8 +54,7 @@ DEVICE float dot_of_words(u32 a, u32 b, float sum) {
 
 // Without a bias a thread has a slot; with one, a warp has it.
 extern "C" __global__ void __launch_bounds__(256) score_gradient(const __grid_constant__ ScoreParams p) {
-  const int index = blockIdx.x * 256 + threadIdx.x;  // at most 32 * slots: the launcher keeps that below 2^31
-  const int slot = p.bias ? index >> 5 : index, lane = threadIdx.x & 31;
+  const int slot = p.bias ? blockIdx.x * 8 + threadIdx.x / 32 : blockIdx.x * 256 + threadIdx.x, lane = threadIdx.x & 31;
   if (slot >= p.slots) return;
   const int row = __ldg(p.inverse + slot);
   const bool real = row < __ldg(p.offsets + p.experts);

@@ -358,6 +358,47 @@ def test_backward_never_synchronises() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("tokens", [64, 4096])  # with the combine in line, and beside on the second stream
+def test_backward_in_a_cuda_graph(tokens: int) -> None:
+    """Replayed with other values and another routing."""
+    from moekern.backends.cuda import backward
+    from moekern.backends.cuda.configuration import Configuration
+
+    tensors, settings = _problem(tokens, 1024, 512, 16, 4, BF16, bias=True)
+    other, _ = _problem(tokens, 1024, 512, 16, 4, BF16, bias=True)
+    needs, chosen = [True] * 6, Configuration("hopper")
+    wanted = [g.clone() for g in backward.experts_backward(*other, *settings, needs, chosen)]
+    backward.experts_backward(*tensors, *settings, needs, chosen)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = backward.experts_backward(*tensors, *settings, needs, chosen)
+    for mine, theirs in zip(tensors, other, strict=True):
+        mine.copy_(theirs)
+    graph.replay()
+    for a, b in zip(got, wanted, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_backward_on_two_streams_at_once() -> None:
+    from moekern.backends.cuda import backward
+    from moekern.backends.cuda.configuration import Configuration
+
+    needs, chosen = [True] * 6, Configuration("hopper")
+    problems = [_problem(4096, 1024, 512, 16, 4, BF16) for _ in range(2)]
+    wanted = [backward.experts_backward(*t, *s, needs, chosen) for t, s in problems]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in problems]
+    results = [[], []]
+    for _ in range(3):
+        for stream, (t, s), kept in zip(streams, problems, results, strict=True):
+            with torch.cuda.stream(stream):
+                kept.append(backward.experts_backward(*t, *s, needs, chosen))
+    torch.cuda.synchronize()
+    for kept, right in zip(results, wanted, strict=True):
+        for grads in kept:
+            assert all(torch.equal(a, b) for a, b in zip(grads, right, strict=True))
+
+
 def test_backward_memory() -> None:
     """Beyond the gradients at most a row gradient, dH, and small tables."""
     tokens, hidden, inter, experts, top_k = 4096, 1024, 512, 16, 8

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from moekern.activations import ACTIVATIONS, split
 from moekern.backends.cuda import backward_kernels as own
-from moekern.backends.cuda import kernels
+from moekern.backends.cuda import kernels, torch_path
 from moekern.backends.cuda.configuration import Configuration
 from moekern.backends.cuda.forward import PROGRAMS, _address, _round_up, _stream
 from moekern.backends.cuda.program import Placeholder, record_parts
+from moekern.backends.cuda.torch_path import warn_once
 
 # Places of the addresses in a replay.
 DOUT, X, PRE, SCORES, ORDER, INVERSE, OFFSETS, W_UP, W_DOWN, B_DOWN, WORK = range(11)
@@ -225,6 +226,12 @@ def experts_backward(
     Arguments are those of :func:`moekern.backends.reference.experts_backward`, and the configuration. The tensors are
     not empty and their device is current.
     """
+    if dout.numel() >= own.DH_ELEMENTS:
+        warn_once(f"the Hopper backward needs fewer than 2^35 elements of x, not {dout.numel()}")
+        return torch_path.experts_backward(
+            dout, x, pre, scores, order, inverse, offsets, w_gate_up, w_down, b_gate_up, b_down,
+            top_k, activation, transposed, interleaved, needs,
+        )  # fmt: skip
     inputs = (x, scores, w_gate_up, w_down, b_gate_up, b_down)
     wanted = tuple(t is not None and need for t, need in zip(inputs, needs, strict=True))
     empty = x.new_empty(0)

@@ -27,6 +27,7 @@ from moekern.backends.cuda.program import Map, launch
 DH_SHARED = 230912
 WGRAD_SHARED = 214528
 DH_FEATURES = 256  # of a tile, and of one partial sum of dS
+DH_ELEMENTS = 1 << 35  # fewer than this in dO: its rows are addressed by 32 bits in units of 16 bytes
 BESIDE_TOP_K = (1, 2, 4, 8)
 BESIDE_FEATURES = 512  # of a block
 
@@ -153,8 +154,8 @@ def score_gradient(
         "<6Q6i", partials.data_ptr(), inverse.data_ptr(), offsets.data_ptr(), dout.data_ptr(), _address(bias),
         out.data_ptr(), slots, top_k, experts, partials.shape[1], dout.shape[1], 0,
     )  # fmt: skip
-    threads = slots if bias is None else 32 * slots
-    _launch("rows.cu", "score_gradient", dout, -(-threads // 256), params)
+    slots_a_block = 256 if bias is None else 8
+    _launch("rows.cu", "score_gradient", dout, -(-slots // slots_a_block), params)
 
 
 def bias_gradient(
