@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use crate::dtype::DType;
 use crate::gemm::Isa;
 use crate::gemm::isa::with_kernels;
+use crate::gemm::scratch::advise_huge_pages;
 use crate::pool::parallel;
 
 mod double;
@@ -94,6 +95,7 @@ impl Permute {
     pub unsafe fn run(&self) {
         let layout = &self.layout;
         let bytes = layout.row_bytes();
+        advise_huge_pages(self.out, layout.tokens * layout.top_k * bytes);
         layout.for_tokens(|tokens| {
             for token in tokens {
                 for slot in layout.slots(token) {
@@ -119,6 +121,7 @@ impl Combine {
     /// # Safety
     /// The pointers are as documented, and `inverse` is a permutation.
     pub unsafe fn run(&self) {
+        advise_huge_pages(self.out, self.layout.tokens * self.layout.row_bytes());
         // Safety: handed on, and each token is drawn once.
         self.layout.for_tokens(|tokens| unsafe { self.tokens(tokens) });
     }
@@ -148,6 +151,9 @@ impl CombineBackward {
     /// # Safety
     /// The pointers are as documented, and `inverse` is a permutation.
     pub unsafe fn run(&self) {
+        if !self.dy.is_null() {
+            advise_huge_pages(self.dy, self.layout.tokens * self.layout.top_k * self.layout.row_bytes());
+        }
         // Safety: handed on, and each token is drawn once.
         self.layout.for_tokens(|tokens| unsafe {
             match self.layout.dtype {

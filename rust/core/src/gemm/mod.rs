@@ -25,7 +25,7 @@ mod pack;
 mod panels;
 pub(crate) mod round;
 mod score_grad;
-mod scratch;
+pub(crate) mod scratch;
 pub(crate) mod simd;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod simd_avx2;
