@@ -6,23 +6,30 @@ Method: bf16, random data, top-k given. Every run directly follows a cuBLAS run 
 all rows: no gather, no activation) that streams more than the L2 holds; order is random, the figure is the median of
 the paired ratios. The whole backward counts every launch, and the four cuBLAS matmuls are its ceiling; "serial" is the
 same with the combine of the input gradient on the same stream.
+
+`--without-copies` builds the gathering kernels with their cp.async commented out: their results are wrong, their times
+are the bound that the gather has to reach.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
+import shutil
 import statistics
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from moekern.backends import reference
-from moekern.backends.cuda import backward, backward_kernels, kernels
+from moekern.backends.cuda import backward, backward_kernels, kernels, loader
 from moekern.backends.cuda.configuration import Configuration
 
 SHAPES = {  # tokens, hidden, inter, experts, top_k
@@ -140,6 +147,17 @@ def items_of(shape: tuple[int, int, int, int, int], routing: str) -> list[Item]:
     ]
 
 
+def without_copies(directory: Path) -> None:
+    """Put the CUDA sources into a directory, the gathers' copies as comments, and have kernels built from there."""
+    shutil.copytree(loader.cuda_directory(), directory, dirs_exist_ok=True)
+    for file in ("dh.cu", "wgrad.cu"):
+        text = (directory / file).read_text()
+        copies = '#define COPY "cp.async.cg.shared.global.L2::256B "'
+        assert text.count(copies) == 1
+        (directory / file).write_text(text.replace(copies, '#define COPY "// "'))
+    os.environ["MOEKERN_CUDA_DIR"] = str(directory)
+
+
 def measure(items: list[Item], rounds: int) -> dict[str, dict[str, float]]:
     """Milliseconds of each item and of its base, and the median of base / item."""
     for item in items:
@@ -181,8 +199,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--routing", choices=("uniform", "zipf"), default="uniform")
     parser.add_argument("--only", default="", help="names of the items to measure, all by default")
+    parser.add_argument("--without-copies", action="store_true")
     parser.add_argument("--json")
     options = parser.parse_args()
+    if options.without_copies:
+        without_copies(Path(tempfile.mkdtemp()))
     torch.manual_seed(0)
     results = {
         "device": torch.cuda.get_device_name(),
