@@ -116,7 +116,8 @@ def check_against_truth(
 ) -> dict[str, float]:
     """Every tensor's error against float64 is at most ``factor`` times that of plain torch in the same dtype.
 
-    Plain torch can be exact by luck on a tiny problem, so a rounding of the dtype is always allowed.
+    Plain torch can be exact by luck on a tiny problem, so one rounding of the dtype is always allowed, and five in
+    float32, where each step of the chain (sum, bias, exponential, quotient, product) makes one of that size.
     """
     with mk.backend("reference"):
         truth = run(problem.cast(torch.float64))
@@ -125,7 +126,7 @@ def check_against_truth(
     assert ours.keys() == truth.keys()
     errors = {}
     for name, value in ours.items():
-        rounding = torch.finfo(value.dtype).eps / 2
+        rounding = torch.finfo(value.dtype).eps / 2 * (5 if value.dtype == torch.float32 else 1)
         allowed = max(factor * error(plain[name], truth[name]), rounding)
         errors[name] = error(value, truth[name])
         assert value.shape == truth[name].shape

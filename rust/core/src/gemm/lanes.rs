@@ -10,6 +10,10 @@ use std::marker::PhantomData;
 /// How far ahead weights are prefetched within a row, in bytes.
 const AHEAD: usize = 2048;
 
+/// Elements of k that are summed in registers before they join the total in memory: rounding errors then grow with
+/// these and with the number of blocks, not with all of k, as in any blocked matrix product.
+const DEPTH: usize = 512;
+
 /// `out[feature][VECTORS * LANES] = bias[feature] + sum over k of weights[feature][k] * panel[k][...]` for
 /// `tiles * FEATURES` features.
 ///
@@ -64,7 +68,13 @@ impl<F: Format, const VECTORS: usize, const FEATURES: usize> Kernel for Lanes<F,
             let mut x = panel;
             let mut w = weights;
             let mut at = 0;
+            let mut stop = DEPTH * F::BYTES;
             while at < row_bytes {
+                if at == stop {
+                    add_to::<S, VECTORS, FEATURES>(out, &sums, stop > DEPTH * F::BYTES);
+                    sums = [[S::zero(); VECTORS]; FEATURES];
+                    stop += DEPTH * F::BYTES;
+                }
                 let fetch = if at < turn { w.wrapping_add(ahead) } else { next_tile.wrapping_add(at - turn) };
                 for n in 0..FEATURES {
                     prefetch(fetch.wrapping_add(n * stride));
@@ -97,13 +107,24 @@ impl<F: Format, const VECTORS: usize, const FEATURES: usize> Kernel for Lanes<F,
                     }
                 }
             }
-            for (n, sum) in sums.iter().enumerate() {
-                for (p, &s) in sum.iter().enumerate() {
-                    S::store(out.add(n * width + p * S::LANES), s);
-                }
-            }
+            add_to::<S, VECTORS, FEATURES>(out, &sums, stop > DEPTH * F::BYTES);
             out = out.add(FEATURES * width);
             weights = following;
+        }
+    }
+}
+
+/// Stores a tile's sums, or adds them to those stored before.
+#[inline(always)]
+unsafe fn add_to<S: Simd, const VECTORS: usize, const FEATURES: usize>(
+    out: *mut f32,
+    sums: &[[S::V; VECTORS]; FEATURES],
+    stored: bool,
+) {
+    for (n, sum) in sums.iter().enumerate() {
+        for (p, &s) in sum.iter().enumerate() {
+            let to = out.add((n * VECTORS + p) * S::LANES);
+            S::store(to, if stored { S::add(S::load(to), s) } else { s });
         }
     }
 }
