@@ -101,7 +101,8 @@ def test_logits_loss_and_gradients(device: str, family: str, monkeypatch: pytest
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generation_with_a_cache(device: str, family: str) -> None:
-    model = model_of(family, device)
+    # Before 5.20 the loss on the router's logits takes the mask of the whole text for the one new token.
+    model = model_of(family, device, output_router_logits=False)
     prompt = {"input_ids": tokens(device), "attention_mask": torch.ones_like(tokens(device))}
     texts = []
     for implementation in ("eager", "moekern"):
@@ -290,6 +291,8 @@ def llama4(device: str) -> Any:
 
 
 def dbrx(device: str) -> Any:
+    if transformers.__version__.startswith("5.0."):
+        pytest.skip("transformers 5.0 cannot run DBRX: it takes the experts' width for the model's")
     torch.manual_seed(0)
     config = transformers.DbrxConfig(
         d_model=32, n_heads=4, n_layers=2, max_seq_len=64, vocab_size=48, initializer_range=0.2,

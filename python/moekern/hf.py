@@ -56,6 +56,8 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     x = hidden_states
     if x.dtype != w_up.dtype and w_up.is_floating_point() and not torch.is_autocast_enabled(x.device.type):
         x = x.to(w_up.dtype)
+    if top_k_weights.shape != top_k_index.shape and top_k_weights.shape[-1] == w_up.shape[0]:
+        top_k_weights = top_k_weights.gather(1, top_k_index)  # some routers of transformers 5.0 give all of them
     activation, interleaved = _fused_activation(self, gated)
     if activation is not None and not getattr(self, "has_post_expert_norm", False):
         out = functional.experts(
@@ -165,9 +167,24 @@ def replace(model: Any) -> list[str]:
 
 
 def _uses_interface(module: nn.Module) -> bool:
-    """Whether transformers' decorator wrapped the class's forward: its closure holds the interface."""
-    closure = getattr(type(module).forward, "__closure__", None) or ()
-    return any(isinstance(cell.cell_contents, _interface.ExpertsInterface) for cell in closure)
+    """Whether the class's forward is the one that transformers' decorator puts in place of it."""
+    return getattr(type(module).forward, "__globals__", None) is vars(_interface)
 
 
-_interface.ExpertsInterface.register(NAME, experts_forward)
+def _register() -> None:
+    """Make the implementation known; transformers 5.0 has a fixed list of names besides its registry."""
+    from transformers import PreTrainedModel
+
+    _interface.ExpertsInterface.register(NAME, experts_forward)
+    check: Any = PreTrainedModel.get_correct_experts_implementation
+    try:
+        check(None, NAME)
+    except ValueError:
+
+        def accept_ours(self: Any, requested_experts: str | None) -> str:
+            return NAME if requested_experts == NAME else check(self, requested_experts)
+
+        PreTrainedModel.get_correct_experts_implementation = accept_ours  # type: ignore[method-assign]
+
+
+_register()
