@@ -1,0 +1,178 @@
+//! The forward pass against the formulas in double precision.
+
+mod common;
+mod layer;
+
+use common::{Random, Tensor, error, isas};
+use layer::{Operands, Routing, Shape, output, pre_activations, routing};
+use moekern_core::dtype::DType;
+use moekern_core::gemm::{Activation, ExpertsForward, Isa, experts_forward};
+use std::ptr::{null, null_mut};
+
+const DTYPES: [DType; 3] = [DType::F32, DType::Bf16, DType::F16];
+
+/// Relative error allowed: roundings of A, of each row and of the result in half precision, summation in single.
+fn tolerance(dtype: DType) -> f64 {
+    match dtype {
+        DType::Bf16 => 6e-3,
+        DType::F16 => 8e-4,
+        _ => 3e-6,
+    }
+}
+
+/// A layer's tensors in one dtype, and what the reference makes of exactly these values.
+struct Case {
+    shape: Shape,
+    routing: Routing,
+    dtype: DType,
+    x: Tensor,
+    scores: Option<Tensor>,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    b_gate_up: Option<Tensor>,
+    b_down: Option<Tensor>,
+    out: Vec<f64>,
+    pre: Vec<f64>,
+}
+
+impl Case {
+    fn new(shape: Shape, dtype: DType, counts: &[usize], sentinels: usize, biased: bool, scored: bool) -> Self {
+        let mut random = Random::new(shape.hidden as u64 * 31 + shape.inter as u64);
+        let routing = routing(&mut random, counts, sentinels);
+        let slots = routing.order.len();
+        assert_eq!(slots, shape.tokens * shape.top_k);
+        let (h, i, g, e) = (shape.hidden, shape.inter, shape.width(), shape.experts);
+        let mut tensor = |len: usize, scale: f64| Tensor::normal(dtype, len, scale, &mut random);
+        let x = tensor(shape.tokens * h, 1.0);
+        let w_gate_up = tensor(e * g * h, (h as f64).powf(-0.5));
+        let w_down = tensor(e * h * i, (i as f64).powf(-0.5));
+        let b_gate_up = biased.then(|| tensor(e * g, 1.0));
+        let b_down = biased.then(|| tensor(e * h, 1.0));
+        let scores = scored.then(|| Tensor::normal(DType::F32, slots, 1.0, &mut random));
+        let values = |t: &Option<Tensor>| t.as_ref().map_or(vec![], Tensor::values);
+        let operands = Operands {
+            x: x.values(),
+            scores: scores.as_ref().map_or(vec![1.0; slots], Tensor::values),
+            w_gate_up: w_gate_up.values(),
+            w_down: w_down.values(),
+            b_gate_up: values(&b_gate_up),
+            b_down: values(&b_down),
+        };
+        let pre = pre_activations(&shape, &operands, &routing.order, &routing.offsets);
+        let out = output(&shape, &operands, &pre, &routing.order, &routing.offsets);
+        Self { shape, routing, dtype, x, scores, w_gate_up, w_down, b_gate_up, b_down, out, pre }
+    }
+
+    /// `out` and `pre`, poisoned with NaN before the call.
+    fn run(&self, isa: Isa, threads: usize, save: bool) -> (Tensor, Tensor) {
+        let s = &self.shape;
+        let address = |t: &Option<Tensor>| t.as_ref().map_or(null(), Tensor::ptr);
+        let mut out = Tensor::nan(self.dtype, s.tokens * s.hidden);
+        let mut pre = Tensor::nan(self.dtype, self.pre.len());
+        let args = ExpertsForward {
+            isa,
+            threads,
+            dtype: self.dtype,
+            tokens: s.tokens,
+            hidden: s.hidden,
+            inter: s.inter,
+            experts: s.experts,
+            top_k: s.top_k,
+            activation: Activation::from_code(s.activation).unwrap(),
+            transposed: s.transposed,
+            interleaved: s.interleaved,
+            x: self.x.ptr(),
+            scores: address(&self.scores).cast(),
+            order: self.routing.order.as_ptr(),
+            inverse: self.routing.inverse.as_ptr(),
+            offsets: self.routing.offsets.as_ptr(),
+            w_gate_up: self.w_gate_up.ptr(),
+            w_down: self.w_down.ptr(),
+            b_gate_up: address(&self.b_gate_up),
+            b_down: address(&self.b_down),
+            pre: if save { pre.mut_ptr() } else { null_mut() },
+            out: out.mut_ptr(),
+        };
+        unsafe { experts_forward(&args) };
+        (out, pre)
+    }
+
+    fn check(&self) {
+        let name = format!("{:?} {:?}", self.dtype, self.shape);
+        let used = *self.routing.offsets.last().unwrap() as usize * self.shape.width();
+        for isa in isas() {
+            let (out, pre) = self.run(isa, 1, true);
+            let e = error(&out.values(), &self.out);
+            assert!(e <= tolerance(self.dtype), "{isa:?} {name}: error {e:.2e}");
+            let e = error(&pre.values()[..used], &self.pre[..used]);
+            assert!(e <= tolerance(self.dtype), "{isa:?} {name}: error of pre {e:.2e}");
+            for threads in [2, 3] {
+                let (again, _) = self.run(isa, threads, threads == 2);
+                assert!(again.bytes == out.bytes, "{isa:?} {name}: {threads} threads or not saving changes the result");
+            }
+        }
+    }
+}
+
+fn shape(activation: u8, transposed: bool, interleaved: bool) -> Shape {
+    Shape { tokens: 36, hidden: 72, inter: 40, experts: 6, top_k: 3, activation, transposed, interleaved }
+}
+
+#[test]
+fn every_activation_and_layout() {
+    for dtype in DTYPES {
+        for activation in 0..10 {
+            for (transposed, interleaved) in [(false, false), (false, true), (true, false), (true, true)] {
+                if interleaved && activation >= 5 {
+                    continue;
+                }
+                let shape = shape(activation, transposed, interleaved);
+                Case::new(shape, dtype, &[0, 1, 7, 33, 60, 2], 5, true, true).check();
+            }
+        }
+    }
+}
+
+#[test]
+fn no_biases_no_scores() {
+    for dtype in DTYPES {
+        Case::new(shape(0, false, false), dtype, &[20, 0, 18, 30, 36, 4], 0, false, false).check();
+    }
+}
+
+#[test]
+fn odd_sizes() {
+    for dtype in DTYPES {
+        for transposed in [false, true] {
+            for (hidden, inter) in [(1, 1), (3, 5), (33, 17), (100, 97)] {
+                let shape = Shape { hidden, inter, ..shape(0, transposed, false) };
+                Case::new(shape, dtype, &[0, 1, 7, 33, 60, 2], 5, true, true).check();
+            }
+        }
+    }
+}
+
+#[test]
+fn sentinels_only_give_zeros() {
+    for dtype in DTYPES {
+        let case = Case::new(shape(0, false, false), dtype, &[0; 6], 108, true, true);
+        for isa in isas() {
+            assert!(case.run(isa, 2, false).0.values().iter().all(|&v| v == 0.0), "{isa:?}");
+        }
+    }
+}
+
+#[test]
+fn many_calls_at_once() {
+    let case = Case::new(shape(0, false, false), DType::Bf16, &[20, 0, 18, 30, 36, 4], 0, true, true);
+    let expected = case.run(Isa::best(), 1, false).0.bytes;
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                for _ in 0..50 {
+                    assert!(case.run(Isa::best(), 2, false).0.bytes == expected);
+                }
+            });
+        }
+    });
+}
