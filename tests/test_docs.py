@@ -1,0 +1,54 @@
+"""The code in docs/*.md runs, each page in order, and its links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+PAGES = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
+
+
+def run_page(name: str) -> dict[str, Any]:
+    """Execute a page's python blocks one after the other; what they define."""
+    page = next(p for p in PAGES if p.stem == name)
+    names: dict[str, Any] = {}
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+        exec(compile(block, page.name, "exec"), names)
+    return names
+
+
+def test_routing() -> None:
+    names = run_page("routing")
+    assert names["y"].shape == names["x"].shape
+    assert names["tokens"].shape == (8, 4)
+    assert int(names["mlp"].latest_routing.tokens_per_expert.sum()) == 16 * 2
+
+
+def test_balance() -> None:
+    names = run_page("balance")
+    assert names["loss"].requires_grad
+    assert names["model"].gate.e_score_correction_bias.any()
+
+
+def test_shared_experts() -> None:
+    names = run_page("shared-experts")
+    assert names["y"].shape == (2, 5, 32)
+    assert {"shared_expert.gate_proj.weight", "shared_expert_gate.weight"} <= set(names["names"])
+
+
+def test_transformers() -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    names = run_page("transformers")
+    assert names["logits"].shape == (1, 8, 64)
+    assert names["names"] == ["model.layers.0.feed_forward", "model.layers.1.feed_forward"]
+    assert names["model"](torch.tensor([[5, 6]])).logits.shape == (1, 2, 64)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_to_files(page: Path) -> None:
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):
+        assert (page.parent / link).exists(), link
