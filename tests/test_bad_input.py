@@ -209,6 +209,7 @@ BAD_OTHERS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: mk.sequence_balancing_loss(torch.randn(T, E), torch.ones(T, K)), ValueError, "logits: got shape"),
     (lambda: mk.update_selection_bias(mk.MoE(H, I, E, K)), ValueError, "no moekern.MoE layer with selection_bias"),
     (lambda: mk.update_selection_bias(mk.MoE(H, I, E, K), rate="fast"), TypeError, "rate: got str"),
+    (lambda: mk.sac_policy(save_experts="yes"), TypeError, "save_experts: got str"),
     (lambda: mk.bias_update_hook("adam", mk.MoE(H, I, E, K)), TypeError, "optimizer: got str"),
     (lambda: mk.aux_loss(torch.nn.Linear(2, 2)), ValueError, "model: got a Linear without any"),
     (lambda: mk.aux_loss(mk.MoE(H, I, E, K)), ValueError, "has not run a forward pass"),

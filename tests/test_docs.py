@@ -52,3 +52,26 @@ def test_transformers() -> None:
 def test_links_lead_to_files(page: Path) -> None:
     for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):
         assert (page.parent / link).exists(), link
+
+
+def test_training() -> None:
+    """The page's GroupedExperts computes what torchtitan's loop over experts does, value and gradient."""
+    names = run_page("training")
+    assert names["x"].grad is not None
+    experts = names["GroupedExperts"](32, 16, 4)
+    for w in experts.parameters():
+        torch.nn.init.normal_(w, std=0.2)
+    counts = torch.tensor([3, 0, 5, 1])
+    x = torch.randn(11, 32)
+    parts = [
+        (torch.nn.functional.silu(rows @ w1.T) * (rows @ w3.T)) @ w2.T
+        for rows, w1, w2, w3 in zip(x[:9].split(counts.tolist()), *experts.parameters(), strict=True)
+    ]
+    expected = torch.nn.functional.pad(torch.cat(parts), (0, 0, 0, 2))
+    out = experts(x, counts)
+    torch.testing.assert_close(out, expected)
+    dout = torch.randn_like(out)
+    ours = torch.autograd.grad(out, list(experts.parameters()), dout)
+    theirs = torch.autograd.grad(expected, list(experts.parameters()), dout)
+    for value, wanted in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(value, wanted)

@@ -21,6 +21,7 @@ from moekern.balance import (
     z_loss,
 )
 from moekern.capacity import limit_tokens
+from moekern.checkpointing import sac_policy
 from moekern.dispatch import backend
 from moekern.expert_choice import expert_choice
 from moekern.functional import experts, grouped_mlp, grouped_mm
@@ -48,6 +49,7 @@ __all__ = [
     "load_balancing_loss",
     "plan",
     "route",
+    "sac_policy",
     "sequence_balancing_loss",
     "update_selection_bias",
     "z_loss",

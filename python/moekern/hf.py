@@ -19,6 +19,7 @@ from moekern import functional
 from moekern.activations import OAI_ALPHA, OAI_LIMIT
 from moekern.backends.reference import _bias_rows
 from moekern.dense import known_activation
+from moekern.parts import local
 from moekern.plan import plan
 
 try:
@@ -49,9 +50,9 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     gated, biased = getattr(self, "has_gate", True), getattr(self, "has_bias", False)
     transposed = getattr(self, "is_transposed", False)
     up_name = "gate_up_proj" if gated else "up_proj"
-    w_up, w_down = _local(getattr(self, up_name)), _local(self.down_proj)
-    b_up = _local(getattr(self, f"{up_name}_bias")) if biased else None
-    b_down = _local(self.down_proj_bias) if biased else None
+    w_up, w_down = local(getattr(self, up_name)), local(self.down_proj)
+    b_up = local(getattr(self, f"{up_name}_bias")) if biased else None
+    b_down = local(self.down_proj_bias) if biased else None
     # transformers runs some norms in float32 before half-precision experts; autocast casts by itself.
     x = hidden_states
     if x.dtype != w_up.dtype and w_up.is_floating_point() and not torch.is_autocast_enabled(x.device.type):
@@ -67,11 +68,6 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     else:
         out = _with_own_gate(self, x, top_k_index, top_k_weights, w_up, w_down, b_up, b_down, gated, transposed)
     return out.to(hidden_states.dtype)
-
-
-def _local(weight: Tensor) -> Tensor:
-    """The rank's part of a DTensor, anything else as it is."""
-    return weight.to_local() if hasattr(weight, "to_local") else weight  # type: ignore[no-any-return]
 
 
 def _fused_activation(module: Any, gated: bool) -> tuple[str | None, bool]:

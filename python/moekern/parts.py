@@ -24,6 +24,11 @@ def _uniform(*parameters: Tensor | None, inputs: int) -> None:
                 parameter.uniform_(-bound, bound)
 
 
+def local(weight: Tensor) -> Tensor:
+    """This rank's part of a DTensor, differentiably; any other tensor as it is."""
+    return weight.to_local() if hasattr(weight, "to_local") else weight  # type: ignore[no-any-return]
+
+
 class _WideLinear(torch.autograd.Function):
     """``x @ weight.T`` of half-precision CUDA tensors in float32: exact products, and no wide copies of x."""
 
@@ -94,7 +99,7 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``[T, E]`` of tokens ``[T, H]``, computed in float32 under autocast too (float64 for float64)."""
-        weight, bias = self.weight, self.bias
+        weight, bias = local(self.weight), None if self.bias is None else local(self.bias)
         if x.is_cuda and x.dtype in _HALF and weight.dtype == x.dtype and not torch.compiler.is_compiling():
             logits = _WideLinear.apply(x, weight)
             return logits if bias is None else logits + bias.float()
@@ -148,7 +153,8 @@ class Experts(nn.Module):
     @property
     def projections(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """The weights and biases in the order of :func:`moekern.experts`."""
-        return self.gate_up_proj, self.down_proj, self.gate_up_proj_bias, self.down_proj_bias
+        b_up, b_down = (None if b is None else local(b) for b in (self.gate_up_proj_bias, self.down_proj_bias))
+        return local(self.gate_up_proj), local(self.down_proj), b_up, b_down
 
     def extra_repr(self) -> str:
         """Sizes and activation."""

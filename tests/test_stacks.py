@@ -1,0 +1,183 @@
+"""Training stacks around the layer: data parallelism, DTensor, checkpointing, scalers, optimisers, files."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+import moekern as mk
+from moekern.backends import cpu, reference
+from problems import error
+
+H, I, E, K = 32, 16, 6, 2
+RANKS = 2
+
+
+def model_of(**options: object) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(H, H), mk.MoE(H, I, E, K, **options))  # type: ignore[arg-type]
+
+
+def batch(rank: int) -> torch.Tensor:
+    """One token a rank: most experts get none."""
+    return torch.randn(1, H, generator=torch.Generator().manual_seed(rank))
+
+
+def whole_batch_gradients() -> list[torch.Tensor]:
+    model = model_of()
+    for rank in range(RANKS):
+        (model(batch(rank)).square().mean() / RANKS).backward()
+    return [p.grad for p in model.parameters()]
+
+
+def ddp(rank: int) -> None:
+    model = nn.parallel.DistributedDataParallel(model_of())
+    for _ in range(2):  # the second pass would complain of parameters that had no gradient
+        model.zero_grad()
+        model(batch(rank)).square().mean().backward()
+    for p, expected in zip(model.parameters(), whole_batch_gradients(), strict=True):
+        assert error(p.grad, expected) < 1e-5
+
+
+def fsdp2(rank: int) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    model = model_of()
+    fully_shard(model[1])
+    fully_shard(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model(batch(rank)).square().mean().backward()
+    for p, expected in zip(model.parameters(), whole_batch_gradients(), strict=True):
+        assert error(p.grad.full_tensor(), expected) < 1e-5
+    before = model[1].experts.down_proj.full_tensor().clone()
+    optimizer.step()
+    assert not torch.equal(model[1].experts.down_proj.full_tensor(), before)
+    model(batch(rank))
+
+
+def dtensor(rank: int) -> None:
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    mesh = dist.init_device_mesh("cpu", (RANKS,))
+    plain, moe = (mk.MoE(H, I, E, K, bias=True, router_bias=True) for _ in range(2))
+    moe.load_state_dict(plain.state_dict())
+    for module in (moe.gate, moe.experts):
+        for name, p in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(distribute_tensor(p.detach(), mesh, [Replicate()])))
+    x = torch.randn(7, H, generator=torch.Generator().manual_seed(5))
+    for module in (plain, moe):
+        module(x).square().sum().backward()
+    for p, expected in zip(moe.parameters(), plain.parameters(), strict=True):
+        assert error(p.grad.to_local(), expected.grad) < 1e-6
+
+
+def balance_over_ranks(rank: int) -> None:
+    """The mean over ranks of the grouped loss, and its gradient, are those of the whole batch on one rank."""
+    options = {"routing": "deepseek_v3", "selection_bias": True}
+    x = torch.randn(RANKS, 20, H, generator=torch.Generator().manual_seed(9))
+    alone, shared = model_of(**options), model_of(**options)
+    alone(x)
+    whole = mk.aux_loss(alone)
+    whole.backward()
+    shared(x[rank])
+    part = mk.aux_loss(shared, group=dist.group.WORLD)
+    part.backward()
+    gradient = shared[1].gate.weight.grad
+    mean = part.detach().clone()
+    for tensor in (gradient, mean):
+        dist.all_reduce(tensor)
+        tensor /= RANKS
+    assert error(mean, whole) < 1e-5
+    assert error(gradient, alone[1].gate.weight.grad) < 1e-5
+    mk.update_selection_bias(alone)
+    mk.update_selection_bias(shared, group=dist.group.WORLD)
+    assert torch.equal(shared[1].gate.e_score_correction_bias, alone[1].gate.e_score_correction_bias)
+
+
+def worker(rank: int, store: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
+    try:
+        for check in (ddp, fsdp2, dtensor, balance_over_ranks):
+            check(rank)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path: Path) -> None:
+    """DistributedDataParallel with unused experts, fully_shard, DTensor weights, balance over a group."""
+    torch.multiprocessing.spawn(worker, (str(tmp_path / "store"),), nprocs=RANKS)
+
+
+@pytest.mark.parametrize("save_experts", [False, True])
+def test_selective_checkpointing_routes_once(save_experts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    moe = mk.MoE(H, I, E, K)
+    x = torch.randn(20, H, requires_grad=True)
+    dout = torch.randn_like(x)
+    plain = torch.autograd.grad(moe(x), (x, *moe.parameters()), dout)
+    calls = dict.fromkeys(("plan", "experts_forward"), 0)
+    for module in (cpu, reference):
+        for name in calls:
+
+            def counted(*args: object, _verb: object = getattr(module, name), _name: str = name) -> object:
+                calls[_name] += 1
+                return _verb(*args)
+
+            monkeypatch.setattr(module, name, counted)
+    context_fn = partial(create_selective_checkpoint_contexts, mk.sac_policy(save_experts=save_experts))
+    out = checkpoint(moe, x, use_reentrant=False, context_fn=context_fn)
+    again = torch.autograd.grad(out, (x, *moe.parameters()), dout)
+    assert all(torch.equal(a, b) for a, b in zip(again, plain, strict=True))
+    assert calls == {"plan": 1, "experts_forward": 1 if save_experts else 2}
+
+
+def test_gradients_accumulate() -> None:
+    model = model_of()
+    x = torch.randn(30, H)
+    model(x).square().sum().backward()
+    whole = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    for part in x.split(10):
+        model(part).square().sum().backward()
+    for p, expected in zip(model.parameters(), whole, strict=True):
+        assert error(p.grad, expected) < 1e-5
+
+
+@pytest.mark.parametrize("optimizer_name", ["AdamW", "SGD", "Adagrad"])
+def test_scaler_autocast_and_fused_optimisers(device: str, optimizer_name: str) -> None:
+    """A few steps in half precision lower the loss, and leave float32 weights."""
+    model = model_of(shared_intermediate_size=8).to(device)
+    optimizer = getattr(torch.optim, optimizer_name)(model.parameters(), lr=0.02, fused=True)
+    scaler = torch.amp.GradScaler(device)
+    x, target = torch.randn(2, 40, H, device=device).unbind()
+    losses = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        with torch.autocast(device, dtype=torch.float16):
+            loss = nn.functional.mse_loss(model(x).float(), target)
+        scaler.scale(loss + 0.01 * mk.aux_loss(model)).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_safetensors(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+    options = {"routing": "deepseek_v3", "selection_bias": True, "shared_intermediate_size": 8}
+    moe, other = (mk.MoE(H, I, E, K, **options) for _ in range(2))  # type: ignore[arg-type]
+    moe.gate.e_score_correction_bias.normal_()
+    safetensors.save_model(moe, str(tmp_path / "moe.safetensors"))
+    safetensors.load_model(other, str(tmp_path / "moe.safetensors"))
+    x = torch.randn(5, H)
+    assert torch.equal(other(x), moe(x))
