@@ -26,18 +26,25 @@ class DenseMLP(torch.nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
+def tiny_transformer() -> torch.nn.Module:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    sizes = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return transformers.OlmoeForCausalLM(transformers.OlmoeConfig(**sizes, vocab_size=64, num_experts=16))
+
+
 def test_code_runs() -> None:
     tokens, hidden, inter, experts = 5, 32, 16, 16
     dense = DenseMLP(hidden, 2 * inter)
     names = {
         "dense_mlp": dense,
+        "model": tiny_transformer(),
         "logits": torch.randn(tokens, experts),
         "x": torch.randn(tokens, hidden),
         "w_gate_up": torch.randn(experts, 2 * inter, hidden),
         "w_down": torch.randn(experts, hidden, inter),
     }
     blocks = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    assert len(blocks) >= 3
+    assert len(blocks) >= 4
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
 
@@ -46,6 +53,8 @@ def test_code_runs() -> None:
     assert isinstance(names["mlp"], mk.MoE)
     torch.testing.assert_close(names["mlp"](x), dense(x))
     assert names["y"].shape == x.shape
+    assert names["model"].config._experts_implementation == "moekern"
+    assert names["model"](torch.zeros(1, 3, dtype=torch.long)).logits.isfinite().all()
 
 
 def test_make_targets_exist() -> None:

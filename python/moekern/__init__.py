@@ -26,6 +26,7 @@ from moekern.dispatch import backend
 from moekern.expert_choice import expert_choice
 from moekern.functional import experts, grouped_mlp, grouped_mm
 from moekern.layer import MoE
+from moekern.permutation import combine, permute
 from moekern.plan import Plan, plan
 from moekern.router import route
 
@@ -41,12 +42,14 @@ __all__ = [
     "aux_loss",
     "backend",
     "bias_update_hook",
+    "combine",
     "expert_choice",
     "experts",
     "grouped_mlp",
     "grouped_mm",
     "limit_tokens",
     "load_balancing_loss",
+    "permute",
     "plan",
     "route",
     "sac_policy",
