@@ -9,6 +9,7 @@
 use std::fmt;
 use std::ops::Range;
 
+use crate::gemm::scratch::advise_huge_pages;
 use crate::pool::parallel;
 
 /// Fewer slots than this are not worth a thread of their own: waking one costs as much as counting them.
@@ -96,6 +97,9 @@ pub fn plan<I: Id>(
         }
     }
 
+    for output in [&mut *order, &mut *inverse] {
+        advise_huge_pages(output.as_mut_ptr().cast(), size_of_val(output));
+    }
     let split = Split::new(slots, experts, threads);
     let mut counters = vec![0u32; split.chunks() * (experts + 1)];
     let job = Job {
