@@ -255,3 +255,20 @@ class TestFork:
         for child in children:
             child.join(60)
             assert child.exitcode == 0
+
+
+def test_backends_get_contiguous_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels read ids by address. A router that sorts hands over a slice of the sorted experts."""
+    right, seen = ops.plan, []
+
+    def watched(ids: Tensor, num_experts: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+        seen.append(ids.is_contiguous())
+        return right(ids, num_experts, backend)
+
+    monkeypatch.setattr(ops, "plan", watched)
+    ids = torch.rand(50, 16).argsort(dim=1)[:, :2]
+    assert not ids.is_contiguous()
+    for backend in ("reference", "cpu"):
+        with mk.backend(backend):
+            assert_matches_reference(ids, 16)
+    assert seen == [True, True]

@@ -35,7 +35,7 @@ from moekern.demo_train import EXPECTED_STEPS, Options, Result, Trainer, steps_t
 EXAMPLES = """\
 examples:
   moekern demo                                   the standard library's sources, at most three minutes on two cores
-  moekern demo --steps 100                       a first look in well under a minute
+  moekern demo --steps 60                        a first look in half a minute
   moekern demo --text ~/novels --seed 1          your own text (a file, or a folder and all text files in it)
   moekern demo --experts 64 --top-k 4            more and smaller experts; the active compute stays the same
   moekern demo --device cuda --width 512 --layers 8 --context 512 --batch 32 --steps 3000

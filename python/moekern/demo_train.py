@@ -18,17 +18,17 @@ import moekern as mk
 from moekern.demo_model import BYTES, ByteModel, Shape, build_dense, build_moe, parameter_counts
 from moekern.demo_text import Corpus
 
-LEARNING_RATE = 3e-3
+LEARNING_RATE = 2e-3
 FINAL_RATE = 0.1  # of LEARNING_RATE, at the last step
 WARMUP_STEPS = 20
 WEIGHT_DECAY = 0.1
 GRADIENT_NORM = 1.0
-AUX_COEFFICIENT = 0.01
+AUX_COEFFICIENT = 0.01  # of the mean over layers, scaled so that an even load has loss 1
 EVALUATIONS = 10
 FEWEST_STEPS_BETWEEN = 5  # two evaluations
 EVALUATION_WINDOWS = 256  # the same ones every time, so that points of a curve can be compared
 EVALUATION_BATCH = 32
-EXPECTED_STEPS = 700
+EXPECTED_STEPS = 400
 CALIBRATION_STEPS = 6
 CALIBRATION_WARMUP = 2
 
@@ -38,7 +38,7 @@ class Options:
     """What one run of the demo is asked to do. steps None: EXPECTED_STEPS, or fewer if they would not fit `seconds`."""
 
     shape: Shape = field(default_factory=Shape)
-    batch: int = 8
+    batch: int = 16
     steps: int | None = None
     seconds: float = 150.0
     seed: int = 0
@@ -125,7 +125,8 @@ class Trainer:
         inputs, targets = self.corpus.batch(self.options.batch, self.options.shape.context, self.generator)
         loss = F.cross_entropy(self.logits(inputs).view(-1, BYTES), targets.to(self.device).flatten())
         if self.layers:
-            loss = loss + AUX_COEFFICIENT * mk.aux_loss(self.model)
+            scale = len(self.layers) * self.options.shape.top_k  # the loss of an even load
+            loss = loss + AUX_COEFFICIENT * mk.aux_loss(self.model) / scale
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_NORM)

@@ -103,7 +103,8 @@ def plan(topk_ids: Tensor, num_experts: int) -> Plan:
             return planned
     checks.topk_ids("topk_ids", topk_ids)
     checks.is_int("num_experts", num_experts, 1, _MOST_EXPERTS)
-    order, inverse, offsets = ops.plan(topk_ids, num_experts, dispatch.resolve(topk_ids.device.type))
+    # Kernels read ids by address, and a router's choice can be a slice of the sorted experts.
+    order, inverse, offsets = ops.plan(topk_ids.contiguous(), num_experts, dispatch.resolve(topk_ids.device.type))
     return Plan(order, inverse, offsets, num_experts, topk_ids.shape[1])
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import moekern as mk
 from moekern.activations import ACTIVATIONS, split
 from moekern.backends import reference
 from problems import error
@@ -210,3 +211,10 @@ def test_up_for_few_rows(
         results.append(activated)
     assert_rows_close(results[0], act.forward(*split(pre, act, False)), offsets, ROUNDING[dtype])
     assert torch.equal(*results)
+
+
+def test_plan_of_a_slice_of_sorted_experts() -> None:
+    ids = torch.rand(1024, 16, device="cuda").argsort(dim=1)[:, :2]
+    planned = mk.plan(ids, 16)
+    for got, wanted in zip((planned.order, planned.inverse, planned.offsets), reference.plan(ids, 16), strict=True):
+        assert torch.equal(got, wanted)
