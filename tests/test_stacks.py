@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -181,3 +182,18 @@ def test_safetensors(tmp_path: Path) -> None:
     safetensors.load_model(other, str(tmp_path / "moe.safetensors"))
     x = torch.randn(5, H)
     assert torch.equal(other(x), moe(x))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
+def test_ahead_of_time_compilation(tmp_path: Path) -> None:
+    """Exported with a free number of tokens, compiled by AOTInductor, loaded again."""
+    moe = mk.MoE(H, I, E, K).eval()
+    tokens = torch.export.Dim("tokens", min=2, max=64)
+    program = torch.export.export(moe, (torch.randn(6, H),), dynamic_shapes=({0: tokens},))
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "moe.pt2"))
+    loaded = torch._inductor.aoti_load_package(path)
+    for n in (6, 11):
+        x = torch.randn(n, H)
+        with torch.no_grad():
+            assert error(loaded(x), moe(x)) < 1e-6

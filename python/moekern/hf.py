@@ -10,12 +10,13 @@ Llama 4 and DBRX, are served by :func:`replace`.
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moekern import functional
+from moekern import checks, functional
 from moekern.activations import OAI_ALPHA, OAI_LIMIT
 from moekern.backends.reference import _bias_rows
 from moekern.dense import known_activation
@@ -53,9 +54,11 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     w_up, w_down = local(getattr(self, up_name)), local(self.down_proj)
     b_up = local(getattr(self, f"{up_name}_bias")) if biased else None
     b_down = local(self.down_proj_bias) if biased else None
+    for name, weight in ((up_name, w_up), ("down_proj", w_down)):
+        checks.has_dtype(f"{type(self).__name__}.{name}", weight, checks.FLOATING)
     # transformers runs some norms in float32 before half-precision experts; autocast casts by itself.
     x = hidden_states
-    if x.dtype != w_up.dtype and w_up.is_floating_point() and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != w_up.dtype and not torch.is_autocast_enabled(x.device.type):
         x = x.to(w_up.dtype)
     if top_k_weights.shape != top_k_index.shape and top_k_weights.shape[-1] == w_up.shape[0]:
         top_k_weights = top_k_weights.gather(1, top_k_index)  # some routers of transformers 5.0 give all of them
@@ -66,8 +69,24 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
             activation=activation, transposed=transposed, interleaved=interleaved,
         )  # fmt: skip
     else:
+        _tell_once(
+            type(self), "a norm after the experts" if activation is not None else "a gate or activation of its own"
+        )
         out = _with_own_gate(self, x, top_k_index, top_k_weights, w_up, w_down, b_up, b_down, gated, transposed)
     return out.to(hidden_states.dtype)
+
+
+_told: set[type] = set()
+
+
+def _tell_once(experts_class: type, what: str) -> None:
+    if experts_class not in _told and not torch.compiler.is_compiling():
+        _told.add(experts_class)
+        warnings.warn(
+            f"moekern: {experts_class.__name__} has {what}, which runs in torch between two grouped products, "
+            "slower than inside the kernels",
+            stacklevel=3,
+        )
 
 
 def _fused_activation(module: Any, gated: bool) -> tuple[str | None, bool]:
