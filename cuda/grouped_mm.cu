@@ -162,10 +162,3 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
   __syncwarp();
   cluster_sync();  // a block must not leave while its peer may still write to it
 }
-
-// The rows past the last expert's (sentinels) belong to nobody: zeros.
-extern "C" __global__ void __launch_bounds__(256) zero_past_end(u8* out, const int* offsets, int experts, int rows, u64 row_bytes) {
-  const u64 first = (u64)__ldg(offsets + experts) * row_bytes, end = (u64)rows * row_bytes;
-  const u64 step = (u64)gridDim.x * blockDim.x * 16;
-  for (u64 at = first + ((u64)blockIdx.x * blockDim.x + threadIdx.x) * 16; at < end; at += step) store_global(out + at, make_uint4(0, 0, 0, 0));
-}

@@ -168,7 +168,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) plan_scatter(const __grid_
 struct TilesParams {
   const int* offsets;    // [E + 1]
   int4* table;           // [1 + row tiles]
-  int* expert_order;     // [E]
+  int* expert_order;     // [E], or null
   int* counters;
   int experts, counter_count;
 };
@@ -195,7 +195,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) tiles(const __grid_constan
   if (e == THREADS - 1) p.table[0] = make_int4(before + count, 0, 0, 0);
   __syncthreads();
 
-  if (e < p.experts) {
+  if (p.expert_order && e < p.experts) {
     int rank = 0;
     for (int other = 0; other < p.experts; other++) rank += rows_of[other] > rows || (rows_of[other] == rows && other < e);
     p.expert_order[rank] = e;

@@ -218,3 +218,120 @@ def test_plan_of_a_slice_of_sorted_experts() -> None:
     planned = mk.plan(ids, 16)
     for got, wanted in zip((planned.order, planned.inverse, planned.offsets), reference.plan(ids, 16), strict=True):
         assert torch.equal(got, wanted)
+
+
+def layer(tokens: int, hidden: int, inter: int, experts: int, top_k: int) -> tuple[Tensor, ...]:
+    """x, ids, scores, weights of a bfloat16 layer."""
+    dtype = torch.bfloat16
+    ids = torch.rand(tokens, experts, device="cuda").topk(top_k).indices
+    ids[0, 0] = -1
+    return (
+        normal(tokens, hidden, dtype=dtype),
+        ids,
+        torch.rand(tokens, top_k, device="cuda"),
+        normal(experts, 2 * inter, hidden, dtype=dtype, scale=hidden**-0.5),
+        normal(experts, hidden, inter, dtype=dtype, scale=inter**-0.5),
+    )
+
+
+def run(x: Tensor, ids: Tensor, scores: Tensor, w_gate_up: Tensor, w_down: Tensor, save: bool = True) -> list[Tensor]:
+    """Planner and forward verb."""
+    from moekern.backends import cuda
+
+    plan = cuda.plan(ids, w_gate_up.shape[0])
+    settings = (ids.shape[1], "swiglu", False, False, save)
+    return [*plan, *cuda.experts_forward(x, scores, *plan, w_gate_up, w_down, None, None, *settings)]
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+def test_forward_never_synchronises() -> None:
+    inputs = layer(300, 256, 136, 8, 3)
+    run(*inputs)
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        run(*inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("tokens", [16, 1500])  # the planner in one launch, and in two
+def test_forward_in_a_cuda_graph(tokens: int) -> None:
+    """Replayed with other values and another routing."""
+    inputs, other = layer(tokens, 256, 136, 16, 4), layer(tokens, 256, 136, 16, 4)
+    wanted = run(*other)
+    run(*inputs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = run(*inputs)
+    for mine, theirs in zip(inputs, other, strict=True):
+        mine.copy_(theirs)
+    graph.replay()
+    real = int(wanted[2][-1])
+    for i, (a, b) in enumerate(zip(got, wanted, strict=True)):
+        assert torch.equal(a[:real], b[:real]) if i == 4 else torch.equal(a, b)
+
+
+def test_forward_on_two_streams_at_once() -> None:
+    problems = [layer(2000, 512, 256, 16, 4) for _ in range(2)]
+    wanted = [run(*problem, save=False)[3] for problem in problems]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in problems]
+    results: list[list[Tensor]] = [[], []]
+    for _ in range(4):
+        for stream, problem, kept in zip(streams, problems, results, strict=True):
+            with torch.cuda.stream(stream):
+                kept.append(run(*problem, save=False)[3])
+    torch.cuda.synchronize()
+    for kept, right in zip(results, wanted, strict=True):
+        assert all(torch.equal(out, right) for out in kept)
+
+
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
+def test_first_use_inside_a_capture_is_an_error() -> None:
+    from moekern.backends.cuda import kernels
+
+    kernels._loaded.cache_clear()
+    with pytest.raises(RuntimeError, match="graph is being captured"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        kernels._loaded(0, "combine.cu", "combine", 0, kernels.combine_variant(torch.bfloat16, 3), None)
+
+
+def test_more_than_2_31_elements() -> None:
+    """Pre-activation of 2.4e9 elements: rows beyond 2^31 against the same tokens computed alone."""
+    tokens, hidden, inter, experts, top_k = 65536, 64, 2304, 4, 8
+    x, _, scores, w_gate_up, w_down = layer(tokens, hidden, inter, experts, 1)
+    ids = torch.randint(0, experts, (tokens, top_k), device="cuda")
+    scores = torch.rand(tokens, top_k, device="cuda")
+    _, inverse, _, out, pre = run(x, ids, scores, w_gate_up, w_down)
+    assert pre.numel() > 1 << 31
+    some = torch.cat((torch.arange(64), torch.arange(tokens - 64, tokens))).cuda()
+    _, few_inverse, _, few_out, few_pre = run(x[some], ids[some], scores[some], w_gate_up, w_down)
+    assert torch.equal(out[some], few_out)
+    rows = inverse.reshape(tokens, top_k)[some].reshape(-1).long()
+    assert torch.equal(pre[rows], few_pre[few_inverse.long()])
+
+
+@pytest.mark.parametrize("kind", ["nt", "nn"])
+@pytest.mark.parametrize("sentinels", [0, 40])
+@pytest.mark.usefixtures("poisoned")
+def test_grouped_products_end_with_zeros(kind: str, sentinels: int) -> None:
+    from moekern.backends import cuda
+
+    _, _, offsets = plan_of_counts(RAGGED_COUNTS, sentinels)
+    a = normal(sum(RAGGED_COUNTS) + sentinels, 136, dtype=torch.bfloat16)
+    b = normal(len(RAGGED_COUNTS), *((72, 136) if kind == "nt" else (136, 72)), dtype=torch.bfloat16)
+    got, wanted = cuda.grouped_mm(a, b, offsets, kind), reference.grouped_mm(a.float(), b.float(), offsets, kind)
+    assert error(got, wanted) <= ROUNDING[torch.bfloat16]
+    assert (got[int(offsets[-1]) :] == 0).all()
+
+
+def test_torch_path_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What other GPUs run, in bfloat16 without a synchronisation."""
+    from moekern.backends.cuda import torch_path
+
+    x, ids, scores, w_gate_up, w_down = layer(300, 256, 136, 8, 3)
+    plan = torch_path.plan(ids, 8)
+    monkeypatch.setattr(reference, "grouped_mm", None)  # the loop over experts
+    out, _ = torch_path.experts_forward(
+        x, scores, *plan, w_gate_up, w_down, None, None, 3, "swiglu", False, False, False
+    )  # fmt: skip
+    assert error(out, run(x, ids, scores, w_gate_up, w_down)[3]) <= 8e-3

@@ -151,7 +151,7 @@ def experts_forward(
     """
     out, pre = _forward(
         x, scores, order, inverse, offsets, w_gate_up, w_down, b_gate_up, b_down,
-        top_k, activation, transposed, interleaved,
+        top_k, activation, transposed, interleaved, multiply,
     )  # fmt: skip
     return out, pre if save else pre.new_empty(0)
 

@@ -24,8 +24,11 @@ def _capability(device: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def _aligned(*tensors: Tensor | None) -> bool:
-    return all(t is None or t.data_ptr() % torch_path.ALIGNMENT == 0 for t in tensors)
+def _aligned(*tensors: Tensor) -> bool:
+    bits = 0
+    for tensor in tensors:
+        bits |= tensor.data_ptr()
+    return bits % torch_path.ALIGNMENT == 0
 
 
 def _configuration(tensor: Tensor, slots: int, experts: int, hidden: int, inter: int, aligned: bool) -> Configuration:
@@ -42,7 +45,7 @@ def plan(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
         return torch_path.plan(topk_ids, num_experts)
     from moekern.backends.cuda import forward
 
-    return forward.plan(topk_ids, num_experts)
+    return forward.plan(topk_ids.contiguous(), num_experts)
 
 
 def experts_forward(
@@ -131,10 +134,9 @@ def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor, kind: str) -> Tensor:
                 tables = kernels.Tables(offsets, a.shape[0])
                 backward_kernels.wgrad(a, b, None, offsets, tables, out, p_innermost=False)
         return out
-    out = a.new_empty((a.shape[0], features))
-    if out.numel():
+    out = a.new_zeros((a.shape[0], features))  # rows past the last expert's stay zero
+    if out.numel() and a.shape[1]:
         with torch.cuda.device(a.device):
             tables = kernels.Tables(offsets, a.shape[0])
             kernels.grouped_mm(a, b, None, out, tables, kind == "nn", chosen.stages, chosen.store_rows)
-            kernels.zero_past_end(out, offsets)
     return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -20,6 +21,11 @@ X, SCORES, ORDER, INVERSE, OFFSETS, W_UP, W_DOWN, B_UP, B_DOWN, OUT, PRE, WORK =
 
 def _round_up(size: int) -> int:
     return -(-size // 256) * 256
+
+
+def on_device(device: int) -> AbstractContextManager[Any]:
+    """Make a device current, for nothing where it is: entering torch's own guard costs as much as a launch."""
+    return nullcontext() if torch.cuda.current_device() == device else torch.cuda.device(device)
 
 
 def _stream(device: int) -> int:
@@ -52,7 +58,7 @@ def plan(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     offsets = order.new_empty(num_experts + 1)
     words = kernels.plan_counts(slots, num_experts)
     counts = order.new_empty(words) if words else offsets
-    with torch.cuda.device(device):
+    with on_device(device):
         program = _plan_program(device, topk_ids.dtype, slots, num_experts)
         program.replay(_stream(device), [t.data_ptr() for t in (topk_ids, order, inverse, offsets, counts)])
     return order, inverse, offsets
@@ -74,7 +80,9 @@ def _forward_program(
     has_scores: bool,
     has_up_bias: bool,
     has_down_bias: bool,
-    chosen: Configuration,
+    few_rows: bool,
+    stages: int,
+    store_rows: int,
 ) -> tuple[Any, int]:
     """The program, and the bytes it works in: the tile table, the activation ``[S, I]``, the rows ``[S, H]``."""
     slots, columns = tokens * top_k, inter * (2 if ACTIVATIONS[activation].gated else 1)
@@ -90,16 +98,14 @@ def _forward_program(
         x, out = place(X, (tokens, hidden)), place(OUT, (tokens, hidden))
         w_up = place(W_UP, (experts, hidden, columns) if transposed else (experts, columns, hidden))
         w_down = place(W_DOWN, (experts, inter, hidden) if transposed else (experts, hidden, inter))
-        tables = kernels.Tables(offsets, slots, place(WORK, (table_bytes,), torch.uint8))
+        tables = kernels.Tables(offsets, slots, place(WORK, (table_bytes,), torch.uint8), ordered=False)
         activated = place(WORK, (slots, inter), offset=table_bytes)
         rows = place(WORK, (slots, hidden), offset=table_bytes + activated_bytes)
         b_up = place(B_UP, (experts, columns)) if has_up_bias else None
         b_down = place(B_DOWN, (experts, hidden)) if has_down_bias else None
         pre = place(PRE, (slots, columns)) if save else None
-        kernels.up(
-            x, order, w_up, b_up, activated, pre, tables, top_k, activation, transposed, interleaved, chosen.few_rows
-        )
-        kernels.grouped_mm(activated, w_down, b_down, rows, tables, transposed, chosen.stages, chosen.store_rows)
+        kernels.up(x, order, w_up, b_up, activated, pre, tables, top_k, activation, transposed, interleaved, few_rows)
+        kernels.grouped_mm(activated, w_down, b_down, rows, tables, transposed, stages, store_rows)
         scores = place(SCORES, (tokens, top_k), torch.float32) if has_scores else None
         kernels.combine(rows, scores, inverse, offsets, out, top_k)
 
@@ -130,10 +136,11 @@ def experts_forward(
     out = torch.empty_like(x)
     pre = x.new_empty((slots, columns) if save else 0)
     device = x.get_device()
-    with torch.cuda.device(device):
+    with on_device(device):
         program, size = _forward_program(
             device, x.dtype, tokens, hidden, inter, experts, top_k, activation, transposed, interleaved, save,
-            scores is not None, b_gate_up is not None, b_down is not None, chosen,
+            scores is not None, b_gate_up is not None, b_down is not None,
+            chosen.few_rows, chosen.stages, chosen.store_rows,
         )  # fmt: skip
         work = torch.empty(size, dtype=torch.uint8, device=x.device)
         tensors = (x, scores, order, inverse, offsets, w_gate_up, w_down, b_gate_up, b_down, out, pre, work)

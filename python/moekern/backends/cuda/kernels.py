@@ -136,8 +136,8 @@ class Tables:
     def _entries(rows: int, experts: int) -> int:
         return 1 + rows // TILE_ROWS + min(experts, rows)
 
-    def __init__(self, offsets: Tensor, rows: int, memory: Tensor | None = None):
-        """Launch the kernel that fills it from the plan's offsets."""
+    def __init__(self, offsets: Tensor, rows: int, memory: Tensor | None = None, ordered: bool = True):
+        """Launch the kernel that fills it from the plan's offsets; the experts' order is for the weight gradients."""
         device, experts = offsets.get_device(), offsets.shape[0] - 1
         if memory is None:
             memory = torch.empty(self.size(rows, experts), dtype=torch.uint8, device=offsets.device)
@@ -145,7 +145,7 @@ class Tables:
         self.table = memory.data_ptr()
         self.expert_order = self.table + 16 * self._entries(rows, experts)
         self._next_counter = self.expert_order + 4 * experts
-        addresses = offsets.data_ptr(), self.table, self.expert_order, self._next_counter
+        addresses = offsets.data_ptr(), self.table, self.expert_order if ordered else 0, self._next_counter
         params = struct.pack("<4Q2i", *addresses, experts, COUNTERS)
         launch(_function(device, "plan.cu", "tiles", 0, ()), device, 1, 1024, 0, [], params)
 
@@ -260,15 +260,6 @@ def grouped_mm(
     function = _function(device, "grouped_mm.cu", "grouped_mm", shared, macros)
     maps = [weight_map, row_map, few_map, out_map]
     launch(function, device, multiprocessors(device), 384, shared, maps, params)
-
-
-def zero_past_end(out: Tensor, offsets: Tensor) -> None:
-    """Zero the rows past the last expert's."""
-    device, rows = out.get_device(), out.shape[0]
-    macros = grouped_mm_variant(out.dtype, False, False, 3, 256)
-    params = struct.pack("<2Q2iQ", out.data_ptr(), offsets.data_ptr(), offsets.shape[0] - 1, rows, 2 * out.shape[1])
-    function = _function(device, "grouped_mm.cu", "zero_past_end", 0, macros)
-    launch(function, device, multiprocessors(device), 256, 0, [], params)
 
 
 def combine(rows: Tensor, scores: Tensor | None, inverse: Tensor, offsets: Tensor, out: Tensor, top_k: int) -> None:

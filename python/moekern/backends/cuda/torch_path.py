@@ -46,10 +46,14 @@ def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor, kind: str) -> Tensor:
     """As :func:`moekern.backends.reference.grouped_mm`; bfloat16 without a synchronisation."""
     if not _torch_groups(a, b, kind):
         return reference.grouped_mm(a, b, offsets, kind)
+    left, right = (a.mT, b) if kind == "tn" else (a, b.mT if kind == "nt" else b)
+    try:
+        out: Tensor = _grouped_mm(left, right, offs=offsets[1:])
+    except RuntimeError as error:
+        warn_once(f"torch's grouped_mm refused a product, a loop over the experts serves instead ({error})")
+        return reference.grouped_mm(a, b, offsets, kind)
     if kind == "tn":
-        out = _grouped_mm(a.mT, b, offs=offsets[1:])
         return out.masked_fill_((offsets[1:] == offsets[:-1]).reshape(-1, 1, 1), 0)
-    out = _grouped_mm(a, b.mT if kind == "nt" else b, offs=offsets[1:])
     rows = torch.arange(a.shape[0], device=a.device, dtype=offsets.dtype)
     return out.masked_fill_((rows >= offsets[-1]).unsqueeze(1), 0)
 
