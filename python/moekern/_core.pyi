@@ -141,6 +141,15 @@ def grouped_mm(
 ) -> None:
     """Grouped product: ``kind`` 0 ``a b[e]^T``, 1 ``a b[e]``, 2 ``a_e^T b_e``."""
 
+class Pages:
+    """Writable memory for one large result, uninitialised, on huge pages: a buffer. Freed memory is used again."""
+
+    def __init__(self, bytes: int) -> None:
+        """MemoryError if the system refuses."""
+
+def memory_rate(start: int, bytes: int, threads: int, write: bool) -> float:
+    """Bytes a second at which threads read, or overwrite past the caches, the memory at `start`."""
+
 def cpu_isa() -> str:
     """The instruction set in use: scalar, avx2, avx512 or avx512bf16. ValueError if the one requested is lacking."""
 

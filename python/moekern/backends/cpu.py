@@ -5,6 +5,8 @@ float64 has no kernels of its own and is served by the reference, except for pla
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from moekern.backends import reference
 _DTYPE = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
 _ID_TYPE = {torch.uint8: 0, torch.uint16: 1, torch.int32: 2, torch.int64: 3}
 _KIND = {"nt": 0, "nn": 1, "tn": 2}
+_LARGE = 32 << 20  # bytes
 
 
 def _address(t: Tensor | None) -> int:
@@ -24,6 +27,15 @@ def _address(t: Tensor | None) -> int:
 def _aligned(t: Tensor) -> Tensor:
     """The tensor itself, or a copy if its elements straddle addresses (views of foreign buffers can)."""
     return t if t.data_ptr() % t.element_size() == 0 else t.clone()
+
+
+def _result(shape: torch.Size | tuple[int, ...], like: Tensor) -> Tensor:
+    """An uninitialised tensor. Large ones use memory that earlier ones gave back: faulting in fresh pages, which
+    the allocator does from 32 MiB on, takes several times as long as writing a gradient."""
+    size = math.prod(shape) * like.element_size()
+    if size < _LARGE:
+        return torch.empty(shape, dtype=like.dtype)
+    return torch.frombuffer(_core.Pages(size), dtype=like.dtype).view(shape)
 
 
 def plan(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,7 +78,8 @@ def experts_forward(
     tokens, hidden = x.shape
     experts, intermediate = w_down.shape[0], w_down.shape[1 if transposed else 2]
     out = torch.empty_like(x)
-    pre = x.new_empty(order.shape[0], w_gate_up.shape[2 if transposed else 1]) if save else x.new_empty(0)
+    features = w_gate_up.shape[2 if transposed else 1]
+    pre = _result((order.shape[0], features), x) if save else x.new_empty(0)
     _core.experts_forward(
         _DTYPE[x.dtype], torch.get_num_threads(), tokens, hidden, intermediate, experts, top_k,
         ACTIVATIONS[activation].code, transposed, interleaved,
@@ -105,7 +118,7 @@ def experts_backward(
     tokens, hidden = x.shape
     experts, intermediate = w_down.shape[0], w_down.shape[1 if transposed else 2]
     gradients = tuple(
-        torch.empty_like(t) if wanted and t is not None else x.new_empty(0)
+        _result(t.shape, t) if wanted and t is not None else x.new_empty(0)
         for t, wanted in zip((x, scores, w_gate_up, w_down, b_gate_up, b_down), needs, strict=True)
     )
     _core.experts_backward(
@@ -126,7 +139,7 @@ def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor, kind: str) -> Tensor:
     a, b = _aligned(a), _aligned(b)
     experts, (rows, k) = offsets.shape[0] - 1, a.shape
     n = b.shape[1] if kind != "nn" else b.shape[2]
-    out = a.new_empty(experts, k, n) if kind == "tn" else a.new_empty(rows, n)
+    out = _result((experts, k, n) if kind == "tn" else (rows, n), a)
     _core.grouped_mm(
         _DTYPE[a.dtype], torch.get_num_threads(), _KIND[kind], experts, rows, k, n,
         a.data_ptr(), b.data_ptr(), offsets.data_ptr(), out.data_ptr(),

@@ -3,8 +3,10 @@
 //! Knows neither Python nor CUDA. Callers pass raw pointers with sizes; every `unsafe` function states
 //! which memory it reads and writes.
 
+pub mod bandwidth;
 pub mod dtype;
 pub mod gemm;
+pub mod pages;
 pub mod permute;
 pub mod plan;
 pub mod pool;

@@ -171,6 +171,16 @@ fn nn_with_more_rows_than_a_ticket_takes() {
 }
 
 #[test]
+fn nn_with_long_sums() {
+    let rows = Rows::new(&[1, 6, 20, 30], &mut Random::new(6));
+    for isa in isas() {
+        for dtype in DTYPES {
+            check_nn(isa, dtype, &rows, 1544, 64, false, false);
+        }
+    }
+}
+
+#[test]
 fn tn_with_ragged_rows() {
     let rows = Rows::new(&RAGGED, &mut Random::new(4));
     for isa in isas() {
@@ -185,7 +195,7 @@ fn tn_with_ragged_rows() {
 
 #[test]
 fn tn_with_more_rows_than_are_packed_at_once() {
-    let rows = Rows::new(&[1025, 3, 2050], &mut Random::new(5));
+    let rows = Rows::new(&[1025, 3, 700, 2050], &mut Random::new(5));
     for isa in isas() {
         for dtype in DTYPES {
             check_tn(isa, dtype, &rows, 24, 72, (true, false), true);

@@ -3,6 +3,7 @@
 mod cuda;
 mod experts;
 mod experts_backward;
+mod memory;
 mod permute;
 mod plan;
 
@@ -13,6 +14,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     cuda::register(module)?;
     experts::register(module)?;
     experts_backward::register(module)?;
+    memory::register(module)?;
     plan::register(module)?;
     permute::register(module)
 }

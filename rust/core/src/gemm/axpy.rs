@@ -175,3 +175,27 @@ impl Kernel for InOrder {
         }
     }
 }
+
+/// Adds finished sums to others.
+pub struct AddValues {
+    /// What is added.
+    pub from: *const f32,
+    /// To what.
+    pub to: *mut f32,
+    /// How many, a multiple of 16.
+    pub len: usize,
+}
+
+impl Kernel for AddValues {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let mut i = 0;
+        while i < self.len {
+            let to = self.to.add(i);
+            S::store(to, S::add(S::load(to), S::load(self.from.add(i))));
+            i += S::LANES;
+        }
+    }
+}

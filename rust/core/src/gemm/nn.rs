@@ -11,7 +11,7 @@
 
 #![allow(unsafe_op_in_unsafe_fn)]
 
-use super::axpy::{AXPY_ELEMENTS, Axpy, InOrder, axpy_columns, axpy_rows};
+use super::axpy::{AXPY_ELEMENTS, AddValues, Axpy, InOrder, axpy_columns, axpy_rows};
 use super::format::{Format, Kind};
 use super::grouped::Grouped;
 use super::isa::with_kernels;
@@ -39,10 +39,14 @@ const PACK_AHEAD: usize = 8;
 /// their weights stay in the first-level cache or near it.
 const AXPY_DEPTH: usize = 64;
 
+/// Elements of one running fp32 sum: rounding errors grow with the length of the sum, not of the pieces. Half
+/// precision is rounded in the end, coarser than any order of the sum.
+const SUMMED: usize = 512;
+
 /// Up to how many rows weights are read in place.
 pub(super) const fn few_rows<S: Simd, F: Format>() -> usize {
-    // Without bf16 units AVX-512 has registers to spare and the packed form costs more than it saves.
-    if S::LANES == 16 && !matches!(F::KIND, Kind::Bf16Pairs) { 16 } else { 8 }
+    // Without bf16 units AVX-512 has registers to spare, and packing costs more than it saves for longer.
+    if S::LANES == 16 && !matches!(F::KIND, Kind::Bf16Pairs) { 24 } else { 8 }
 }
 
 /// Finished sums of some rows and columns.
@@ -198,25 +202,33 @@ impl<S: Simd, F: Format, E: Finish> NnJob<S, F, E> {
         let left = self.pack_rows(ticket, axpy_rows::<S>(), worker);
         let strips = even_parts(ticket.rows, axpy_rows::<S>());
         let stride = sums_stride(ticket.columns);
-        let sums = worker.scratch.results.words(ticket.rows * stride);
+        let values = ticket.rows * stride;
+        let sums = worker.scratch.results.words(2 * values);
         let weight_stride = self.args.n * F::BYTES;
         let weights = self.weights(ticket);
+        let summed = if matches!(F::KIND, Kind::F32) { SUMMED } else { k };
         let depth = if ticket.rows <= axpy_rows::<S>() { k } else { AXPY_DEPTH };
-        for from in (0..k).step_by(depth) {
+        for from in (0..k).step_by(depth.min(summed).max(1)) {
+            let first = from / summed * summed;
+            let to = if first == 0 { sums } else { sums.add(values) };
+            let end = (from + depth).min(first + summed).min(k);
             for (start, count) in strips.clone() {
                 Axpy::<F> {
-                    k: depth.min(k - from),
+                    k: end - from,
                     left: left.add(start * words + from / F::PER_WORD * count),
                     weights: weights.add(from * weight_stride),
                     weight_stride,
-                    sums: sums.add(start * stride),
+                    sums: to.add(start * stride),
                     sums_stride: stride,
                     columns: ticket.columns,
-                    fresh: from == 0,
+                    fresh: from == first,
                     prefetch: start == 0,
                     format: PhantomData,
                 }
                 .run::<S>(count);
+            }
+            if first > 0 && (end == k || end == first + summed) {
+                S::enter(AddValues { from: to, to: sums, len: values });
             }
         }
         if matches!(F::KIND, Kind::Bf16Pairs) {

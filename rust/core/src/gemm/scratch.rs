@@ -1,6 +1,6 @@
 //! Working memory that threads keep between calls, and advice about the pages of large outputs.
 
-use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
 use std::cell::RefCell;
 
 /// Bytes of a huge page on x86-64 and the common aarch64 configuration.
@@ -39,13 +39,15 @@ impl Buffer {
             let rounded = wanted.next_multiple_of(if wanted >= HUGE_PAGE { HUGE_PAGE } else { 4096 });
             let layout = Self::layout(rounded);
             // A size of zero is impossible: `wanted` is at least 64.
-            let start = unsafe { alloc_zeroed(layout) };
+            let start = unsafe { alloc(layout) };
             if start.is_null() {
                 handle_alloc_error(layout);
             }
             self.start = start;
             self.bytes = rounded;
+            // Before anything is written: pages keep the size they have.
             advise_huge_pages(start, rounded);
+            unsafe { start.write_bytes(0, rounded) };
         }
         self.start
     }

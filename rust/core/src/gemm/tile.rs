@@ -170,36 +170,40 @@ impl<const ROWS: usize, const PAIRED: bool> Kernel for Rows<'_, ROWS, PAIRED> {
                 left = left.add(ROWS);
                 right = right.add(2 * S::LANES);
             }
-            let out = t.out.add(panel * t.out_step);
-            for (i, &[a, b]) in sums.iter().enumerate() {
-                store::<S>(t.store, out.add(i * t.out_stride), a, b);
-            }
+            store::<S, ROWS>(t.store, t.out.add(panel * t.out_step), t.out_stride, &sums);
         }
     }
 }
 
+/// One loop for each way, so that every loop is unrolled and the sums stay in registers.
 #[inline(always)]
-unsafe fn store<S: Simd>(how: Store, to: *mut u8, a: S::V, b: S::V) {
-    let wide = to.cast::<f32>();
-    let narrow = to.cast::<u16>();
+unsafe fn store<S: Simd, const ROWS: usize>(how: Store, to: *mut u8, stride: usize, sums: &[[S::V; 2]; ROWS]) {
+    macro_rules! each_row {
+        ($element:ty, |$to:ident, $a:ident, $b:ident| $body:expr) => {
+            for (i, &[$a, $b]) in sums.iter().enumerate() {
+                let $to = to.add(i * stride).cast::<$element>();
+                $body;
+            }
+        };
+    }
     match how {
-        Store::Set => {
-            S::store(wide, a);
-            S::store(wide.add(S::LANES), b);
-        }
-        Store::Add => {
-            S::store(wide, S::add(S::load(wide), a));
-            S::store(wide.add(S::LANES), S::add(S::load(wide.add(S::LANES)), b));
-        }
-        Store::Stream => {
-            S::stream(wide, a);
-            S::stream(wide.add(S::LANES), b);
-        }
-        Store::Bf16 => S::store_bf16_pair(narrow, a, b),
-        Store::StreamBf16 => S::stream_bf16_pair(narrow, a, b),
-        Store::F16 => {
-            S::store_f16(narrow, a);
-            S::store_f16(narrow.add(S::LANES), b);
-        }
+        Store::Set => each_row!(f32, |to, a, b| {
+            S::store(to, a);
+            S::store(to.add(S::LANES), b)
+        }),
+        Store::Add => each_row!(f32, |to, a, b| {
+            S::store(to, S::add(S::load(to), a));
+            S::store(to.add(S::LANES), S::add(S::load(to.add(S::LANES)), b))
+        }),
+        Store::Stream => each_row!(f32, |to, a, b| {
+            S::stream(to, a);
+            S::stream(to.add(S::LANES), b)
+        }),
+        Store::Bf16 => each_row!(u16, |to, a, b| S::store_bf16_pair(to, a, b)),
+        Store::StreamBf16 => each_row!(u16, |to, a, b| S::stream_bf16_pair(to, a, b)),
+        Store::F16 => each_row!(u16, |to, a, b| {
+            S::store_f16(to, a);
+            S::store_f16(to.add(S::LANES), b)
+        }),
     }
 }

@@ -26,6 +26,9 @@ const TICKET_ROWS: usize = 256;
 /// Rows of the operands that are packed at a time. Experts with more form their sums in fp32 in memory.
 const DEPTH: usize = 1024;
 
+/// Words of one running sum: rounding errors grow with the length of the sum, not of the pieces.
+const SUMMED: usize = 512;
+
 /// Bytes of panels used for all bands before the next ones: half of the second-level cache of most CPUs.
 const PANEL_BYTES: usize = 256 << 10;
 
@@ -179,18 +182,31 @@ impl<S: Simd, F: Format> TnJob<S, F> {
         while panel < to.panels {
             let panels = at_once.min(to.panels - panel);
             for (band, row) in (0..part.height).step_by(tile_rows::<S>()).enumerate() {
-                let tiles = Tiles {
-                    words,
-                    left: left.add(band * band_words::<F>(depth, tile_rows::<S>())),
-                    right: right.add(panel * words * width),
-                    panels,
-                    panel_stride: words * width,
-                    out: to.out.add(row * to.stride + panel * to.step),
-                    out_stride: to.stride,
-                    out_step: to.step,
-                    store: to.store,
-                };
-                tiles.run::<S, F>(tile_rows::<S>().min(part.height - row), &mut Prefetch::none());
+                let rows = tile_rows::<S>().min(part.height - row);
+                let left = left.add(band * band_words::<F>(depth, tile_rows::<S>()));
+                let mut from = 0;
+                // Once even for no words: the sums over nothing are zeros that must be stored.
+                while from == 0 || from < words {
+                    let end = to.summed.saturating_add(from).min(words);
+                    let tiles = Tiles {
+                        words: end - from,
+                        left: left.add(from * rows),
+                        right: right.add((panel * words + from) * width),
+                        panels,
+                        panel_stride: words * width,
+                        out: to.out.add(row * to.stride + panel * to.step),
+                        out_stride: to.stride,
+                        out_step: to.step,
+                        store: match to.store {
+                            _ if from > 0 => Store::Add,
+                            // What is added to must stay in the cache.
+                            Store::Stream if end < words => Store::Set,
+                            store => store,
+                        },
+                    };
+                    tiles.run::<S, F>(rows, &mut Prefetch::none());
+                    from = end.max(1);
+                }
             }
             panel += panels;
         }
@@ -249,6 +265,8 @@ struct Target {
     step: usize,
     panels: usize,
     store: Store,
+    /// Words summed in registers before they are added to what is stored.
+    summed: usize,
     rest: Option<*mut f32>,
 }
 
@@ -271,6 +289,8 @@ impl<S: Simd, F: Format> Job for TnJob<S, F> {
                     step: width * F::BYTES,
                     panels: n / width,
                     store: self.store(),
+                    // Half precision is rounded in the store, and coarser than any order of the sum.
+                    summed: if matches!(F::KIND, Kind::F32) { SUMMED } else { usize::MAX },
                     rest: (!n.is_multiple_of(width)).then_some(rest),
                 };
                 self.multiply(&part, part.first, part.depth, &target, worker);
@@ -290,6 +310,7 @@ impl<S: Simd, F: Format> Job for TnJob<S, F> {
                         step: width * 4,
                         panels: n.div_ceil(width),
                         store: if done == 0 { Store::Set } else { Store::Add },
+                        summed: SUMMED,
                         rest: None,
                     };
                     self.multiply(&part, part.first + done, depth, &target, worker);

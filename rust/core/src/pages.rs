@@ -1,0 +1,170 @@
+//! Memory of large results, on huge pages and used again.
+//!
+//! Gradients of weights are gigabytes that a training step allocates, reads once and frees. Faulting such memory in
+//! anew takes several times as long as writing it, even on huge pages, because the kernel clears every page first.
+//! So blocks that are given back are kept, marked as free to the kernel (`MADV_FREE`): it takes their pages when it
+//! runs short of memory, and otherwise the next result finds them where they were.
+
+use std::sync::Mutex;
+
+/// Bytes of a huge page on x86-64 and the common aarch64 configuration.
+const HUGE_PAGE: usize = 2 << 20;
+
+/// Blocks kept at most; their bytes are limited to a quarter of the machine's memory.
+const MOST_BLOCKS: usize = 32;
+
+/// Blocks nobody uses, the one given back last at the end.
+static FREE: Mutex<Vec<Block>> = Mutex::new(Vec::new());
+
+/// Uninitialised memory aligned to huge pages. Dropping it keeps it for the next one of the same size.
+pub struct Pages {
+    // Empty only while being dropped.
+    block: Option<Block>,
+}
+
+impl Pages {
+    /// At least `bytes` bytes.
+    ///
+    /// # Errors
+    /// The system refuses so much memory.
+    pub fn new(bytes: usize) -> std::io::Result<Self> {
+        let length = bytes
+            .max(1)
+            .checked_next_multiple_of(HUGE_PAGE)
+            .ok_or_else(|| std::io::Error::from(std::io::ErrorKind::OutOfMemory))?;
+        let kept = FREE.try_lock().ok().and_then(|mut free| {
+            let found = free.iter().rposition(|block| block.length == length)?;
+            Some(free.remove(found))
+        });
+        let block = match kept {
+            Some(block) => block,
+            None => Block::map(length)?,
+        };
+        Ok(Self { block: Some(block) })
+    }
+
+    /// The first byte.
+    pub fn start(&self) -> *mut u8 {
+        self.block.as_ref().map_or(std::ptr::null_mut(), |block| block.start)
+    }
+}
+
+impl Drop for Pages {
+    fn drop(&mut self) {
+        // Whoever cannot have the list at once unmaps: nobody waits, not even the child of a fork.
+        if let (Some(block), Ok(mut free)) = (self.block.take(), FREE.try_lock()) {
+            block.release_lazily();
+            free.push(block);
+            let limit = memory_bytes() / 4;
+            while free.len() > MOST_BLOCKS || free.iter().map(|block| block.length).sum::<usize>() > limit {
+                free.remove(0);
+            }
+        }
+    }
+}
+
+/// A mapping of its own.
+struct Block {
+    start: *mut u8,
+    length: usize,
+}
+
+// Plain memory.
+unsafe impl Send for Block {}
+// `Pages` hands out the address only.
+unsafe impl Sync for Block {}
+
+#[cfg(unix)]
+impl Block {
+    fn map(length: usize) -> std::io::Result<Self> {
+        // Mappings start anywhere: one huge page more, whose ends are given back.
+        let room = length + HUGE_PAGE;
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        unsafe {
+            let mapped = libc::mmap(std::ptr::null_mut(), room, access, flags, -1, 0);
+            if mapped == libc::MAP_FAILED {
+                return Err(std::io::Error::last_os_error());
+            }
+            let before = (mapped as usize).next_multiple_of(HUGE_PAGE) - mapped as usize;
+            let start = mapped.cast::<u8>().add(before);
+            if before > 0 {
+                libc::munmap(mapped, before);
+            }
+            libc::munmap(start.add(length).cast(), HUGE_PAGE - before);
+            #[cfg(target_os = "linux")]
+            libc::madvise(start.cast(), length, libc::MADV_HUGEPAGE);
+            Ok(Self { start, length })
+        }
+    }
+
+    fn release_lazily(&self) {
+        unsafe { libc::madvise(self.start.cast(), self.length, libc::MADV_FREE) };
+    }
+}
+
+#[cfg(unix)]
+impl Drop for Block {
+    fn drop(&mut self) {
+        unsafe { libc::munmap(self.start.cast(), self.length) };
+    }
+}
+
+#[cfg(not(unix))]
+impl Block {
+    fn layout(length: usize) -> std::alloc::Layout {
+        std::alloc::Layout::from_size_align(length, HUGE_PAGE).expect("size was rounded without overflow")
+    }
+
+    fn map(length: usize) -> std::io::Result<Self> {
+        let start = unsafe { std::alloc::alloc(Self::layout(length)) };
+        if start.is_null() { Err(std::io::ErrorKind::OutOfMemory.into()) } else { Ok(Self { start, length }) }
+    }
+
+    fn release_lazily(&self) {}
+}
+
+#[cfg(not(unix))]
+impl Drop for Block {
+    fn drop(&mut self) {
+        unsafe { std::alloc::dealloc(self.start, Self::layout(self.length)) };
+    }
+}
+
+/// The machine's memory; where it is not known, 8 GiB.
+fn memory_bytes() -> usize {
+    #[cfg(unix)]
+    {
+        let (pages, size) = unsafe { (libc::sysconf(libc::_SC_PHYS_PAGES), libc::sysconf(libc::_SC_PAGESIZE)) };
+        if let (Ok(pages), Ok(size)) = (usize::try_from(pages), usize::try_from(size)) {
+            return pages.saturating_mul(size);
+        }
+    }
+    8 << 30
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_are_aligned_writable_and_used_again() {
+        // A size no other test uses.
+        let bytes = 5 * HUGE_PAGE - 3;
+        let first = Pages::new(bytes).unwrap();
+        let start = first.start();
+        assert!((start as usize).is_multiple_of(HUGE_PAGE));
+        unsafe { start.write_bytes(7, bytes) };
+        let second = Pages::new(bytes).unwrap();
+        assert_ne!(second.start(), start);
+        drop(first);
+        let third = Pages::new(bytes).unwrap();
+        assert_eq!(third.start(), start);
+    }
+
+    #[test]
+    fn an_impossible_size_is_an_error() {
+        assert!(Pages::new(usize::MAX).is_err());
+        assert!(Pages::new(usize::MAX / 2).is_err());
+    }
+}
