@@ -55,20 +55,14 @@ impl<F: Format, const ROWS: usize, const FEATURES: usize> Kernel for Dot<F, ROWS
             let mut x = self.steps;
             let mut w = weights;
             let mut at = 0;
-            while at < row_bytes {
-                let fetch = if at < turn { w.wrapping_add(ahead) } else { next_tile.wrapping_add(at - turn) };
-                for n in 0..FEATURES {
-                    prefetch(fetch.wrapping_add(n * stride));
-                }
-                let mut within = 0;
-                while within < 64 {
-                    x = step::<S, F, ROWS, FEATURES>(&mut sums, x, w, stride);
-                    w = w.add(step_bytes);
-                    within += step_bytes;
-                }
-                at += 64;
-            }
+            // One step a turn: several at once would be scheduled together and need more registers than there are.
             while at + step_bytes <= total {
+                if at % 64 == 0 && at < row_bytes {
+                    let fetch = if at < turn { w.wrapping_add(ahead) } else { next_tile.wrapping_add(at - turn) };
+                    for n in 0..FEATURES {
+                        prefetch(fetch.wrapping_add(n * stride));
+                    }
+                }
                 x = step::<S, F, ROWS, FEATURES>(&mut sums, x, w, stride);
                 w = w.add(step_bytes);
                 at += step_bytes;
@@ -115,15 +109,10 @@ unsafe fn step<S: Simd, F: Format, const ROWS: usize, const FEATURES: usize>(
     w: *const u8,
     stride: usize,
 ) -> *const f32 {
-    let mut wide = [S::zero(); FEATURES];
-    for (n, v) in wide.iter_mut().enumerate() {
-        let at = w.add(n * stride);
-        *v = if matches!(F::KIND, Kind::F16) { S::load_f16(at.cast()) } else { S::load(at.cast()) };
-    }
     if matches!(F::KIND, Kind::Bf16) {
         let mut half = [S::zero(); FEATURES];
-        for n in 0..FEATURES {
-            half[n] = S::widen_even(wide[n]);
+        for (n, v) in half.iter_mut().enumerate() {
+            *v = S::widen_even(S::load(w.add(n * stride).cast()));
         }
         for (r, row) in sums.iter_mut().enumerate() {
             let xv = S::load(x.add(r * S::LANES));
@@ -131,8 +120,9 @@ unsafe fn step<S: Simd, F: Format, const ROWS: usize, const FEATURES: usize>(
                 row[n] = S::fma(xv, half[n], row[n]);
             }
         }
-        for n in 0..FEATURES {
-            half[n] = S::widen_odd(wide[n]);
+        let w = unrelated(w);
+        for (n, v) in half.iter_mut().enumerate() {
+            *v = S::widen_odd(S::load(w.add(n * stride).cast()));
         }
         for (r, row) in sums.iter_mut().enumerate() {
             let xv = S::load(x.add((ROWS + r) * S::LANES));
@@ -141,6 +131,11 @@ unsafe fn step<S: Simd, F: Format, const ROWS: usize, const FEATURES: usize>(
             }
         }
         return x.add(2 * ROWS * S::LANES);
+    }
+    let mut wide = [S::zero(); FEATURES];
+    for (n, v) in wide.iter_mut().enumerate() {
+        let at = w.add(n * stride);
+        *v = if matches!(F::KIND, Kind::F16) { S::load_f16(at.cast()) } else { S::load(at.cast()) };
     }
     for (r, row) in sums.iter_mut().enumerate() {
         let xv = S::load(x.add(r * S::LANES));
@@ -153,4 +148,20 @@ unsafe fn step<S: Simd, F: Format, const ROWS: usize, const FEATURES: usize>(
         }
     }
     x.add(ROWS * S::LANES)
+}
+
+/// The same address, unknown to the compiler as such: words are then loaded twice, from the first-level cache,
+/// instead of occupying registers that the sums need.
+#[inline(always)]
+// Nothing is read through the pointer inside the block.
+#[allow(clippy::pointers_in_nomem_asm_block)]
+fn unrelated(p: *const u8) -> *const u8 {
+    #[cfg(target_arch = "x86_64")]
+    unsafe {
+        let mut p = p;
+        std::arch::asm!("/* {0} */", inout(reg) p, options(pure, nomem, nostack, preserves_flags));
+        p
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    p
 }

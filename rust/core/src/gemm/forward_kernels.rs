@@ -122,18 +122,22 @@ impl Product {
     /// The kernel's requirements hold and the CPU supports `S`.
     pub unsafe fn dot<S: Simd, F: Format>(self, rows: usize, out_stride: usize) {
         unsafe {
-            match (rows, S::LANES) {
-                (1, _) => self.dot_of::<S, F, 1, 8>(out_stride),
-                (2, 16) => self.dot_of::<S, F, 2, 8>(out_stride),
-                (3, 16) => self.dot_of::<S, F, 3, 8>(out_stride),
-                (4, 16) => self.dot_of::<S, F, 4, 6>(out_stride),
-                (5, 16) => self.dot_of::<S, F, 5, 4>(out_stride),
-                (6, 16) => self.dot_of::<S, F, 6, 4>(out_stride),
-                (7, 16) => self.dot_of::<S, F, 7, 3>(out_stride),
-                (8, 16) => self.dot_of::<S, F, 8, 3>(out_stride),
-                (2, _) => self.dot_of::<S, F, 2, 4>(out_stride),
-                (3, _) => self.dot_of::<S, F, 3, 4>(out_stride),
-                (4, _) => self.dot_of::<S, F, 4, 3>(out_stride),
+            // Widening holds each weight vector twice, as words and as fp32, so its tiles are narrower.
+            match (rows, S::LANES, matches!(F::KIND, Kind::Bf16)) {
+                (1, _, _) => self.dot_of::<S, F, 1, 8>(out_stride),
+                (2, 16, false) => self.dot_of::<S, F, 2, 8>(out_stride),
+                (2, 16, true) => self.dot_of::<S, F, 2, 6>(out_stride),
+                (3, 16, _) => self.dot_of::<S, F, 3, 6>(out_stride),
+                (4, 16, false) => self.dot_of::<S, F, 4, 6>(out_stride),
+                (4, 16, true) => self.dot_of::<S, F, 4, 4>(out_stride),
+                (5, 16, _) => self.dot_of::<S, F, 5, 4>(out_stride),
+                (6, 16, _) => self.dot_of::<S, F, 6, 4>(out_stride),
+                (7, 16, _) => self.dot_of::<S, F, 7, 3>(out_stride),
+                (8, 16, _) => self.dot_of::<S, F, 8, 3>(out_stride),
+                (2, _, _) => self.dot_of::<S, F, 2, 4>(out_stride),
+                (3, _, false) => self.dot_of::<S, F, 3, 4>(out_stride),
+                (3, _, true) => self.dot_of::<S, F, 3, 3>(out_stride),
+                (4, _, _) => self.dot_of::<S, F, 4, 3>(out_stride),
                 _ => unreachable!("groups have one to eight rows"),
             }
         }
