@@ -27,7 +27,7 @@ from moekern.expert_choice import expert_choice
 from moekern.functional import experts, grouped_mlp, grouped_mm
 from moekern.layer import MoE
 from moekern.permutation import combine, permute
-from moekern.plan import Plan, plan
+from moekern.plan import Plan, PlanStats, plan
 from moekern.router import route
 
 try:
@@ -38,6 +38,7 @@ except PackageNotFoundError:  # the sources on PYTHONPATH, not installed
 __all__ = [
     "MoE",
     "Plan",
+    "PlanStats",
     "__version__",
     "aux_loss",
     "backend",

@@ -74,7 +74,7 @@ class Plan(NamedTuple):
         offsets = self.offsets.cpu()
         slots = self.order.shape[0]
         capacity = slots // height + min(self.num_experts, slots)
-        table = torch.empty(capacity, 3, dtype=torch.int32)
+        table = torch.empty(capacity, 3, dtype=torch.int32, device="cpu")
         count = _core.tiles(
             offsets.data_ptr(), self.num_experts, height, longest_first, table.data_ptr(), capacity
         )  # fmt: skip
@@ -112,7 +112,7 @@ def plan(topk_ids: Tensor, num_experts: int) -> Plan:
 
 _MOST_EXPERTS = 2**31 - 3  # offsets are counted in int32 too
 _ID_TYPE = {torch.uint8: 0, torch.uint16: 1, torch.int32: 2, torch.int64: 3}
-_empty_int32 = torch.empty(0, dtype=torch.int32).new_empty  # half the cost of torch.empty
+_empty_int32 = torch.empty(0, dtype=torch.int32, device="cpu").new_empty  # half the cost of torch.empty
 _get_num_threads = torch.get_num_threads
 _is_compiling = torch.compiler.is_compiling
 _is_tracing = torch.jit.is_tracing  # type: ignore[attr-defined]

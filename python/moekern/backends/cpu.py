@@ -34,7 +34,7 @@ def _result(shape: torch.Size | tuple[int, ...], like: Tensor) -> Tensor:
     the allocator does from 32 MiB on, takes several times as long as writing a gradient."""
     size = math.prod(shape) * like.element_size()
     if size < _LARGE:
-        return torch.empty(shape, dtype=like.dtype)
+        return torch.empty(shape, dtype=like.dtype, device="cpu")
     return torch.frombuffer(_core.Pages(size), dtype=like.dtype).view(shape)
 
 
@@ -42,9 +42,9 @@ def plan(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`moekern.backends.reference.plan`."""
     ids = _aligned(topk_ids.contiguous())
     slots = ids.numel()
-    order = torch.empty(slots, dtype=torch.int32)
-    inverse = torch.empty(slots, dtype=torch.int32)
-    offsets = torch.empty(num_experts + 1, dtype=torch.int32)
+    order = torch.empty(slots, dtype=torch.int32, device="cpu")
+    inverse = torch.empty(slots, dtype=torch.int32, device="cpu")
+    offsets = torch.empty(num_experts + 1, dtype=torch.int32, device="cpu")
     _core.plan(
         ids.data_ptr(), _ID_TYPE[ids.dtype], slots, num_experts,
         order.data_ptr(), inverse.data_ptr(), offsets.data_ptr(), torch.get_num_threads(),
