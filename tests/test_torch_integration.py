@@ -266,3 +266,17 @@ def test_backend_context_restores_on_error() -> None:
     from moekern import dispatch
 
     assert dispatch.resolve("cpu") in ("cpu", "reference")
+
+
+def test_the_default_device_does_not_matter() -> None:
+    p = make(20, H, I, E, K, bias=True)
+    dout = torch.randn_like(p.x)
+    expected = gradients(p, dout)
+    torch.set_default_device("meta")
+    try:
+        ours = gradients(p, dout)
+        assert mk.plan(p.ids, E).tiles(8).device.type == "cpu"
+    finally:
+        torch.set_default_device(None)
+    for name, value in ours.items():
+        assert torch.equal(value, expected[name]), name
