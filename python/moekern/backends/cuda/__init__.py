@@ -6,7 +6,7 @@ and the stream is torch's current one.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from moekern.backends.cuda import torch_path
 from moekern.backends.cuda.configuration import Configuration, choose
 from moekern.backends.cuda.torch_path import warn_once
 
-_choose = cache(choose)
+_choose = lru_cache(maxsize=1024)(choose)  # every number of tokens is a key
 
 
 @cache

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+MOST_EXPERTS = 1024  # the planner and the tile table give an expert a thread of one block
+
 # Below this many rows an expert on average the consumers of four stages beat three stages and whole-tile stores.
 FEW_ROWS = 600
 
@@ -58,6 +60,8 @@ def choose(
         return Configuration(
             "torch", reason=f"the Hopper kernels need multiples of 8, not sizes of {hidden} and {inter}"
         )
+    if experts > MOST_EXPERTS:
+        return Configuration("torch", reason=f"the Hopper kernels serve up to {MOST_EXPERTS} experts, not {experts}")
     if not aligned:
         return Configuration("torch", reason="the Hopper kernels need tensors that start at multiples of 16 bytes")
     if slots < FEW_ROWS * experts:
