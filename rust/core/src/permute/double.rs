@@ -5,20 +5,31 @@ use std::slice;
 
 use super::{Combine, CombineBackward};
 
+/// An fp64 value wherever it lies: matrices are given by address, whose alignment nobody promises.
+type Value = [u8; 8];
+
 /// Row `index` of a matrix.
 ///
 /// # Safety
 /// It exists and is not written meanwhile.
-unsafe fn row<'a>(matrix: *const u8, index: usize, len: usize) -> &'a [f64] {
-    unsafe { slice::from_raw_parts(matrix.cast::<f64>().add(index * len), len) }
+unsafe fn row<'a>(matrix: *const u8, index: usize, len: usize) -> &'a [Value] {
+    if len == 0 { &[] } else { unsafe { slice::from_raw_parts(matrix.cast::<Value>().add(index * len), len) } }
 }
 
 /// Row `index` of a matrix, to be written.
 ///
 /// # Safety
 /// It exists and nobody else uses it meanwhile.
-unsafe fn row_mut<'a>(matrix: *mut u8, index: usize, len: usize) -> &'a mut [f64] {
-    unsafe { slice::from_raw_parts_mut(matrix.cast::<f64>().add(index * len), len) }
+unsafe fn row_mut<'a>(matrix: *mut u8, index: usize, len: usize) -> &'a mut [Value] {
+    if len == 0 { &mut [] } else { unsafe { slice::from_raw_parts_mut(matrix.cast::<Value>().add(index * len), len) } }
+}
+
+fn get(value: &Value) -> f64 {
+    f64::from_ne_bytes(*value)
+}
+
+fn set(to: &mut Value, value: f64) {
+    *to = value.to_ne_bytes();
 }
 
 /// The weight of a slot.
@@ -26,7 +37,7 @@ unsafe fn row_mut<'a>(matrix: *mut u8, index: usize, len: usize) -> &'a mut [f64
 /// # Safety
 /// `weights` is null or has one.
 unsafe fn weight(weights: *const u8, slot: usize) -> f64 {
-    if weights.is_null() { 1.0 } else { unsafe { *weights.cast::<f64>().add(slot) } }
+    if weights.is_null() { 1.0 } else { unsafe { get(&*weights.cast::<Value>().add(slot)) } }
 }
 
 /// [`Combine`] for some tokens.
@@ -39,11 +50,13 @@ pub(super) unsafe fn combine(job: &Combine, tokens: Range<usize>) {
         // Safety: rows of different tokens are different memory.
         unsafe {
             let out = row_mut(job.out, token, len);
-            out.fill(0.0);
+            out.fill(0f64.to_ne_bytes());
             for slot in job.layout.slots(token) {
                 let Some(from) = job.layout.used_row(slot) else { continue };
                 let weight = weight(job.weights, slot);
-                out.iter_mut().zip(row(job.y, from, len)).for_each(|(out, y)| *out += weight * y);
+                for (out, y) in out.iter_mut().zip(row(job.y, from, len)) {
+                    set(out, get(out) + weight * get(y));
+                }
             }
         }
     }
@@ -64,11 +77,13 @@ pub(super) unsafe fn combine_backward(job: &CombineBackward, tokens: Range<usize
                 if !job.dy.is_null() {
                     let weight = if used.is_some() { weight(job.weights, slot) } else { 0.0 };
                     let dy = row_mut(job.dy, job.layout.row(slot), len);
-                    dy.iter_mut().zip(dout).for_each(|(dy, d)| *dy = if used.is_some() { weight * d } else { 0.0 });
+                    for (dy, d) in dy.iter_mut().zip(dout) {
+                        set(dy, if used.is_some() { weight * get(d) } else { 0.0 });
+                    }
                 }
                 if !job.dweights.is_null() {
-                    let dot = |from| dout.iter().zip(row(job.y, from, len)).map(|(d, y)| d * y).sum();
-                    *job.dweights.cast::<f64>().add(slot) = used.map_or(0.0, dot);
+                    let dot = |from| dout.iter().zip(row(job.y, from, len)).map(|(d, y)| get(d) * get(y)).sum();
+                    set(&mut *job.dweights.cast::<Value>().add(slot), used.map_or(0.0, dot));
                 }
             }
         }
