@@ -1,172 +1,196 @@
-"""The experts' forward pass on the CPU, whole verb, beside torch and beside what the machine allows.
+"""The experts on the CPU, forward alone and with the backward pass, against the machine's own bound and torch.
 
-    python benches/cpu_experts.py --shapes 64x8 --tokens 64 256 --dtypes bf16 fp32 --rounds 5
+    python benches/cpu_experts.py [--experts 8,64,128] [--tokens 64,256,2048] [--dtypes bf16,fp32]
+        [--passes forward,both] [--rounds 3] [--out FILE.md]
 
-One line a shape: up projection with gather, activation, down projection and weighted sum, in ms and GFLOP/s. "bound"
-is the larger of two times measured in the same rounds: two dense matmuls of the same FLOPs (fp32, or bf16 where the
-CPU has bf16 units), and reading the weights of the experts that have tokens at the rate at which torch sums a large
-tensor. "share" is bound / moekern. The peers are ``torch.nn.functional.grouped_mm`` around torch's gather, activation
-and weighted sum, and the loop over experts that transformers runs. All are timed in turn; the best of the rounds
-counts, for everything.
+H = 2048, I = 1024, SwiGLU, top-8 (top-2 with 8 experts), random routing, uneven counts, all threads. In every round
+each candidate runs once and the memory's rates are measured between them, so that all see the same minutes of a shared
+host; times are the best of the rounds, rates the medians.
+
+bound: the sum over the matrix products of the larger of two times: one dense torch matmul of the same FLOPs (fp32;
+bf16 where the CPU multiplies bf16 pairs), and the bytes of weights over the read rate or, for gradients of weights,
+their bytes over the rate of writes past the caches. Activation, gather and routing count for nothing in it.
+loop: one torch matmul an expert. grouped_mm: torch.nn.functional.grouped_mm over gathered rows. Both as multiples of
+moekern's time.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import statistics
+import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moekern import _core
-from moekern.backends import cpu
+import moekern as mk
+from moekern import _core, machine
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-READ_BYTES = 1 << 29
+HIDDEN, INTER = 2048, 1024
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def route(tokens: int, experts: int, top_k: int) -> tuple[Tensor, Tensor]:
-    """Random ids without repetition, so counts are uneven, and scores."""
+def routing(tokens: int, experts: int, top_k: int) -> tuple[Tensor, Tensor]:
+    """Distinct experts for each token, every one equally likely, and positive weights."""
     generator = torch.Generator().manual_seed(1)
-    scores, ids = torch.rand(tokens, experts, generator=generator).topk(top_k)
-    return ids, scores / scores.sum(1, keepdim=True)
+    ids = torch.rand(tokens, experts, generator=generator).topk(top_k, 1).indices
+    return ids, torch.rand(tokens, top_k, generator=generator)
 
 
 def loop(x: Tensor, ids: Tensor, scores: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
-    """As in transformers: for every expert that has tokens, two linear layers and an index_add."""
+    """The experts of Hugging Face's models: one after the other, rows added to the output."""
     out = torch.zeros_like(x)
-    mask = F.one_hot(ids, w_down.shape[0]).permute(2, 1, 0)
-    for expert in mask.sum((1, 2)).nonzero().flatten().tolist():
-        k, token = torch.where(mask[expert])
-        gate, up = F.linear(x[token], w_gate_up[expert]).chunk(2, dim=-1)
-        rows = F.linear(F.silu(gate) * up, w_down[expert]) * scores[token, k, None]
-        out.index_add_(0, token, rows.to(out.dtype))
+    for expert in ids.unique().tolist():
+        token, k = torch.where(ids == expert)
+        gate, up = F.linear(x[token], w_gate_up[expert]).chunk(2, -1)
+        y = F.linear(F.silu(gate) * up, w_down[expert]) * scores[token, k, None]
+        out = out.index_add(0, token, y.to(out.dtype))
     return out
 
 
 def grouped(x: Tensor, ids: Tensor, scores: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
-    """As in transformers: rows sorted by expert, two grouped_mm."""
-    flat = ids.flatten()
-    order = flat.argsort(stable=True)
-    offsets = torch.bincount(flat, minlength=w_down.shape[0]).cumsum(0).int()
-    gate, up = F.grouped_mm(x[order // ids.shape[1]], w_gate_up.mT, offs=offsets).chunk(2, dim=-1)
-    rows = F.grouped_mm(F.silu(gate) * up, w_down.mT, offs=offsets) * scores.flatten()[order, None]
-    return rows[order.argsort()].view(*ids.shape, -1).sum(1).to(x.dtype)
+    """Sorted rows through torch's own grouped matmul."""
+    top_k = ids.shape[1]
+    order = ids.reshape(-1).argsort(stable=True)
+    ends = torch.bincount(ids.reshape(-1), minlength=w_down.shape[0]).cumsum(0).int()
+    gate, up = F.grouped_mm(x[order // top_k], w_gate_up.transpose(1, 2), offs=ends).chunk(2, -1)
+    y = F.grouped_mm(F.silu(gate) * up, w_down.transpose(1, 2), offs=ends)
+    y = y * scores.reshape(-1)[order, None]
+    return torch.zeros_like(x).index_add(0, order // top_k, y.to(x.dtype))
 
 
-def best(functions: dict[str, Callable[[], Any]], rounds: int, patience: float) -> dict[str, float]:
-    """Seconds of each, the best of interleaved rounds; what takes longer than ``patience`` runs once."""
-    seconds: dict[str, float] = {}
-    for _ in range(rounds + 1):
-        for name, function in functions.items():
-            if seconds.get(name, 0.0) > patience:
-                continue
-            start = time.perf_counter()
-            function()
-            seconds[name] = min(seconds.get(name, float("inf")), time.perf_counter() - start)
-    return seconds
+def clock(work: Callable[[], object]) -> float:
+    """Seconds."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
 
 
-def measure(
-    weights: tuple[Tensor, Tensor], experts: int, top_k: int, tokens: int, save: bool, rounds: int
-) -> dict[str, Any]:
-    """All contenders on one shape."""
-    w_gate_up, w_down = weights[0][:experts], weights[1][:experts]
-    hidden, dtype = w_gate_up.shape[2], w_down.dtype
-    ids, scores = route(tokens, experts, top_k)
-    x = torch.randn(tokens, hidden).to(dtype)
-    order, inverse, offsets = cpu.plan(ids, experts)
-    native = dtype if dtype == torch.bfloat16 and _core.cpu_isa() == "avx512bf16" else torch.float32
-    rows = torch.randn(tokens * top_k, hidden).to(native)
-    inner = torch.randn(tokens * top_k, w_down.shape[2]).to(native)
-    dense_up, dense_down = w_gate_up[0].to(native).T, w_down[0].to(native).T
-    read = torch.ones(READ_BYTES // 4)
-
-    def ours() -> Tensor:
-        return cpu.experts_forward(
-            x, scores, order, inverse, offsets, w_gate_up, w_down, None, None, top_k, "swiglu", False, False, save
-        )[0]  # fmt: skip
-
-    def peer(function: Callable[..., Tensor]) -> Callable[[], Tensor]:
-        return lambda: function(x, ids, scores, w_gate_up, w_down)
-
-    seconds = best(
-        {
-            "moekern": ours,
-            "dense": lambda: (rows @ dense_up, inner @ dense_down),
-            "read": read.sum,
-            "grouped_mm": peer(grouped),
-            "loop": peer(loop),
-        },
-        rounds,
-        patience=2.0,
-    )
-    error = (ours().float() - loop(x, ids, scores, w_gate_up, w_down).float()).norm() / ours().float().norm()
-    if not error < 0.02:
-        raise AssertionError(f"the results differ by {error:.1e}")
-    flops = 2 * tokens * top_k * (w_gate_up[0].numel() + w_down[0].numel())
-    active = int((offsets.diff() > 0).sum())
-    weight_bytes = active * (w_gate_up[0].numel() + w_down[0].numel()) * w_down.element_size()
-    by_bytes = weight_bytes / READ_BYTES * seconds["read"]
-    bound = max(seconds["dense"], by_bytes)
-    return {
-        "experts": experts,
-        "top_k": top_k,
-        "tokens": tokens,
-        "dtype": next(name for name, d in DTYPES.items() if d == dtype),
-        "isa": _core.cpu_isa(),
-        "rows_an_expert": tokens * top_k / active,
-        "gflops": flops / seconds["moekern"] / 1e9,
-        "share": bound / seconds["moekern"],
-        "decided_by": "bytes" if by_bytes > seconds["dense"] else "flops",
-        "read_gb_s": READ_BYTES / seconds["read"] / 1e9,
-        "ms": {name: 1e3 * s for name, s in seconds.items() if name != "read"},
-    }
+def products(rows: int, backward: bool) -> list[tuple[int, int, int, bool]]:
+    """(m, k, n, writes a gradient of weights) of the dense products with the same FLOPs."""
+    forward = [(rows, HIDDEN, 2 * INTER, False), (rows, INTER, HIDDEN, False)]
+    gradients = [(rows, HIDDEN, INTER, False), (rows, 2 * INTER, HIDDEN, False)]
+    weights = [(HIDDEN, rows, INTER, True), (2 * INTER, rows, HIDDEN, True)]
+    return forward + (gradients + weights if backward else [])
 
 
-def main() -> None:
+def dense(
+    shapes: list[tuple[int, int, int, bool]], dtype: torch.dtype
+) -> dict[tuple[int, int, int, bool], Callable[[], object]]:
+    """One matmul for each product, operands laid out as the layer's."""
+    runs: dict[tuple[int, int, int, bool], Callable[[], object]] = {}
+    for shape in shapes:
+        m, k, n, gradient = shape
+        a = torch.randn(k, m).to(dtype).t() if gradient else torch.randn(m, k).to(dtype)
+        b = torch.randn(k, n).to(dtype) if gradient else torch.randn(n, k).to(dtype).t()
+        out = torch.empty(m, n, dtype=dtype)
+        runs[shape] = lambda a=a, b=b, out=out: torch.mm(a, b, out=out)
+    return runs
+
+
+class Case:
+    """One line of the table for each pass."""
+
+    def __init__(self, experts: int, top_k: int, tokens: int, dtype: torch.dtype) -> None:
+        self.experts, self.top_k, self.tokens, self.dtype = experts, top_k, tokens, dtype
+        self.ids, self.scores = routing(tokens, experts, top_k)
+        torch.manual_seed(0)
+        self.x = torch.randn(tokens, HIDDEN).to(dtype)
+        self.grad = torch.randn(tokens, HIDDEN).to(dtype)
+        # One expert's values for all: normal variates for gigabytes of weights take longer than the measurement.
+        self.w_gate_up = (torch.randn(1, 2 * INTER, HIDDEN) / HIDDEN**0.5).to(dtype).repeat(experts, 1, 1)
+        self.w_down = (torch.randn(1, HIDDEN, INTER) / INTER**0.5).to(dtype).repeat(experts, 1, 1)
+
+    def run(self, layer: Callable[..., Tensor], backward: bool) -> Callable[[], object]:
+        leaves = (self.x, self.scores, self.w_gate_up, self.w_down)
+        for leaf in leaves:
+            leaf.requires_grad_(backward)
+
+        def work() -> None:
+            x, scores, w_gate_up, w_down = leaves
+            if not backward:
+                with torch.no_grad():
+                    layer(x, self.ids, scores, w_gate_up, w_down)
+                return
+            # Weights' gradients are freed at once, as an optimizer with set_to_none does.
+            layer(x, self.ids, scores, w_gate_up, w_down).backward(self.grad)
+            for leaf in leaves:
+                leaf.grad = None
+
+        return work
+
+    def measure(self, backward: bool, rounds: int, memory: Tensor) -> str:
+        rows = self.tokens * self.top_k
+        shapes = products(rows, backward)
+        pairs = self.dtype == torch.bfloat16 and _core.cpu_isa() == "avx512bf16"
+        runs: dict[object, Callable[[], object]] = {
+            name: self.run(layer, backward)
+            for name, layer in (("moekern", mk.experts), ("loop", loop), ("grouped", grouped))
+        }
+        runs.update(dense(shapes, torch.bfloat16 if pairs else torch.float32))
+        best = dict.fromkeys(runs, float("inf"))
+        rates: dict[bool, list[float]] = {False: [], True: []}
+        for round_ in range(rounds + 1):
+            for name, work in list(runs.items()):
+                seconds = clock(work)
+                if round_ or seconds > 10:
+                    best[name] = min(best[name], seconds)
+                if seconds > 10:
+                    del runs[name]
+                if round_ and isinstance(name, tuple):
+                    rate = _core.memory_rate(memory.data_ptr(), memory.numel(), torch.get_num_threads(), name[3])
+                    rates[name[3]].append(rate)
+        read, write = (statistics.median(rates[kind] or [float("inf")]) for kind in (False, True))
+        bound = 0.0
+        for shape in shapes:
+            m, k, n, gradient = shape
+            elements = self.experts * (m * n if gradient else k * n)
+            size = elements * self.dtype.itemsize
+            bound += max(best[shape], size / (write if gradient else read))
+        flops = sum(2 * m * k * n for m, k, n, _ in shapes)
+        cells = [
+            "forward+backward" if backward else "forward", "bf16" if self.dtype == torch.bfloat16 else "fp32",
+            self.experts, self.top_k, self.tokens, f"{rows / self.experts:.0f}", f"{best['moekern'] * 1e3:.1f}",
+            f"{flops / best['moekern'] / 1e9:.0f}", f"**{bound / best['moekern']:.2f}**",
+            *(f"{best[name] / best['moekern']:.1f}x" for name in ("loop", "grouped")),
+            f"{read / 1e9:.0f} / {write / 1e9:.0f}" if backward else f"{read / 1e9:.0f}",
+        ]  # fmt: skip
+        return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=["8x2", "64x8", "128x8"], help="experts x top-k")
-    parser.add_argument("--tokens", nargs="+", type=int, default=[64, 256, 2048])
-    parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp32"], choices=list(DTYPES))
-    parser.add_argument("--hidden", type=int, default=2048)
-    parser.add_argument("--inter", type=int, default=1024)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--save", action="store_true", help="store the pre-activations too, as for training")
-    parser.add_argument("--json", help="also write the records to this file")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes]
-    most = max(experts for experts, _ in shapes)
-    records = []
-    with torch.inference_mode():
-        for name in args.dtypes:
-            dtype = DTYPES[name]
-            weights = (
-                torch.empty(most, 2 * args.inter, args.hidden, dtype=dtype).normal_(0, args.hidden**-0.5),
-                torch.empty(most, args.hidden, args.inter, dtype=dtype).normal_(0, args.inter**-0.5),
-            )
-            for experts, top_k in shapes:
-                for tokens in args.tokens:
-                    r = measure(weights, experts, top_k, tokens, args.save, args.rounds)
-                    records.append(r)
-                    peers = " ".join(f"{peer} {r['ms'][peer]:8.2f}" for peer in ("grouped_mm", "loop"))
-                    print(
-                        f"E{experts:<3} K{top_k} T{tokens:<5} {name} {r['isa']}: {r['ms']['moekern']:8.2f} ms "
-                        f"{r['gflops']:4.0f} GFLOP/s, share {r['share']:.2f} ({r['decided_by']}, read "
-                        f"{r['read_gb_s']:.0f} GB/s); {peers} ms",
-                        flush=True,
-                    )
-            del weights
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(records, file, indent=1)
+    numbers = lambda text: [int(n) for n in text.split(",")]  # noqa: E731
+    parser.add_argument("--experts", type=numbers, default=[8, 64, 128])
+    parser.add_argument("--tokens", type=numbers, default=[64, 256, 2048])
+    parser.add_argument("--dtypes", type=lambda text: text.split(","), default=["bf16", "fp32"])
+    parser.add_argument("--passes", type=lambda text: text.split(","), default=["forward", "both"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args(arguments)
+
+    memory = torch.ones(256 << 20, dtype=torch.uint8)
+    lines = [
+        f"`python benches/{' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}`",
+        f"{machine.cpu_name()}, {torch.get_num_threads()} threads, {_core.cpu_isa()}, torch {torch.__version__}",
+        "",
+        "| pass | dtype | E | K | T | rows/E | ms | GFLOP/s | of bound | loop | grouped_mm | GB/s |",
+        "|" + " --- |" * 12,
+    ]
+    print("\n".join(lines), flush=True)
+    for experts in options.experts:
+        for dtype in options.dtypes:
+            for tokens in options.tokens:
+                case = Case(experts, 2 if experts == 8 else 8, tokens, DTYPES[dtype])
+                for which in options.passes:
+                    lines.append(case.measure(which == "both", options.rounds, memory))
+                    print(lines[-1], flush=True)
+    if options.out:
+        options.out.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
