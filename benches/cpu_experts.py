@@ -1,7 +1,7 @@
 """The experts on the CPU, forward alone and with the backward pass, against the machine's own bound and torch.
 
     python benches/cpu_experts.py [--experts 8,64,128] [--tokens 64,256,2048] [--dtypes bf16,fp32]
-        [--passes forward,both] [--rounds 3] [--out FILE.md]
+        [--passes forward,both] [--peers loop,grouped_mm] [--rounds 3] [--out FILE.md]
 
 H = 2048, I = 1024, SwiGLU, top-8 (top-2 with 8 experts), random routing, uneven counts, all threads. In every round
 each candidate runs once and the memory's rates are measured between them, so that all see the same minutes of a shared
@@ -61,6 +61,9 @@ def grouped(x: Tensor, ids: Tensor, scores: Tensor, w_gate_up: Tensor, w_down: T
     y = F.grouped_mm(F.silu(gate) * up, w_down.transpose(1, 2), offs=ends)
     y = y * scores.reshape(-1)[order, None]
     return torch.zeros_like(x).index_add(0, order // top_k, y.to(x.dtype))
+
+
+PEERS = {"loop": loop, "grouped_mm": grouped}
 
 
 def clock(work: Callable[[], object]) -> float:
@@ -123,14 +126,12 @@ class Case:
 
         return work
 
-    def measure(self, backward: bool, rounds: int, memory: Tensor) -> str:
+    def measure(self, backward: bool, rounds: int, memory: Tensor, peers: list[str]) -> str:
         rows = self.tokens * self.top_k
         shapes = products(rows, backward)
         pairs = self.dtype == torch.bfloat16 and _core.cpu_isa() == "avx512bf16"
-        runs: dict[object, Callable[[], object]] = {
-            name: self.run(layer, backward)
-            for name, layer in (("moekern", mk.experts), ("loop", loop), ("grouped", grouped))
-        }
+        layers = {"moekern": mk.experts, **{name: PEERS[name] for name in peers}}
+        runs: dict[object, Callable[[], object]] = {n: self.run(layer, backward) for n, layer in layers.items()}
         runs.update(dense(shapes, torch.bfloat16 if pairs else torch.float32))
         best = dict.fromkeys(runs, float("inf"))
         rates: dict[bool, list[float]] = {False: [], True: []}
@@ -156,7 +157,7 @@ class Case:
             "forward+backward" if backward else "forward", "bf16" if self.dtype == torch.bfloat16 else "fp32",
             self.experts, self.top_k, self.tokens, f"{rows / self.experts:.0f}", f"{best['moekern'] * 1e3:.1f}",
             f"{flops / best['moekern'] / 1e9:.0f}", f"**{bound / best['moekern']:.2f}**",
-            *(f"{best[name] / best['moekern']:.1f}x" for name in ("loop", "grouped")),
+            *(f"{best[name] / best['moekern']:.1f}x" if name in best else "-" for name in PEERS),
             f"{read / 1e9:.0f} / {write / 1e9:.0f}" if backward else f"{read / 1e9:.0f}",
         ]  # fmt: skip
         return "| " + " | ".join(map(str, cells)) + " |"
@@ -169,6 +170,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=numbers, default=[64, 256, 2048])
     parser.add_argument("--dtypes", type=lambda text: text.split(","), default=["bf16", "fp32"])
     parser.add_argument("--passes", type=lambda text: text.split(","), default=["forward", "both"])
+    parser.add_argument("--peers", type=lambda text: [p for p in text.split(",") if p], default=list(PEERS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
@@ -187,7 +189,7 @@ def main(arguments: list[str] | None = None) -> None:
             for tokens in options.tokens:
                 case = Case(experts, 2 if experts == 8 else 8, tokens, DTYPES[dtype])
                 for which in options.passes:
-                    lines.append(case.measure(which == "both", options.rounds, memory))
+                    lines.append(case.measure(which == "both", options.rounds, memory, options.peers))
                     print(lines[-1], flush=True)
     if options.out:
         options.out.write_text("\n".join(lines) + "\n")
