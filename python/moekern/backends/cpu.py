@@ -12,16 +12,12 @@ from torch import Tensor
 
 from moekern import _core
 from moekern.activations import ACTIVATIONS
-from moekern.backends import reference
+from moekern.backends import address, reference
 
 _DTYPE = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
 _ID_TYPE = {torch.uint8: 0, torch.uint16: 1, torch.int32: 2, torch.int64: 3}
 _KIND = {"nt": 0, "nn": 1, "tn": 2}
 _LARGE = 32 << 20  # bytes
-
-
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
 
 
 def _aligned(t: Tensor) -> Tensor:
@@ -83,8 +79,8 @@ def experts_forward(
     _core.experts_forward(
         _DTYPE[x.dtype], torch.get_num_threads(), tokens, hidden, intermediate, experts, top_k,
         ACTIVATIONS[activation].code, transposed, interleaved,
-        x.data_ptr(), _address(scores), order.data_ptr(), inverse.data_ptr(), offsets.data_ptr(),
-        w_gate_up.data_ptr(), w_down.data_ptr(), _address(b_gate_up), _address(b_down),
+        x.data_ptr(), address(scores), order.data_ptr(), inverse.data_ptr(), offsets.data_ptr(),
+        w_gate_up.data_ptr(), w_down.data_ptr(), address(b_gate_up), address(b_down),
         pre.data_ptr() if save else 0, out.data_ptr(),
     )  # fmt: skip
     return out, pre
@@ -124,9 +120,9 @@ def experts_backward(
     _core.experts_backward(
         _DTYPE[x.dtype], torch.get_num_threads(), tokens, hidden, intermediate, experts, top_k,
         ACTIVATIONS[activation].code, transposed, interleaved,
-        dout.data_ptr(), x.data_ptr(), pre.data_ptr(), _address(scores),
+        dout.data_ptr(), x.data_ptr(), pre.data_ptr(), address(scores),
         order.data_ptr(), inverse.data_ptr(), offsets.data_ptr(),
-        w_gate_up.data_ptr(), w_down.data_ptr(), _address(b_gate_up), _address(b_down),
+        w_gate_up.data_ptr(), w_down.data_ptr(), address(b_gate_up), address(b_down),
         *(g.data_ptr() if wanted else 0 for g, wanted in zip(gradients, needs, strict=True)),
     )  # fmt: skip
     return gradients

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from moekern.activations import ACTIVATIONS, split
+from moekern.backends import address
 from moekern.backends.cuda import backward_kernels as own
 from moekern.backends.cuda import kernels, torch_path
 from moekern.backends.cuda.configuration import Configuration
-from moekern.backends.cuda.forward import PROGRAMS, _address, _round_up, _stream
+from moekern.backends.cuda.forward import PROGRAMS, _round_up, _stream
 from moekern.backends.cuda.program import Placeholder, record_parts
 from moekern.backends.cuda.torch_path import warn_once
 
@@ -245,7 +246,7 @@ def experts_backward(
         programs, size = _programs(sizes)
         work = torch.empty(size, dtype=torch.uint8, device=x.device)
         tensors = (dout, x, pre, scores, order, inverse, offsets, w_gate_up, w_down, b_down, work, *grads)
-        addresses = [_address(t) for t in tensors]
+        addresses = [address(t) for t in tensors]
         programs[0].replay(_stream(device), addresses)
         if len(programs) == 3:
             # The second stream starts when the rows of dx are there, and the first one waits for it: memory that is

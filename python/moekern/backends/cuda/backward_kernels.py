@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moekern.activations import ACTIVATIONS
+from moekern.backends import address
 from moekern.backends.cuda.kernels import (
     ELEMENT,
     MAP_ELEMENT,
@@ -54,10 +55,6 @@ def combine_beside_variant(dtype: torch.dtype, top_k: int) -> Macros:
     return (("ELEMENT", ELEMENT[dtype]), ("TOP_K", top_k))
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def _launch(file: str, name: str, like: Tensor, blocks: int, params: bytes) -> None:
     """Launch one of the small kernels, 256 threads a block."""
     device = like.get_device()
@@ -72,7 +69,7 @@ class Rows:
         """Launch the kernel that fills `token` int32 and `score` float32, both ``[S]``; `like` has the dtype."""
         slots = order.shape[0]
         self.token, self.score = token, score
-        addresses = order.data_ptr(), _address(scores), token.data_ptr(), score.data_ptr()
+        addresses = order.data_ptr(), address(scores), token.data_ptr(), score.data_ptr()
         _launch("rows.cu", "row_values", like, -(-slots // 256), struct.pack("<4Q2i", *addresses, slots, top_k))
 
 
@@ -99,7 +96,7 @@ def dh(
     )  # fmt: skip
     params = struct.pack(
         "<9Q3iI", tables.table, tables.counter(), dout.data_ptr(), rows.token.data_ptr(), rows.score.data_ptr(),
-        pre.data_ptr(), grad_pre.data_ptr(), _address(scaled), _address(partials),
+        pre.data_ptr(), grad_pre.data_ptr(), address(scaled), address(partials),
         hidden, inter, -(-inter // DH_FEATURES), hidden // 8,
     )  # fmt: skip
     function = _function(device, "dh.cu", "dh", DH_SHARED, macros)
@@ -137,7 +134,7 @@ def wgrad(
         (2 * out.shape[2], 2 * out.shape[2] * out.shape[1]), (64, 256 if p_innermost else 64, 1),
     )  # fmt: skip
     params = struct.pack(
-        "<5Q3iI", offsets.data_ptr(), tables.expert_order, tables.counter(), p.data_ptr(), _address(row_token),
+        "<5Q3iI", offsets.data_ptr(), tables.expert_order, tables.counter(), p.data_ptr(), address(row_token),
         experts, p.shape[1], q.shape[1], 2 * p.shape[1],
     )  # fmt: skip
     function = _function(device, "wgrad.cu", "wgrad", WGRAD_SHARED, macros)
@@ -151,7 +148,7 @@ def score_gradient(
     """dS of every slot from the partial sums of its row, and ``<dO_t, bias_e>``; zero for sentinels."""
     slots, experts = out.numel(), offsets.shape[0] - 1
     params = struct.pack(
-        "<6Q6i", partials.data_ptr(), inverse.data_ptr(), offsets.data_ptr(), dout.data_ptr(), _address(bias),
+        "<6Q6i", partials.data_ptr(), inverse.data_ptr(), offsets.data_ptr(), dout.data_ptr(), address(bias),
         out.data_ptr(), slots, top_k, experts, partials.shape[1], dout.shape[1], 0,
     )  # fmt: skip
     slots_a_block = 256 if bias is None else 8
@@ -165,7 +162,7 @@ def bias_gradient(
     experts, features = out.shape
     columns = -(-features // 64)
     params = struct.pack(
-        "<5Q2i", source.data_ptr(), _address(row_token), _address(row_score), offsets.data_ptr(), out.data_ptr(),
+        "<5Q2i", source.data_ptr(), address(row_token), address(row_score), offsets.data_ptr(), out.data_ptr(),
         features, columns,
     )  # fmt: skip
     _launch("rows.cu", "bias_gradient", source, experts * columns, params)

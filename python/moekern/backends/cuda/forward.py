@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moekern.activations import ACTIVATIONS
+from moekern.backends import address
 from moekern.backends.cuda import kernels
 from moekern.backends.cuda.configuration import Configuration
 from moekern.backends.cuda.program import Placeholder, record
@@ -30,10 +31,6 @@ def on_device(device: int) -> AbstractContextManager[Any]:
 
 def _stream(device: int) -> int:
     return torch._C._cuda_getCurrentRawStream(device)  # type: ignore[attr-defined, no-any-return]
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 @lru_cache(maxsize=PROGRAMS)
@@ -144,5 +141,5 @@ def experts_forward(
         )  # fmt: skip
         work = torch.empty(size, dtype=torch.uint8, device=x.device)
         tensors = (x, scores, order, inverse, offsets, w_gate_up, w_down, b_gate_up, b_down, out, pre, work)
-        program.replay(_stream(device), [_address(t) for t in tensors])
+        program.replay(_stream(device), [address(t) for t in tensors])
     return out, pre
