@@ -87,8 +87,8 @@ $(MADE):
 	@command -v $(firstword $(PYTHON)) >/dev/null || { echo "moekern needs Python >= 3.11, and $(PYTHON) was not found: install python3 and python3-venv with the system's package manager, or name one: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "moekern needs Python >= 3.11, and $(PYTHON) is $$($(PYTHON) --version 2>&1): install a newer one from https://www.python.org/downloads/ or name one: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) lacks the venv module: install it, on Debian and Ubuntu with: apt-get install python3-venv" >&2; exit 1; }
-	@command -v $(CARGO) >/dev/null || { echo "moekern needs Rust >= 1.88, and $(CARGO) was not found: install it from https://rustup.rs, then open a new shell" >&2; exit 1; }
-	@$(CARGO) --version | awk '{split($$2, v, "."); exit !(v[1] > 1 || v[2] >= 88)}' || { echo "moekern needs Rust >= 1.88, and this is $$($(CARGO) --version): run rustup update, or install a newer one from https://rustup.rs" >&2; exit 1; }
+	@command -v $(CARGO) >/dev/null || { echo "moekern needs Rust >= 1.89, and $(CARGO) was not found: install it from https://rustup.rs, then open a new shell" >&2; exit 1; }
+	@$(CARGO) --version | awk '{split($$2, v, "."); exit !(v[1] > 1 || v[2] >= 89)}' || { echo "moekern needs Rust >= 1.89, and this is $$($(CARGO) --version): run rustup update, or install a newer one from https://rustup.rs" >&2; exit 1; }
 	@command -v cc >/dev/null || { echo "Rust needs a C linker, and cc was not found: install gcc or clang, on Debian and Ubuntu with: apt-get install build-essential" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip

@@ -42,10 +42,11 @@ def normal(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
     return (torch.randn(shape, device="cuda") * scale).to(dtype)
 
 
-def assert_rows_close(got: Tensor, wanted: Tensor, offsets: Tensor, allowed: float, worst: float = 1.5) -> None:
-    """In the whole and in each expert: a single wrong 8x8 block must not drown in the others."""
+def assert_rows_close(got: Tensor, wanted: Tensor, offsets: Tensor, allowed: float, worst: float = 1.25) -> None:
+    """In the whole, and within `worst` times it in each expert: a single wrong 8x8 block must not drown in the others."""
     assert error(got, wanted) <= allowed
-    bounds = offsets.tolist()
-    for i, j in pairwise(bounds):
+    few = torch.finfo(got.dtype).eps / 2  # what the error of a handful of elements can reach
+    for i, j in pairwise(offsets.tolist()):
         if j > i:
-            assert error(got[i:j], wanted[i:j]) <= worst * allowed
+            enough = (j - i) * got.shape[1] >= 512
+            assert error(got[i:j], wanted[i:j]) <= (worst * allowed if enough else max(few, worst * allowed))

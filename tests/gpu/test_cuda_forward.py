@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from torch import Tensor
@@ -12,51 +10,14 @@ import moekern as mk
 from moekern.activations import ACTIVATIONS, split
 from moekern.backends import reference
 from problems import error
+from ragged import COUNTS, ROUNDING, assert_guards, assert_rows_close, guarded, normal, plan_of_counts
 
 pytestmark = pytest.mark.gpu
-
-RAGGED_COUNTS = (0, 1, 5, 7, 8, 9, 31, 32, 33, 63, 65, 100, 127, 129, 200, 255, 256, 257, 300, 513, 0, 5)
-GUARD = 64
-# A sum in fp32 of products of 16-bit numbers is off by the rounding of the result alone: 2^-9 / sqrt(3) in bfloat16.
-ROUNDING = {torch.bfloat16: 1.75e-3, torch.float16: 2.3e-4}
-
 
 @pytest.fixture(autouse=True)
 def _hopper() -> None:
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a GPU of compute capability 9.0")
-
-
-def guarded(rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A NaN-filled matrix with rows of NaN before and after it, and the part in between."""
-    whole = torch.full((rows + 2 * GUARD, columns), float("nan"), dtype=dtype, device="cuda")
-    return whole, whole[GUARD : GUARD + rows]
-
-
-def assert_guards(*wholes: Tensor) -> None:
-    for whole in wholes:
-        assert whole[:GUARD].isnan().all()
-        assert whole[-GUARD:].isnan().all()
-
-
-def plan_of_counts(counts: tuple[int, ...], sentinels: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """A plan for tokens of one slot each with these rows an expert, in random token order, then sentinels."""
-    ids = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-    ids = torch.cat((ids, torch.full((sentinels,), -1)))[torch.randperm(len(ids) + sentinels)]
-    return reference.plan(ids.reshape(-1, 1).cuda(), len(counts))
-
-
-def normal(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-    return (torch.randn(shape, device="cuda") * scale).to(dtype)
-
-
-def assert_rows_close(got: Tensor, wanted: Tensor, offsets: Tensor, allowed: float) -> None:
-    """In the whole and in each expert: a single wrong 8x8 block must not drown in the others."""
-    assert error(got, wanted) <= allowed
-    few = torch.finfo(got.dtype).eps / 2  # what the error of a handful of elements can reach
-    for i, j in itertools.pairwise(offsets.tolist()):
-        if j > i:
-            assert error(got[i:j], wanted[i:j]) <= (1.25 * allowed if (j - i) * got.shape[1] >= 512 else few)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
@@ -97,7 +58,7 @@ def test_combine(dtype: torch.dtype, hidden: int, top_k: int) -> None:
     real = (ids >= 0).unsqueeze(-1)
     by_slot = torch.where(real, rows[inverse.long()].reshape(tokens, top_k, hidden).float(), 0)
     for s in (scores, None):
-        whole, out = guarded(tokens, hidden, dtype)
+        whole, out = guarded(tokens, hidden, dtype=dtype)
         kernels.combine(rows, s, inverse, offsets, out, top_k)
         assert_guards(whole)
         wanted = (by_slot * (1 if s is None else s.unsqueeze(-1))).sum(1)
@@ -113,8 +74,8 @@ def test_grouped_mm_on_ragged_rows(
 ) -> None:
     from moekern.backends.cuda import kernels
 
-    experts, rows = len(RAGGED_COUNTS), sum(RAGGED_COUNTS)
-    _, _, offsets = plan_of_counts(RAGGED_COUNTS)
+    experts, rows = len(COUNTS), sum(COUNTS)
+    _, _, offsets = plan_of_counts(COUNTS)
     a = normal(rows, inner, dtype=dtype)
     w = normal(experts, *((inner, features) if transposed else (features, inner)), dtype=dtype, scale=inner**-0.5)
     bias = normal(experts, features, dtype=dtype)
@@ -122,7 +83,7 @@ def test_grouped_mm_on_ragged_rows(
     for b in (None, bias):
         results = []
         for _ in range(2):
-            whole, out = guarded(rows, features, dtype)
+            whole, out = guarded(rows, features, dtype=dtype)
             kernels.grouped_mm(a, w, b, out, kernels.Tables(offsets, rows), transposed, stages, store_rows)
             assert_guards(whole)
             results.append(out)
@@ -150,8 +111,8 @@ def test_up_on_ragged_rows(
     from moekern.backends.cuda import kernels
 
     act = ACTIVATIONS[activation]
-    experts, rows, sentinels = len(RAGGED_COUNTS), sum(RAGGED_COUNTS), 40
-    order, _, offsets = plan_of_counts(RAGGED_COUNTS, sentinels)
+    experts, rows, sentinels = len(COUNTS), sum(COUNTS), 40
+    order, _, offsets = plan_of_counts(COUNTS, sentinels)
     columns = inter * (2 if act.gated else 1)
     x = normal(rows + sentinels, hidden, dtype=dtype)
     x[order[rows:].long()] = float("nan")  # nobody may look at a sentinel's token
@@ -165,8 +126,8 @@ def test_up_on_ragged_rows(
         wanted = wanted + reference._bias_rows(b.float(), offsets, rows)
     results = []
     for save in (True, False, True):
-        whole_a, activated = guarded(rows, inter, dtype)
-        whole_p, pre = guarded(rows, columns, dtype)
+        whole_a, activated = guarded(rows, inter, dtype=dtype)
+        whole_p, pre = guarded(rows, columns, dtype=dtype)
         tables = kernels.Tables(offsets, rows)
         kernels.up(
             x, order, w, b, activated, pre if save else None, tables, 1, activation, transposed, interleaved, False
@@ -193,8 +154,8 @@ def test_up_for_few_rows(
 ) -> None:
     from moekern.backends.cuda import kernels
 
-    act, experts, rows = ACTIVATIONS[activation], len(RAGGED_COUNTS), sum(RAGGED_COUNTS)
-    order, _, offsets = plan_of_counts(RAGGED_COUNTS)
+    act, experts, rows = ACTIVATIONS[activation], len(COUNTS), sum(COUNTS)
+    order, _, offsets = plan_of_counts(COUNTS)
     x = normal(rows, hidden, dtype=dtype)
     shape = (hidden, 2 * inter) if transposed else (2 * inter, hidden)
     w = normal(experts, *shape, dtype=dtype, scale=1.5 * hidden**-0.5)
@@ -204,7 +165,7 @@ def test_up_for_few_rows(
         pre = pre + reference._bias_rows(b.float(), offsets, rows)
     results = []
     for _ in range(2):
-        whole, activated = guarded(rows, inter, dtype)
+        whole, activated = guarded(rows, inter, dtype=dtype)
         tables = kernels.Tables(offsets, rows)
         kernels.up(x, order, w, b, activated, None, tables, 1, activation, transposed, False, True)
         assert_guards(whole)
@@ -316,9 +277,9 @@ def test_more_than_2_31_elements() -> None:
 def test_grouped_products_end_with_zeros(kind: str, sentinels: int) -> None:
     from moekern.backends import cuda
 
-    _, _, offsets = plan_of_counts(RAGGED_COUNTS, sentinels)
-    a = normal(sum(RAGGED_COUNTS) + sentinels, 136, dtype=torch.bfloat16)
-    b = normal(len(RAGGED_COUNTS), *((72, 136) if kind == "nt" else (136, 72)), dtype=torch.bfloat16)
+    _, _, offsets = plan_of_counts(COUNTS, sentinels)
+    a = normal(sum(COUNTS) + sentinels, 136, dtype=torch.bfloat16)
+    b = normal(len(COUNTS), *((72, 136) if kind == "nt" else (136, 72)), dtype=torch.bfloat16)
     got, wanted = cuda.grouped_mm(a, b, offsets, kind), reference.grouped_mm(a.float(), b.float(), offsets, kind)
     assert error(got, wanted) <= ROUNDING[torch.bfloat16]
     assert (got[int(offsets[-1]) :] == 0).all()

@@ -4,10 +4,10 @@ mod common;
 mod layer;
 
 use common::{Random, Tensor, error, isas};
-use layer::{Gradients, Operands, Routing, Shape, gradients, output, pre_activations, routing};
+use layer::{Gradients, Layer, Operands, Routing, Shape, address, gradients, output, pre_activations};
 use moekern_core::dtype::DType;
 use moekern_core::gemm::{Activation, ExpertsBackward, Isa, experts_backward};
-use std::ptr::{null, null_mut};
+use std::ptr::null_mut;
 
 const DTYPES: [DType; 3] = [DType::F32, DType::Bf16, DType::F16];
 
@@ -20,18 +20,11 @@ fn tolerance(dtype: DType) -> f64 {
     }
 }
 
-/// A layer's tensors in one dtype, and what the reference makes of exactly these values.
+/// A layer with an upstream gradient, and what the reference makes of exactly these values.
 struct Case {
-    shape: Shape,
-    routing: Routing,
-    dtype: DType,
-    x: Tensor,
+    layer: Layer,
     dout: Tensor,
     pre: Tensor,
-    scores: Option<Tensor>,
-    w_gate_up: Tensor,
-    w_down: Tensor,
-    b_down: Option<Tensor>,
     want: Gradients,
 }
 
@@ -48,39 +41,20 @@ struct Results {
 impl Case {
     fn new(shape: Shape, dtype: DType, counts: &[usize], sentinels: usize, biased: bool, scored: bool) -> Self {
         let mut random = Random::new(shape.hidden as u64 * 31 + shape.inter as u64);
-        let routing = routing(&mut random, counts, sentinels);
-        let slots = routing.order.len();
-        assert_eq!(slots, shape.tokens * shape.top_k);
-        let (h, i, g, e) = (shape.hidden, shape.inter, shape.width(), shape.experts);
-        let mut tensor = |len: usize, scale: f64| Tensor::normal(dtype, len, scale, &mut random);
-        let x = tensor(shape.tokens * h, 1.0);
-        let dout = tensor(shape.tokens * h, 1.0);
-        let w_gate_up = tensor(e * g * h, (h as f64).powf(-0.5));
-        let w_down = tensor(e * h * i, (i as f64).powf(-0.5));
-        let b_gate_up = biased.then(|| tensor(e * g, 1.0));
-        let b_down = biased.then(|| tensor(e * h, 1.0));
-        let scores = scored.then(|| Tensor::normal(DType::F32, slots, 1.0, &mut random));
-        let values = |t: &Option<Tensor>| t.as_ref().map_or(vec![], Tensor::values);
-        let operands = Operands {
-            x: x.values(),
-            scores: scores.as_ref().map_or(vec![1.0; slots], Tensor::values),
-            w_gate_up: w_gate_up.values(),
-            w_down: w_down.values(),
-            b_gate_up: values(&b_gate_up),
-            b_down: values(&b_down),
-        };
-        let pre = pre_activations(&shape, &operands, &routing.order, &routing.offsets);
-        let pre = Tensor::from_values(dtype, pre);
-        let want = gradients(&shape, &operands, &pre.values(), &dout.values(), &routing.order, &routing.offsets);
-        Self { shape, routing, dtype, x, dout, pre, scores, w_gate_up, w_down, b_down, want }
+        let layer = Layer::new(&mut random, shape, dtype, counts, sentinels, biased, scored);
+        let dout = Tensor::normal(dtype, shape.tokens * shape.hidden, 1.0, &mut random);
+        let (operands, Routing { order, offsets, .. }) = (layer.operands(), &layer.routing);
+        let pre = Tensor::from_values(dtype, pre_activations(&shape, &operands, order, offsets));
+        let want = gradients(&shape, &operands, &pre.values(), &dout.values(), order, offsets);
+        Self { layer, dout, pre, want }
     }
 
     fn arguments(&self, isa: Isa, threads: usize) -> ExpertsBackward {
-        let s = &self.shape;
+        let (l, s) = (&self.layer, &self.layer.shape);
         ExpertsBackward {
             isa,
             threads,
-            dtype: self.dtype,
+            dtype: l.dtype,
             tokens: s.tokens,
             hidden: s.hidden,
             inter: s.inter,
@@ -90,15 +64,15 @@ impl Case {
             transposed: s.transposed,
             interleaved: s.interleaved,
             dout: self.dout.ptr(),
-            x: self.x.ptr(),
+            x: l.x.ptr(),
             pre: self.pre.ptr(),
-            scores: self.scores.as_ref().map_or(null(), |t| t.ptr().cast()),
-            order: self.routing.order.as_ptr(),
-            inverse: self.routing.inverse.as_ptr(),
-            offsets: self.routing.offsets.as_ptr(),
-            w_gate_up: self.w_gate_up.ptr(),
-            w_down: self.w_down.ptr(),
-            b_down: self.b_down.as_ref().map_or(null(), Tensor::ptr),
+            scores: address(&l.scores),
+            order: l.routing.order.as_ptr(),
+            inverse: l.routing.inverse.as_ptr(),
+            offsets: l.routing.offsets.as_ptr(),
+            w_gate_up: l.w_gate_up.ptr(),
+            w_down: l.w_down.ptr(),
+            b_down: address(&l.b_down),
             dx: null_mut(),
             dscores: null_mut(),
             dw_gate_up: null_mut(),
@@ -110,7 +84,7 @@ impl Case {
 
     fn run(&self, isa: Isa, threads: usize, wanted: [bool; 6]) -> Results {
         let w = &self.want;
-        let poisoned = |len: usize| Tensor::nan(self.dtype, len);
+        let poisoned = |len: usize| Tensor::nan(self.layer.dtype, len);
         let mut r = Results {
             dx: poisoned(w.dx.len()),
             dscores: Tensor::nan(DType::F32, w.dscores.len()),
@@ -135,8 +109,9 @@ impl Case {
         let r = self.run(isa, threads, [true; 6]);
         for ((name, got), want) in r.named().into_iter().zip(self.want.list()) {
             let error = error(&got.values(), want);
-            let limit = tolerance(self.dtype);
-            assert!(error < limit, "{isa:?} {:?} {:?} {name}: {error:.2e}", self.dtype, self.shape);
+            let Layer { shape, dtype, .. } = &self.layer;
+            let limit = tolerance(*dtype);
+            assert!(error < limit, "{isa:?} {dtype:?} {shape:?} {name}: {error:.2e}");
         }
     }
 }
@@ -166,15 +141,9 @@ fn the_reference_is_the_derivative_of_its_output() {
     for activation in 0..10 {
         let shape = shape(5, 4, 12, 3, activation);
         let case = Case::new(shape, DType::F64, &[4, 0, 6], 2, true, true);
-        let mut operands = Operands {
-            x: case.x.values(),
-            scores: case.scores.as_ref().unwrap().values(),
-            w_gate_up: case.w_gate_up.values(),
-            w_down: case.w_down.values(),
-            b_gate_up: vec![0.1; 3 * shape.width()],
-            b_down: vec![0.2; 3 * 5],
-        };
-        let (order, offsets, dout) = (&case.routing.order, &case.routing.offsets, case.dout.values());
+        let mut operands = case.layer.operands();
+        let Routing { order, offsets, .. } = &case.layer.routing;
+        let dout = case.dout.values();
         let pre = pre_activations(&shape, &operands, order, offsets);
         let want = gradients(&shape, &operands, &pre, &dout, order, offsets);
         let loss = |op: &Operands| -> f64 {
@@ -281,8 +250,8 @@ fn a_row_of_nan_stays_in_its_expert() {
                 let shape = Shape { transposed, ..shape(48, 40, 49, 4, 0) };
                 let mut case = Case::new(shape, dtype, &counts, 0, true, true);
                 // The last row of expert 1, next to the first of expert 2.
-                let token = case.routing.order[7] as usize;
-                for tensor in [&mut case.x, &mut case.dout] {
+                let token = case.layer.routing.order[7] as usize;
+                for tensor in [&mut case.layer.x, &mut case.dout] {
                     let mut values = tensor.values();
                     values[token * 48..(token + 1) * 48].fill(f64::NAN);
                     *tensor = Tensor::from_values(dtype, values);

@@ -4,10 +4,10 @@ mod common;
 mod layer;
 
 use common::{Random, Tensor, error, isas};
-use layer::{Operands, Routing, Shape, output, pre_activations, routing};
+use layer::{Layer, Shape, address, output, pre_activations};
 use moekern_core::dtype::DType;
 use moekern_core::gemm::{Activation, ExpertsForward, Isa, experts_forward};
-use std::ptr::{null, null_mut};
+use std::ptr::null_mut;
 
 const DTYPES: [DType; 3] = [DType::F32, DType::Bf16, DType::F16];
 
@@ -20,17 +20,9 @@ fn tolerance(dtype: DType) -> f64 {
     }
 }
 
-/// A layer's tensors in one dtype, and what the reference makes of exactly these values.
+/// A layer, and what the reference makes of exactly its values.
 struct Case {
-    shape: Shape,
-    routing: Routing,
-    dtype: DType,
-    x: Tensor,
-    scores: Option<Tensor>,
-    w_gate_up: Tensor,
-    w_down: Tensor,
-    b_gate_up: Option<Tensor>,
-    b_down: Option<Tensor>,
+    layer: Layer,
     out: Vec<f64>,
     pre: Vec<f64>,
 }
@@ -38,41 +30,22 @@ struct Case {
 impl Case {
     fn new(shape: Shape, dtype: DType, counts: &[usize], sentinels: usize, biased: bool, scored: bool) -> Self {
         let mut random = Random::new(shape.hidden as u64 * 31 + shape.inter as u64);
-        let routing = routing(&mut random, counts, sentinels);
-        let slots = routing.order.len();
-        assert_eq!(slots, shape.tokens * shape.top_k);
-        let (h, i, g, e) = (shape.hidden, shape.inter, shape.width(), shape.experts);
-        let mut tensor = |len: usize, scale: f64| Tensor::normal(dtype, len, scale, &mut random);
-        let x = tensor(shape.tokens * h, 1.0);
-        let w_gate_up = tensor(e * g * h, (h as f64).powf(-0.5));
-        let w_down = tensor(e * h * i, (i as f64).powf(-0.5));
-        let b_gate_up = biased.then(|| tensor(e * g, 1.0));
-        let b_down = biased.then(|| tensor(e * h, 1.0));
-        let scores = scored.then(|| Tensor::normal(DType::F32, slots, 1.0, &mut random));
-        let values = |t: &Option<Tensor>| t.as_ref().map_or(vec![], Tensor::values);
-        let operands = Operands {
-            x: x.values(),
-            scores: scores.as_ref().map_or(vec![1.0; slots], Tensor::values),
-            w_gate_up: w_gate_up.values(),
-            w_down: w_down.values(),
-            b_gate_up: values(&b_gate_up),
-            b_down: values(&b_down),
-        };
+        let layer = Layer::new(&mut random, shape, dtype, counts, sentinels, biased, scored);
+        let (operands, routing) = (layer.operands(), &layer.routing);
         let pre = pre_activations(&shape, &operands, &routing.order, &routing.offsets);
         let out = output(&shape, &operands, &pre, &routing.order, &routing.offsets);
-        Self { shape, routing, dtype, x, scores, w_gate_up, w_down, b_gate_up, b_down, out, pre }
+        Self { layer, out, pre }
     }
 
     /// `out` and `pre`, poisoned with NaN before the call.
     fn run(&self, isa: Isa, threads: usize, save: bool) -> (Tensor, Tensor) {
-        let s = &self.shape;
-        let address = |t: &Option<Tensor>| t.as_ref().map_or(null(), Tensor::ptr);
-        let mut out = Tensor::nan(self.dtype, s.tokens * s.hidden);
-        let mut pre = Tensor::nan(self.dtype, self.pre.len());
+        let (l, s) = (&self.layer, &self.layer.shape);
+        let mut out = Tensor::nan(l.dtype, s.tokens * s.hidden);
+        let mut pre = Tensor::nan(l.dtype, self.pre.len());
         let args = ExpertsForward {
             isa,
             threads,
-            dtype: self.dtype,
+            dtype: l.dtype,
             tokens: s.tokens,
             hidden: s.hidden,
             inter: s.inter,
@@ -81,15 +54,15 @@ impl Case {
             activation: Activation::from_code(s.activation).unwrap(),
             transposed: s.transposed,
             interleaved: s.interleaved,
-            x: self.x.ptr(),
-            scores: address(&self.scores).cast(),
-            order: self.routing.order.as_ptr(),
-            inverse: self.routing.inverse.as_ptr(),
-            offsets: self.routing.offsets.as_ptr(),
-            w_gate_up: self.w_gate_up.ptr(),
-            w_down: self.w_down.ptr(),
-            b_gate_up: address(&self.b_gate_up),
-            b_down: address(&self.b_down),
+            x: l.x.ptr(),
+            scores: address(&l.scores),
+            order: l.routing.order.as_ptr(),
+            inverse: l.routing.inverse.as_ptr(),
+            offsets: l.routing.offsets.as_ptr(),
+            w_gate_up: l.w_gate_up.ptr(),
+            w_down: l.w_down.ptr(),
+            b_gate_up: address(&l.b_gate_up),
+            b_down: address(&l.b_down),
             pre: if save { pre.mut_ptr() } else { null_mut() },
             out: out.mut_ptr(),
         };
@@ -98,14 +71,15 @@ impl Case {
     }
 
     fn check(&self) {
-        let name = format!("{:?} {:?}", self.dtype, self.shape);
-        let used = *self.routing.offsets.last().unwrap() as usize * self.shape.width();
+        let Layer { shape, dtype, routing, .. } = &self.layer;
+        let name = format!("{dtype:?} {shape:?}");
+        let used = *routing.offsets.last().unwrap() as usize * shape.width();
         for isa in isas() {
             let (out, pre) = self.run(isa, 1, true);
             let e = error(&out.values(), &self.out);
-            assert!(e <= tolerance(self.dtype), "{isa:?} {name}: error {e:.2e}");
+            assert!(e <= tolerance(*dtype), "{isa:?} {name}: error {e:.2e}");
             let e = error(&pre.values()[..used], &self.pre[..used]);
-            assert!(e <= tolerance(self.dtype), "{isa:?} {name}: error of pre {e:.2e}");
+            assert!(e <= tolerance(*dtype), "{isa:?} {name}: error of pre {e:.2e}");
             for threads in [2, 3] {
                 let (again, _) = self.run(isa, threads, threads == 2);
                 assert!(again.bytes == out.bytes, "{isa:?} {name}: {threads} threads or not saving changes the result");

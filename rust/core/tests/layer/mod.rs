@@ -3,7 +3,9 @@
 // Several arrays are indexed alike, as in the formulas.
 #![allow(clippy::needless_range_loop)]
 
-use super::common::Random;
+use super::common::{Random, Tensor};
+use moekern_core::dtype::DType;
+use std::ptr::null;
 
 /// Rows sorted by expert, as the planner gives them.
 pub struct Routing {
@@ -144,6 +146,63 @@ impl Operands {
     pub fn list_mut(&mut self) -> [&mut Vec<f64>; 6] {
         let Self { x, scores, w_gate_up, w_down, b_gate_up, b_down } = self;
         [x, scores, w_gate_up, w_down, b_gate_up, b_down]
+    }
+}
+
+/// A layer's tensors in one dtype, with a routing: what both passes read.
+pub struct Layer {
+    pub shape: Shape,
+    pub routing: Routing,
+    pub dtype: DType,
+    pub x: Tensor,
+    pub scores: Option<Tensor>,
+    pub w_gate_up: Tensor,
+    pub w_down: Tensor,
+    pub b_gate_up: Option<Tensor>,
+    pub b_down: Option<Tensor>,
+}
+
+/// Address of an optional tensor; null where it is absent.
+pub fn address<T>(tensor: &Option<Tensor>) -> *const T {
+    tensor.as_ref().map_or(null(), |t| t.ptr().cast())
+}
+
+impl Layer {
+    /// Random values scaled so that results are of order one, `counts[e]` rows for expert e.
+    pub fn new(
+        random: &mut Random,
+        shape: Shape,
+        dtype: DType,
+        counts: &[usize],
+        sentinels: usize,
+        biased: bool,
+        scored: bool,
+    ) -> Self {
+        let routing = routing(random, counts, sentinels);
+        let slots = routing.order.len();
+        assert_eq!(slots, shape.tokens * shape.top_k);
+        let (h, i, g, e) = (shape.hidden, shape.inter, shape.width(), shape.experts);
+        let mut tensor = |len: usize, scale: f64| Tensor::normal(dtype, len, scale, random);
+        let x = tensor(shape.tokens * h, 1.0);
+        let w_gate_up = tensor(e * g * h, (h as f64).powf(-0.5));
+        let w_down = tensor(e * h * i, (i as f64).powf(-0.5));
+        let b_gate_up = biased.then(|| tensor(e * g, 1.0));
+        let b_down = biased.then(|| tensor(e * h, 1.0));
+        let scores = scored.then(|| Tensor::normal(DType::F32, slots, 1.0, random));
+        Self { shape, routing, dtype, x, scores, w_gate_up, w_down, b_gate_up, b_down }
+    }
+
+    /// The same values in double precision.
+    pub fn operands(&self) -> Operands {
+        let values = |t: &Option<Tensor>| t.as_ref().map_or(vec![], Tensor::values);
+        Operands {
+            x: self.x.values(),
+            scores: self.scores.as_ref().map_or(vec![1.0; self.routing.order.len()], Tensor::values),
+            w_gate_up: self.w_gate_up.values(),
+            w_down: self.w_down.values(),
+            b_gate_up: values(&self.b_gate_up),
+            b_down: values(&self.b_down),
+        }
     }
 }
 
