@@ -43,7 +43,7 @@ def normal(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
 
 
 def assert_rows_close(got: Tensor, wanted: Tensor, offsets: Tensor, allowed: float, worst: float = 1.25) -> None:
-    """In the whole, and within `worst` times it in each expert: a single wrong 8x8 block must not drown in the others."""
+    """In the whole, and within `worst` times it in each expert: a wrong 8x8 block must not drown in the others."""
     assert error(got, wanted) <= allowed
     few = torch.finfo(got.dtype).eps / 2  # what the error of a handful of elements can reach
     for i, j in pairwise(offsets.tolist()):
