@@ -183,15 +183,16 @@ def test_the_usual_variants_are_a_subset_of_all() -> None:
 def test_a_verbs_variants_are_listed() -> None:
     """What the forward pass launches is what `moekern compile` prepares."""
     from moekern.backends.cuda import forward
+    from moekern.backends.cuda.configuration import Configuration
 
     seen: list[KernelSource] = []
     for activation, save, few in (("swiglu", True, False), ("swiglu", False, True), ("relu2", True, False)):
-        form = (few, *variants.DOWN_FORMS[few])
+        chosen = Configuration("hopper", few, *variants.DOWN_FORMS[few])
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(kernels, "multiprocessors", lambda device: 132)
             patch.setattr(forward, "record", lambda device, verb: seen.extend(program.sources_of(verb)))
             forward._forward_program.__wrapped__(
-                0, torch.bfloat16, 32, 64, 24, 4, 2, activation, False, False, save, True, False, False, *form
+                0, torch.bfloat16, 32, 64, 24, 4, 2, activation, False, False, save, True, False, False, chosen
             )
     listed = {*variants.layer(torch.bfloat16, "swiglu"), *variants.layer(torch.bfloat16, "relu2")}
     assert set(seen) <= listed

@@ -43,6 +43,11 @@ def backend(name: str) -> Iterator[None]:
         _current = previous
 
 
+def current() -> str:
+    """The name in force: ``"auto"`` or the implementation that was asked for."""
+    return _current
+
+
 def resolve(device_type: str) -> str:
     """The backend that serves tensors on this kind of device.
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from moekern import autograd, checks, dispatch
+from moekern import autograd, checks, dispatch, eager, ops
 from moekern.activations import ACTIVATIONS
 from moekern.plan import Plan, plan
 
@@ -52,6 +54,12 @@ def experts(
         TypeError: An argument is not a dense tensor of an accepted dtype, or the dtypes differ.
         ValueError: Shapes or devices do not fit together, or a name is unknown.
     """
+    signature = eager.signature(
+        x, topk_ids, topk_weights, w_gate_up, w_down, b_gate_up, b_down, activation, transposed, interleaved, plan
+    )  # fmt: skip
+    call = _accepted.get(signature)
+    if call is not None:
+        return call(x, topk_ids, topk_weights, w_gate_up, w_down, b_gate_up, b_down, plan)  # type: ignore[no-any-return]
     _check_experts(x, w_gate_up, w_down, b_gate_up, b_down, activation, transposed, interleaved)
     num_experts = w_gate_up.shape[0]
     if plan is None:
@@ -62,7 +70,6 @@ def experts(
         top_k = topk_ids.shape[1]
         if top_k < 1:
             raise ValueError(f"topk_ids: got shape {tuple(topk_ids.shape)}, expected at least one expert a token")
-        plan = _plan(topk_ids, num_experts)
     else:
         _check_plan(plan, x, num_experts)
         top_k = plan.top_k
@@ -71,6 +78,16 @@ def experts(
         checks.has_dtype("topk_weights", topk_weights, checks.FLOATING)
         checks.same_device("topk_weights", topk_weights, "x", x)
         checks.has_shape("topk_weights", topk_weights, (x.shape[0], top_k), "tokens, top_k")
+    backend = dispatch.resolve(x.device.type)
+    settings = (top_k, activation, transposed, interleaved)
+    score_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if signature is not None and backend != "reference" and (topk_weights is None or topk_weights.dtype == score_dtype):
+        call = _Call(num_experts, settings, backend)
+        _accepted.remember(signature, call)
+        return call(x, topk_ids, topk_weights, w_gate_up, w_down, b_gate_up, b_down, plan)
+    if plan is None:
+        assert topk_ids is not None
+        plan = _plan(topk_ids, num_experts)
     x, w_gate_up, w_down, b_gate_up, b_down = _autocast(x, w_gate_up, w_down, b_gate_up, b_down)
     if topk_weights is not None:
         topk_weights = topk_weights.to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous()
@@ -82,8 +99,8 @@ def experts(
         w_down,
         b_gate_up,
         b_down,
-        (top_k, activation, transposed, interleaved),
-        dispatch.resolve(x.device.type),
+        settings,
+        backend,
     )
 
 
@@ -172,6 +189,56 @@ def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
 
 
 _plan = plan  # the parameter of `experts` hides the function
+_accepted = eager.Accepted()
+
+
+class _Call:
+    """An accepted signature of :func:`experts`: runs any call of that signature, without checks and dispatcher."""
+
+    def __init__(self, num_experts: int, settings: tuple[int, str, bool, bool], backend: str):
+        self._num_experts, self._settings, self._backend = num_experts, settings, backend
+        self._module = ops.backend_module(backend)
+        # Planner and verb as one program, made at the first inference: not every backend has that, nor every size.
+        self._prepare = getattr(self._module, "prepare_inference", None)
+        self._inference: Callable[..., Tensor | None] | None = None
+
+    def __call__(
+        self,
+        x: Tensor,
+        topk_ids: Tensor | None,
+        topk_weights: Tensor | None,
+        w_gate_up: Tensor,
+        w_down: Tensor,
+        b_gate_up: Tensor | None,
+        b_down: Tensor | None,
+        plan: Plan | None,
+    ) -> Tensor:
+        differentiable = torch.is_grad_enabled() and (
+            x.requires_grad or w_gate_up.requires_grad or w_down.requires_grad
+            or (topk_weights is not None and topk_weights.requires_grad)
+            or (b_gate_up is not None and b_gate_up.requires_grad)
+            or (b_down is not None and b_down.requires_grad)
+        )  # fmt: skip
+        if plan is None:
+            assert topk_ids is not None
+            if not differentiable:
+                if self._prepare is not None:
+                    self._inference = self._prepare(
+                        x, topk_ids, topk_weights, w_gate_up, w_down, b_gate_up, b_down, *self._settings
+                    )  # fmt: skip
+                    self._prepare = None
+                if self._inference is not None:
+                    out = self._inference(x, topk_ids, topk_weights, w_gate_up, w_down, b_gate_up, b_down)
+                    if out is not None:
+                        return out
+            plan = _plan(topk_ids, self._num_experts)
+        if differentiable:
+            tensors = (x, topk_weights, w_gate_up, w_down, b_gate_up, b_down)
+            return autograd.experts_eagerly(*tensors, *plan[:3], self._settings, self._backend)
+        out, _ = self._module.experts_forward(
+            x, topk_weights, *plan[:3], w_gate_up, w_down, b_gate_up, b_down, *self._settings, False
+        )  # fmt: skip
+        return out  # type: ignore[no-any-return]
 
 
 def _check_experts(
@@ -224,13 +291,19 @@ def _check_experts(
 def _check_plan(plan: Plan, x: Tensor, num_experts: int) -> None:
     if not isinstance(plan, Plan):
         raise TypeError(f"plan: got {type(plan).__name__}, expected a moekern.Plan")
+    for name in ("order", "inverse", "offsets"):
+        checks.is_tensor(f"plan.{name}", getattr(plan, name))
+        checks.has_dtype(f"plan.{name}", getattr(plan, name), (torch.int32,))
     if plan.num_experts != num_experts:
         raise ValueError(f"plan: got a plan for {plan.num_experts} experts, expected {num_experts}, as w_gate_up has")
     if plan.order.shape[0] != x.shape[0] * plan.top_k:
         raise ValueError(
             f"plan: got a plan for {plan.order.shape[0] // plan.top_k} tokens, expected {x.shape[0]}, as x has"
         )
-    checks.same_device("plan", plan.order, "x", x)
+    expected = {"order": plan.order.shape[0], "inverse": plan.order.shape[0], "offsets": num_experts + 1}
+    for name, size in expected.items():
+        checks.has_shape(f"plan.{name}", getattr(plan, name), (size,))
+        checks.same_device(f"plan.{name}" if name != "order" else "plan", getattr(plan, name), "x", x)
 
 
 def _check_offsets(offsets: Tensor, rows: Tensor, rows_name: str, num_experts: int | None) -> Tensor:

@@ -34,7 +34,7 @@ for _schema in (_PLAN, _FORWARD, _BACKWARD, _GROUPED_MM):
 _modules: dict[str, ModuleType] = {}
 
 
-def _backend(name: str) -> ModuleType:
+def backend_module(name: str) -> ModuleType:
     """The module of a backend, imported when first needed: CUDA brings CuPy with it."""
     module = _modules.get(name)
     if module is None:
@@ -43,19 +43,19 @@ def _backend(name: str) -> ModuleType:
 
 
 def _plan(topk_ids: Tensor, num_experts: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    return _backend(backend).plan(topk_ids, num_experts)  # type: ignore[no-any-return]
+    return backend_module(backend).plan(topk_ids, num_experts)  # type: ignore[no-any-return]
 
 
 def _experts_forward(*args) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
-    return _backend(args[-1]).experts_forward(*args[:-1])  # type: ignore[no-any-return]
+    return backend_module(args[-1]).experts_forward(*args[:-1])  # type: ignore[no-any-return]
 
 
 def _experts_backward(*args) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
-    return _backend(args[-1]).experts_backward(*args[:-1])  # type: ignore[no-any-return]
+    return backend_module(args[-1]).experts_backward(*args[:-1])  # type: ignore[no-any-return]
 
 
 def _grouped_mm(a: Tensor, b: Tensor, offsets: Tensor, kind: str, backend: str) -> Tensor:
-    return _backend(backend).grouped_mm(a, b, offsets, kind)  # type: ignore[no-any-return]
+    return backend_module(backend).grouped_mm(a, b, offsets, kind)  # type: ignore[no-any-return]
 
 
 def _plan_shape(topk_ids: Tensor, num_experts: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,4 +134,4 @@ experts_forward = torch.ops.moekern.experts_forward.default
 experts_backward = torch.ops.moekern.experts_backward.default
 grouped_mm = torch.ops.moekern.grouped_mm.default
 
-__all__ = ["experts_backward", "experts_forward", "grouped_mm", "plan"]
+__all__ = ["backend_module", "experts_backward", "experts_forward", "grouped_mm", "plan"]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moekern import _core, checks, dispatch, ops
+from moekern import _core, checks, dispatch, eager, ops
 
 
 class PlanStats(NamedTuple):
@@ -97,8 +97,8 @@ def plan(topk_ids: Tensor, num_experts: int) -> Plan:
         TypeError: ``topk_ids`` is not a dense integer tensor, or ``num_experts`` not an int.
         ValueError: ``topk_ids`` is not two-dimensional or has 2**31 slots or more; ``num_experts`` is less than 1.
     """
-    if _is_plain(topk_ids) and type(num_experts) is int and dispatch.resolve("cpu") == "cpu":
-        planned = _plan_on_host(topk_ids, num_experts)
+    if type(topk_ids) is Tensor and type(num_experts) is int and eager.undisturbed():
+        planned = _plan_eagerly(topk_ids, num_experts)
         if planned is not None:
             return planned
     checks.topk_ids("topk_ids", topk_ids)
@@ -114,29 +114,9 @@ _MOST_EXPERTS = 2**31 - 3  # offsets are counted in int32 too
 _ID_TYPE = {torch.uint8: 0, torch.uint16: 1, torch.int32: 2, torch.int64: 3}
 _empty_int32 = torch.empty(0, dtype=torch.int32, device="cpu").new_empty  # half the cost of torch.empty
 _get_num_threads = torch.get_num_threads
-_is_compiling = torch.compiler.is_compiling
-_is_tracing = torch.jit.is_tracing  # type: ignore[attr-defined]
-
-# Private to torch, but there is no public way to ask; without them every plan goes through the operator.
-_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", None)
-_functorch_level = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None)
 
 
-def _is_plain(t: object) -> bool:
-    """Whether this is an ordinary CPU tensor that nothing observes: no tracing, mode or transform."""
-    return (
-        not _is_compiling()
-        and type(t) is Tensor
-        and t.is_cpu
-        and _dispatch_modes is not None
-        and _dispatch_modes() == 0
-        and _functorch_level is not None
-        and _functorch_level() is None
-        and not _is_tracing()
-    )
-
-
-def _plan_on_host(topk_ids: Tensor, num_experts: int) -> Plan | None:
+def _plan_eagerly(topk_ids: Tensor, num_experts: int) -> Plan | None:
     """The plan, or None if an argument is wrong, or unusual enough for the careful way."""
     id_type = _ID_TYPE.get(topk_ids.dtype)
     if id_type is None or topk_ids.ndim != 2 or not topk_ids.is_contiguous() or not 0 < num_experts < _MOST_EXPERTS:
@@ -144,6 +124,11 @@ def _plan_on_host(topk_ids: Tensor, num_experts: int) -> Plan | None:
     slots = topk_ids.numel()
     address = topk_ids.data_ptr()
     if slots >= 2**31 or address % topk_ids.element_size():
+        return None
+    if topk_ids.is_cuda and dispatch.resolve("cuda") == "cuda":
+        order, inverse, offsets = ops.backend_module("cuda").plan(topk_ids, num_experts)
+        return Plan(order, inverse, offsets, num_experts, topk_ids.shape[1])
+    if not topk_ids.is_cpu or dispatch.resolve("cpu") != "cpu":
         return None
     order, inverse, offsets = _empty_int32(slots), _empty_int32(slots), _empty_int32(num_experts + 1)
     _core.plan(

@@ -6,6 +6,7 @@ and the stream is torch's current one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache, lru_cache
 
 import torch
@@ -79,6 +80,33 @@ def experts_forward(
     return forward.experts_forward(
         x, scores, order, inverse, offsets, w_gate_up, w_down, b_gate_up, b_down,
         top_k, activation, transposed, interleaved, save, chosen,
+    )  # fmt: skip
+
+
+def prepare_inference(
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor | None,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    b_gate_up: Tensor | None,
+    b_down: Tensor | None,
+    top_k: int,
+    activation: str,
+    transposed: bool,
+    interleaved: bool,
+) -> Callable[..., Tensor | None] | None:
+    """A function of the tensors that plans and runs the forward pass at once; None where torch serves the call."""
+    slots, experts, hidden = topk_ids.numel(), w_gate_up.shape[0], x.shape[1]
+    inter = w_down.shape[1 if transposed else 2]
+    chosen = _choose(x.dtype, _capability(x.get_device()), slots, experts, hidden, inter, True)
+    if chosen.path == "torch" or slots == 0:
+        return None
+    from moekern.backends.cuda import inference
+
+    return inference.make(
+        x, topk_ids, topk_weights, w_gate_up, w_down, b_gate_up, b_down,
+        top_k, activation, transposed, interleaved, chosen,
     )  # fmt: skip
 
 

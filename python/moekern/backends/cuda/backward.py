@@ -20,7 +20,7 @@ from moekern.backends import address
 from moekern.backends.cuda import backward_kernels as own
 from moekern.backends.cuda import kernels, torch_path
 from moekern.backends.cuda.configuration import Configuration
-from moekern.backends.cuda.forward import PROGRAMS, _round_up, _stream
+from moekern.backends.cuda.forward import PROGRAMS, _stream, round_up
 from moekern.backends.cuda.program import Placeholder, record_parts
 from moekern.backends.cuda.torch_path import warn_once
 
@@ -85,7 +85,7 @@ class _Work:
         self.size = 0
         for name, size in sizes.items():
             self.offset[name] = self.size
-            self.size += _round_up(size)
+            self.size += round_up(size)
 
 
 class _Launches:

@@ -20,7 +20,7 @@ PROGRAMS = 512  # kept a verb: one for every combination of sizes that comes alo
 X, SCORES, ORDER, INVERSE, OFFSETS, W_UP, W_DOWN, B_UP, B_DOWN, OUT, PRE, WORK = range(12)
 
 
-def _round_up(size: int) -> int:
+def round_up(size: int) -> int:
     return -(-size // 256) * 256
 
 
@@ -61,6 +61,30 @@ def plan(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     return order, inverse, offsets
 
 
+def work_bytes(slots: int, hidden: int, inter: int, experts: int) -> int:
+    """Bytes the verb works in: the tile table, the activation ``[S, I]``, the rows ``[S, H]``."""
+    return round_up(kernels.Tables.size(slots, experts)) + round_up(2 * slots * inter) + 2 * slots * hidden
+
+
+def launch_all(
+    x: Any, scores: Any, order: Any, inverse: Any, offsets: Any, w_up: Any, w_down: Any, b_up: Any, b_down: Any,
+    out: Any, pre: Any, work: Any, top_k: int, activation: str, transposed: bool, interleaved: bool,
+    chosen: Configuration,
+) -> None:  # fmt: skip
+    """Every launch of the verb, on placeholders; `work` has :func:`work_bytes`."""
+    hidden, slots, experts = x.shape[1], order.numel(), w_up.shape[0]
+    inter = w_down.shape[1 if transposed else 2]
+    table_bytes = kernels.Tables.size(slots, experts)
+    tables = kernels.Tables(offsets, slots, work.part((table_bytes,), torch.uint8), ordered=False)
+    activated = work.part((slots, inter), x.dtype, round_up(table_bytes))
+    rows = work.part((slots, hidden), x.dtype, round_up(table_bytes) + round_up(2 * slots * inter))
+    kernels.up(
+        x, order, w_up, b_up, activated, pre, tables, top_k, activation, transposed, interleaved, chosen.few_rows
+    )  # fmt: skip
+    kernels.grouped_mm(activated, w_down, b_down, rows, tables, transposed, chosen.stages, chosen.store_rows)
+    kernels.combine(rows, scores, inverse, offsets, out, top_k)
+
+
 @lru_cache(maxsize=PROGRAMS)
 def _forward_program(
     device: int,
@@ -77,36 +101,33 @@ def _forward_program(
     has_scores: bool,
     has_up_bias: bool,
     has_down_bias: bool,
-    few_rows: bool,
-    stages: int,
-    store_rows: int,
+    chosen: Configuration,
 ) -> tuple[Any, int]:
-    """The program, and the bytes it works in: the tile table, the activation ``[S, I]``, the rows ``[S, H]``."""
+    """The program, and the bytes it works in."""
     slots, columns = tokens * top_k, inter * (2 if ACTIVATIONS[activation].gated else 1)
-    table_bytes = _round_up(kernels.Tables.size(slots, experts))
-    activated_bytes = _round_up(2 * slots * inter)
+    size = work_bytes(slots, hidden, inter, experts)
 
-    def place(index: int, shape: tuple[int, ...], kind: torch.dtype = dtype, offset: int = 0) -> Any:
-        return Placeholder(index, shape, kind, device, offset)
+    def place(index: int, shape: tuple[int, ...], kind: torch.dtype = dtype) -> Any:
+        return Placeholder(index, shape, kind, device)
 
     def verb() -> None:
-        order, inverse = (place(index, (slots,), torch.int32) for index in (ORDER, INVERSE))
-        offsets = place(OFFSETS, (experts + 1,), torch.int32)
-        x, out = place(X, (tokens, hidden)), place(OUT, (tokens, hidden))
-        w_up = place(W_UP, (experts, hidden, columns) if transposed else (experts, columns, hidden))
-        w_down = place(W_DOWN, (experts, inter, hidden) if transposed else (experts, hidden, inter))
-        tables = kernels.Tables(offsets, slots, place(WORK, (table_bytes,), torch.uint8), ordered=False)
-        activated = place(WORK, (slots, inter), offset=table_bytes)
-        rows = place(WORK, (slots, hidden), offset=table_bytes + activated_bytes)
-        b_up = place(B_UP, (experts, columns)) if has_up_bias else None
-        b_down = place(B_DOWN, (experts, hidden)) if has_down_bias else None
-        pre = place(PRE, (slots, columns)) if save else None
-        kernels.up(x, order, w_up, b_up, activated, pre, tables, top_k, activation, transposed, interleaved, few_rows)
-        kernels.grouped_mm(activated, w_down, b_down, rows, tables, transposed, stages, store_rows)
-        scores = place(SCORES, (tokens, top_k), torch.float32) if has_scores else None
-        kernels.combine(rows, scores, inverse, offsets, out, top_k)
+        launch_all(
+            place(X, (tokens, hidden)),
+            place(SCORES, (tokens, top_k), torch.float32) if has_scores else None,
+            place(ORDER, (slots,), torch.int32),
+            place(INVERSE, (slots,), torch.int32),
+            place(OFFSETS, (experts + 1,), torch.int32),
+            place(W_UP, (experts, hidden, columns) if transposed else (experts, columns, hidden)),
+            place(W_DOWN, (experts, inter, hidden) if transposed else (experts, hidden, inter)),
+            place(B_UP, (experts, columns)) if has_up_bias else None,
+            place(B_DOWN, (experts, hidden)) if has_down_bias else None,
+            place(OUT, (tokens, hidden)),
+            place(PRE, (slots, columns)) if save else None,
+            Placeholder(WORK, (size,), torch.uint8, device),
+            top_k, activation, transposed, interleaved, chosen,
+        )  # fmt: skip
 
-    return record(device, verb), table_bytes + activated_bytes + 2 * slots * hidden
+    return record(device, verb), size
 
 
 def experts_forward(
@@ -136,8 +157,7 @@ def experts_forward(
     with on_device(device):
         program, size = _forward_program(
             device, x.dtype, tokens, hidden, inter, experts, top_k, activation, transposed, interleaved, save,
-            scores is not None, b_gate_up is not None, b_down is not None,
-            chosen.few_rows, chosen.stages, chosen.store_rows,
+            scores is not None, b_gate_up is not None, b_down is not None, chosen,
         )  # fmt: skip
         work = torch.empty(size, dtype=torch.uint8, device=x.device)
         tensors = (x, scores, order, inverse, offsets, w_gate_up, w_down, b_gate_up, b_down, out, pre, work)

@@ -46,6 +46,12 @@ class Placeholder:
         self.shape, self.dtype = torch.Size(shape), dtype
         self._device, self._address = device, placeholder_address(place) + offset
 
+    def part(self, shape: tuple[int, ...], dtype: torch.dtype, byte: int = 0) -> Placeholder:
+        """What lies `byte` bytes further on, as a tensor of its own."""
+        piece = Placeholder(0, shape, dtype, self._device)
+        piece._address = self._address + byte
+        return piece
+
     def data_ptr(self) -> int:
         """The address that a replay replaces."""
         return self._address

@@ -1,0 +1,112 @@
+"""Planner and forward pass of an eager inference call as one recorded program: two allocations, one call into Rust.
+
+For a handful of tokens the host's time is all that counts, and a program of its own for plan and verb halves it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moekern.activations import ACTIVATIONS
+from moekern.backends.cuda import forward, kernels
+from moekern.backends.cuda.configuration import Configuration
+from moekern.backends.cuda.program import Placeholder, record
+from moekern.backends.cuda.torch_path import ALIGNMENT
+
+# Places of the addresses in a replay.
+X, IDS, SCORES, W_UP, W_DOWN, B_UP, B_DOWN, OUT, WORK = range(9)
+Inference = Callable[..., Tensor | None]
+_current_device = torch._C._cuda_getDevice if hasattr(torch._C, "_cuda_getDevice") else torch.cuda.current_device
+
+
+def make(
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor | None,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    b_gate_up: Tensor | None,
+    b_down: Tensor | None,
+    top_k: int,
+    activation: str,
+    transposed: bool,
+    interleaved: bool,
+    chosen: Configuration,
+) -> Inference:
+    """A function of the first seven arguments for all calls with tensors of these sizes, none of them empty.
+
+    It returns None where a tensor's memory is not as the kernels need it: the long way copies it, or says why not.
+    """
+    device, dtype, id_dtype = x.get_device(), x.dtype, topk_ids.dtype
+    (tokens, hidden), slots, experts = x.shape, topk_ids.numel(), w_gate_up.shape[0]
+    columns = w_gate_up.shape[2 if transposed else 1]
+    inter = columns // 2 if ACTIVATIONS[activation].gated else columns
+    sizes = {
+        "order": 4 * slots,
+        "inverse": 4 * slots,
+        "offsets": 4 * (experts + 1),
+        "counts": 4 * kernels.plan_counts(slots, experts),
+        "verb": forward.work_bytes(slots, hidden, inter, experts),
+    }
+    offset, size = {}, 0
+    for name, part in sizes.items():
+        offset[name] = size
+        size += forward.round_up(part)
+
+    def place(index: int, shape: tuple[int, ...], kind: torch.dtype = dtype, byte: int = 0) -> Any:
+        return Placeholder(index, shape, kind, device, byte)
+
+    def buffer(name: str, words: int) -> Any:
+        return place(WORK, (words,), torch.int32, offset[name])
+
+    def verb() -> None:
+        order, inverse, offsets = buffer("order", slots), buffer("inverse", slots), buffer("offsets", experts + 1)
+        kernels.plan(place(IDS, (slots,), id_dtype), order, inverse, offsets, buffer("counts", sizes["counts"] // 4))
+        forward.launch_all(
+            place(X, (tokens, hidden)),
+            None if topk_weights is None else place(SCORES, (tokens, top_k), torch.float32),
+            order, inverse, offsets,
+            place(W_UP, w_gate_up.shape), place(W_DOWN, w_down.shape),
+            None if b_gate_up is None else place(B_UP, b_gate_up.shape),
+            None if b_down is None else place(B_DOWN, b_down.shape),
+            place(OUT, (tokens, hidden)), None, place(WORK, (sizes["verb"],), torch.uint8, offset["verb"]),
+            top_k, activation, transposed, interleaved, chosen,
+        )  # fmt: skip
+
+    with forward.on_device(device):
+        replay = record(device, verb).replay
+    allocate = torch.empty(0, dtype=torch.uint8, device=x.device).new_empty  # half the cost of torch.empty
+    stream_of = torch._C._cuda_getCurrentRawStream  # type: ignore[attr-defined]
+
+    def run(
+        x: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor | None,
+        w_gate_up: Tensor,
+        w_down: Tensor,
+        b_gate_up: Tensor | None,
+        b_down: Tensor | None,
+    ) -> Tensor | None:
+        a, b, c = x.data_ptr(), w_gate_up.data_ptr(), w_down.data_ptr()
+        if (a | b | c) % ALIGNMENT or not topk_ids.is_contiguous():
+            return None
+        if _current_device() != device:
+            with torch.cuda.device(device):
+                return run(x, topk_ids, topk_weights, w_gate_up, w_down, b_gate_up, b_down)
+        out = torch.empty_like(x)
+        work = allocate(size)
+        replay(
+            stream_of(device),
+            (
+                a, topk_ids.data_ptr(), 0 if topk_weights is None else topk_weights.data_ptr(), b, c,
+                0 if b_gate_up is None else b_gate_up.data_ptr(), 0 if b_down is None else b_down.data_ptr(),
+                out.data_ptr(), work.data_ptr(),
+            ),
+        )  # fmt: skip
+        return out
+
+    return run
