@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import moekern as mk
-from moekern import cli, demo_charts, demo_summary, demo_train
+from moekern import charts, cli, demo_summary, demo_train
 from moekern.demo_model import Shape, build_dense, build_moe, parameter_counts
 from moekern.demo_text import load_corpus, split_by_file, split_one
 from moekern.demo_train import Balance, ModelResult, Options, Point, Result
@@ -265,16 +265,16 @@ def test_catching_up_is_read_off_the_curve() -> None:
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 600), (2.31, 4.02), (0.001, 0.0013), (1, 1e6)])
 def test_ticks_are_few_round_and_inside(low: float, high: float) -> None:
-    ticks = demo_charts.Axis(low, high, 0, 100).ticks()
+    ticks = charts.Axis(low, high, 0, 100).ticks()
     assert 3 <= len(ticks) <= 6
     assert all(low - 1e-9 <= tick <= high + 1e-9 for tick in ticks)
     assert all(len(f"{tick:g}") <= 7 for tick in ticks)
 
 
 def test_labels_keep_their_distance() -> None:
-    bottom = demo_charts.HEIGHT - demo_charts.BOTTOM
+    bottom = charts.HEIGHT - charts.BOTTOM
     for wanted in ([100.0, 101.0, 99.0], [float(bottom)] * 4, [20.0, 200.0]):
-        placed = demo_charts.spread(wanted, gap=17)
+        placed = charts.spread(wanted, gap=17)
         assert all(b - a >= 17 - 1e-9 for a, b in pairwise(sorted(placed)))
         assert max(placed) <= bottom
-    assert demo_charts.spread([20.0, 200.0], gap=17) == [20.0, 200.0]
+    assert charts.spread([20.0, 200.0], gap=17) == [20.0, 200.0]
