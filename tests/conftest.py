@@ -24,6 +24,32 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+PLACES = [
+    pytest.param((device, dtype), id=f"{device}-{str(dtype).removeprefix('torch.')}", marks=marks)
+    for device, marks in (("cpu", ()), ("cuda", pytest.mark.gpu))
+    for dtype in (torch.float32, torch.bfloat16)
+]
+
+
+@pytest.fixture(params=PLACES)
+def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[str, torch.dtype]:
+    """A device and a dtype. Half precision on a Hopper GPU must be served by the kernels: the torch path raises there."""
+    device, dtype = request.param
+    if device == "cuda" and dtype != torch.float32 and torch.cuda.get_device_capability() == (9, 0):
+        forbid_torch_path(monkeypatch)
+    return device, dtype
+
+
+def forbid_torch_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    from moekern.backends.cuda import torch_path
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("served by torch, not by the kernels")
+
+    for verb in ("experts_forward", "experts_backward", "grouped_mm"):
+        monkeypatch.setattr(torch_path, verb, refuse)
+
+
 @pytest.fixture(autouse=True)
 def _same_numbers_every_run() -> None:
     torch.manual_seed(0)

@@ -57,20 +57,20 @@ def test_padding_does_not_matter(device: str) -> None:
         assert error(loss, losses[0]) < 1e-5
 
 
-def test_z_loss() -> None:
-    logits = torch.randn(30, E, dtype=torch.float32, requires_grad=True)
+def test_z_loss(device: str) -> None:
+    logits = torch.randn(30, E, dtype=torch.float32, device=device, requires_grad=True)
     expected = torch.logsumexp(logits, 1).square().mean()
     assert error(mk.z_loss(logits), expected) < 1e-6
-    mask = torch.arange(30) < 12
+    mask = torch.arange(30, device=device) < 12
     assert error(mk.z_loss(logits, mask=mask), mk.z_loss(logits[:12])) < 1e-6
     mk.z_loss(logits).backward()
     assert torch.isfinite(logits.grad).all()
 
 
 @pytest.mark.parametrize("method", ["deepseek_v3", "softmax_topk"])
-def test_sequence_loss_is_the_papers(method: str) -> None:
+def test_sequence_loss_is_the_papers(device: str, method: str) -> None:
     """Equations 17 to 20 of DeepSeek-V3, written out for each sequence."""
-    logits = torch.randn(3, 11, E)
+    logits = torch.randn(3, 11, E, device=device)
     _, ids = mk.route(logits, K, method=method)
     total = 0.0
     for b in range(3):
@@ -112,13 +112,14 @@ class Checkpointed(nn.Module):
         return checkpoint(self.moe, x, use_reentrant=self.reentrant)
 
 
-def test_a_recomputation_does_not_count_twice(device: str) -> None:
+def test_a_recomputation_does_not_count_twice(place: tuple[str, torch.dtype]) -> None:
     """Gradients with the loss, and the counts of the bias update, are those of a run without checkpointing."""
-    x = torch.randn(5, 7, H, device=device)
+    device, dtype = place
+    x = torch.randn(5, 7, H, device=device, dtype=dtype)
     results = []
     for recompute in (False, True):
         torch.manual_seed(3)
-        moe = layer(routing="deepseek_v3", selection_bias=True, router_jitter_noise=0.1).to(device)
+        moe = layer(routing="deepseek_v3", selection_bias=True, router_jitter_noise=0.1).to(device, dtype)
         model = Checkpointed(moe, reentrant=False) if recompute else moe
         for _ in range(2):  # gradient accumulation
             loss = model(x.clone().requires_grad_()).square().mean() + 0.1 * mk.aux_loss(model, z=0.1)
@@ -138,9 +139,10 @@ def test_a_loss_without_gradient_is_refused() -> None:
         assert float(mk.aux_loss(model)) > 0
 
 
-def test_bias_update(device: str) -> None:
-    moe = layer(routing="deepseek_v3", selection_bias=True).to(device)
-    x = torch.randn(50, H, device=device)
+def test_bias_update(place: tuple[str, torch.dtype]) -> None:
+    device, dtype = place
+    moe = layer(routing="deepseek_v3", selection_bias=True).to(device, dtype)
+    x = torch.randn(50, H, device=device, dtype=dtype)
     moe(x)
     moe(x)
     moe.eval()(x)  # does not count
@@ -151,10 +153,11 @@ def test_bias_update(device: str) -> None:
     assert not moe.gate.tokens_since_update.any()
 
 
-def test_bias_update_evens_the_load(device: str) -> None:
+def test_bias_update_evens_the_load(place: tuple[str, torch.dtype]) -> None:
     """A router that starts lopsided: the busiest expert's share falls to nearly an even one."""
-    moe = layer(routing="deepseek_v3", selection_bias=True).to(device)
-    x = torch.randn(400, H, device=device) + 1
+    device, dtype = place
+    moe = layer(routing="deepseek_v3", selection_bias=True).to(device, dtype)
+    x = torch.randn(400, H, device=device, dtype=dtype) + 1
     moe(x)
     before = moe.latest_routing.tokens_per_expert.max()
     optimizer = torch.optim.SGD(moe.parameters(), lr=0.0)
@@ -171,15 +174,15 @@ def test_bias_update_evens_the_load(device: str) -> None:
     assert moe.gate.tokens_since_update.any()
 
 
-def test_selection_bias_keeps_float32_and_moves_with_the_layer() -> None:
-    moe = layer(routing="deepseek_v3", selection_bias=True)
+def test_selection_bias_keeps_float32_and_moves_with_the_layer(device: str) -> None:
+    moe = layer(routing="deepseek_v3", selection_bias=True).to(device)
     moe.gate.e_score_correction_bias += 0.1001
     expected = moe.gate.e_score_correction_bias.clone()
     moe = moe.to(torch.bfloat16)
     assert moe.gate.weight.dtype == torch.bfloat16
     assert torch.equal(moe.gate.e_score_correction_bias, expected)
-    assert moe(torch.randn(4, H, dtype=torch.bfloat16)).dtype == torch.bfloat16
-    other = layer(routing="deepseek_v3", selection_bias=True)
+    assert moe(torch.randn(4, H, dtype=torch.bfloat16, device=device)).dtype == torch.bfloat16
+    other = layer(routing="deepseek_v3", selection_bias=True).to(device)
     other.load_state_dict(moe.state_dict())
     assert torch.equal(other.gate.e_score_correction_bias, expected)
     assert moe.to("meta").gate.e_score_correction_bias.device.type == "meta"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from transformers.integrations import moe as interface  # noqa: E402
 
 import moekern as mk  # noqa: E402
 import moekern.hf  # noqa: E402
+from conftest import forbid_torch_path  # noqa: E402
 from problems import error  # noqa: E402
 
 COMMON = {
@@ -67,6 +69,18 @@ def model_of(family: str, device: str, **options: Any) -> Any:
     return model.to(device)
 
 
+def on_interface(model: nn.Module) -> bool:
+    return any(mk.hf._uses_interface(module) for module in model.modules())
+
+
+def use_moekern(model: Any) -> None:
+    """One line; the other one for a family that is not on the interface in this release (Granite before 5.17)."""
+    if on_interface(model):
+        model.set_experts_implementation("moekern")
+    else:
+        mk.hf.replace(model)
+
+
 def tokens(device: str) -> torch.Tensor:
     return torch.randint(3, 48, (2, 9), generator=torch.Generator().manual_seed(1)).to(device)
 
@@ -91,13 +105,13 @@ def test_logits_loss_and_gradients(device: str, family: str, monkeypatch: pytest
     model = model_of(family, device)
     model.set_experts_implementation("eager")
     theirs = run(model, device)
-    model.set_experts_implementation("moekern")
+    use_moekern(model)
     calls = []
     kernel = mk.functional.experts
     monkeypatch.setattr(mk.functional, "experts", lambda *a, **k: calls.append(k["activation"]) or kernel(*a, **k))
     check_same(run(model, device), theirs)
     assert set(calls) == {"swiglu_oai" if family == "GptOss" else "swiglu"}  # fused, not around the module's gate
-    assert any("experts" in name for name in theirs)
+    assert any("experts" in name or "_linear" in name for name in theirs)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -106,8 +120,9 @@ def test_generation_with_a_cache(device: str, family: str) -> None:
     model = model_of(family, device, output_router_logits=False)
     prompt = {"input_ids": tokens(device), "attention_mask": torch.ones_like(tokens(device))}
     texts = []
-    for implementation in ("eager", "moekern"):
-        model.set_experts_implementation(implementation)
+    model.set_experts_implementation("eager")
+    for switch in (lambda model: None, use_moekern):
+        switch(model)
         texts.append(model.generate(**prompt, max_new_tokens=6, do_sample=False, use_cache=True))
     assert torch.equal(*texts)
 
@@ -115,20 +130,27 @@ def test_generation_with_a_cache(device: str, family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_save_and_load(device: str, family: str, tmp_path: Path) -> None:
     model = model_of(family, device)
-    model.set_experts_implementation("moekern")
+    use_moekern(model)
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path, experts_implementation="moekern").to(device).eval()
     assert again.config._experts_implementation == "moekern"
+    use_moekern(again)
     with torch.no_grad():
         assert torch.equal(again(tokens(device)).logits, model(tokens(device)).logits)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["Mixtral", "GptOss"])
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")  # in Jamba's state space layer
+@pytest.mark.parametrize("family", FAMILIES)
 def test_compile_fullgraph(device: str, family: str) -> None:
     torch.compiler.reset()
-    model = model_of(family, device, output_router_logits=False)
-    model.set_experts_implementation("moekern")
+    one_layer: dict[str, Any] = {"num_hidden_layers": 2 if family == "Jamba" else 1}  # Jamba counts on attention
+    if "first_k_dense_replace" in FAMILIES[family]:
+        one_layer["first_k_dense_replace"] = 0
+    if "layer_types" in FAMILIES[family]:
+        one_layer["layer_types"] = FAMILIES[family]["layer_types"][:1]
+    model = model_of(family, device, output_router_logits=False, **one_layer)
+    use_moekern(model)
     backend = "inductor" if device == "cuda" else "aot_eager"
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     expected = run(model, device)
@@ -139,9 +161,11 @@ def test_compile_fullgraph(device: str, family: str) -> None:
 
 
 @pytest.mark.filterwarnings("default::FutureWarning")  # peft reads a property that transformers is renaming
-@pytest.mark.parametrize("family", ["Mixtral", "GptOss"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_lora_of_the_experts(device: str, family: str) -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed")
+    if not on_interface(model_of(family, device)):
+        pytest.skip(f"transformers {transformers.__version__} has {family} not on the experts interface")
     results = []
     for implementation in ("eager", "moekern"):
         model = model_of(family, device)
@@ -154,7 +178,8 @@ def test_lora_of_the_experts(device: str, family: str) -> None:
         adapted = peft.get_peft_model(model, config)
         results.append(run(adapted, device))
     assert all("lora_" in name for name in results[0] if name not in ("logits", "loss"))
-    assert len(results[0]) == 2 + 2 * 2 * 2  # two matrices of two parameters in two layers
+    layers = sum(mk.hf._uses_interface(module) for module in model.modules())
+    assert len(results[0]) == 2 + layers * 2 * 2  # two matrices of two parameters a layer
     check_same(results[1], results[0])
 
 
@@ -167,17 +192,53 @@ def test_gradient_checkpointing(device: str) -> None:
     check_same(run(model, device), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_half_precision_and_autocast(device: str, dtype: torch.dtype) -> None:
-    """In bfloat16 no further from float32 than eager is, up to a factor."""
-    truth = run(model_of("Qwen3Moe", device), device)["logits"]
+class Routing:
+    """Records who was chosen, and with which weights, in a model's first pass; imposes it on every later one.
+
+    A rounding that sends a token elsewhere would hide the errors of the arithmetic, which are compared here.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.recorded: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        for name, module in model.named_modules():
+            if mk.hf._uses_interface(module):
+                module.register_forward_pre_hook(partial(self.impose, name))
+
+    def impose(self, name: str, module: nn.Module, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        x, ids, weights = given
+        ids, weights = self.recorded.setdefault(name, (ids, weights.detach()))
+        return x, ids, weights.to(x.dtype)
+
+
+def flat(results: dict[str, torch.Tensor]) -> torch.Tensor:
+    """All gradients as one vector."""
+    return torch.cat([results[name].flatten().float() for name in sorted(results) if name not in ("logits", "loss")])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16(device: str, family: str, autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits and the gradients taken together are at most twice as far from float32 as those of eager; one gradient
+    alone, which small differences upstream can change much, four times."""
+    model = model_of(family, device, output_router_logits=False)
+    if not on_interface(model):
+        pytest.skip(f"transformers {transformers.__version__} has {family} not on the experts interface")
+    if device == "cuda" and torch.cuda.get_device_capability() == (9, 0):
+        forbid_torch_path(monkeypatch)
+    Routing(model)
+    model.set_experts_implementation("eager")
+    truth = run(model, device)
+    model.to(torch.float32 if autocast else torch.bfloat16)
     errors = []
     for implementation in ("eager", "moekern"):
-        model = model_of("Qwen3Moe", device).to(dtype)
         model.set_experts_implementation(implementation)
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == torch.float32):
-            errors.append(error(run(model, device)["logits"], truth))
-    assert errors[1] <= 2 * errors[0]
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=autocast):
+            result = run(model, device)
+        errors.append({name: error(value, truth[name]) for name, value in result.items()})
+        errors[-1]["all gradients"] = error(flat(result), flat(truth))
+    for name, value in errors[1].items():
+        factor = 2 if name in ("logits", "all gradients") else 4
+        assert value <= max(factor * errors[0][name], 2**-7), name
 
 
 class Decorated(nn.Module):

@@ -28,8 +28,8 @@ def test_softmax_then_top_k(device: str, dtype: torch.dtype) -> None:
         assert torch.allclose(weights.double(), expected, atol=1e-6)
 
 
-def test_top_k_then_softmax_is_the_renormalised_softmax() -> None:
-    logits = torch.randn(30, 10, dtype=torch.float64)
+def test_top_k_then_softmax_is_the_renormalised_softmax(device: str) -> None:
+    logits = torch.randn(30, 10, dtype=torch.float64, device=device)
     first, first_ids = mk.route(logits, 4, method="softmax_topk", norm_topk_prob=True)
     second, second_ids = mk.route(logits, 4, method="topk_softmax")
     assert torch.equal(first_ids, second_ids)
@@ -38,8 +38,8 @@ def test_top_k_then_softmax_is_the_renormalised_softmax() -> None:
 
 @pytest.mark.parametrize("method", FORMULAS)
 @pytest.mark.parametrize("normalise", [False, True])
-def test_derivatives(method: str, normalise: bool) -> None:
-    logits = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+def test_derivatives(device: str, method: str, normalise: bool) -> None:
+    logits = torch.randn(5, 6, dtype=torch.float64, device=device, requires_grad=True)
 
     def weights(logits: torch.Tensor) -> torch.Tensor:
         return mk.route(logits, 3, method=method, norm_topk_prob=normalise)[0]
@@ -56,14 +56,14 @@ def test_float32_under_autocast(device: str) -> None:
     assert torch.equal(weights, expected)
 
 
-def test_edges() -> None:
-    weights, ids = mk.route(torch.randn(0, 4), 2)
+def test_edges(device: str) -> None:
+    weights, ids = mk.route(torch.randn(0, 4, device=device), 2)
     assert weights.shape == ids.shape == (0, 2)
-    weights, ids = mk.route(torch.randn(2, 3, 4), 4)
+    weights, ids = mk.route(torch.randn(2, 3, 4, device=device), 4)
     assert weights.shape == (2, 3, 4)
-    assert torch.allclose(weights.sum(-1), torch.ones(2, 3))
-    weights, _ = mk.route(torch.randn(5, 1), 1)
-    assert torch.equal(weights, torch.ones(5, 1))
+    assert torch.allclose(weights.sum(-1), torch.ones(2, 3, device=device))
+    weights, _ = mk.route(torch.randn(5, 1, device=device), 1)
+    assert torch.equal(weights, torch.ones(5, 1, device=device))
 
 
 H, E = 16, 8
@@ -86,8 +86,23 @@ def router_of(family: str, name: str, cfg: object) -> torch.nn.Module:
     for parameter in router.parameters():
         torch.nn.init.normal_(parameter)
     if hasattr(router, "e_score_correction_bias"):
-        router.e_score_correction_bias.normal_(std=0.3)
+        # Not negative: transformers 5.0 gives experts outside the best groups a score of zero, later ones minus infinity.
+        router.e_score_correction_bias.uniform_(0, 0.6)
     return router
+
+
+def decide(family: str, router: torch.nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights and ids, wherever this release of transformers computes them and in whatever order it returns them."""
+    out = router(x)
+    if isinstance(out, torch.Tensor):  # 5.0: logits alone, and the block decides
+        module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+        block = getattr(module, {"deepseek_v3": "DeepseekV3MoE", "glm4_moe": "Glm4MoeMoE"}[family])(router.config)
+        block.gate = router
+        ids, weights = block.route_tokens_to_experts(out)
+    else:
+        ids = next(t for t in out if not t.is_floating_point())
+        weights = out[1]
+    return weights, ids
 
 
 FAMILIES: list[tuple[str, str, str, dict[str, object], dict[str, object]]] = [
@@ -135,41 +150,41 @@ FAMILIES: list[tuple[str, str, str, dict[str, object], dict[str, object]]] = [
 
 @pytest.mark.parametrize(("family", "config_name", "router_name", "theirs", "ours"), FAMILIES)
 def test_is_the_router_of_transformers(
-    family: str, config_name: str, router_name: str, theirs: dict[str, object], ours: dict[str, object]
+    device: str, family: str, config_name: str, router_name: str, theirs: dict[str, object], ours: dict[str, object]
 ) -> None:
     """Weights of every expert, zero for those not chosen, and the gradients of router weights and input."""
-    router = router_of(family, router_name, config(family, config_name, **theirs))
+    router = router_of(family, router_name, config(family, config_name, **theirs)).to(device)
     if "norm_topk_prob" in theirs:
         ours = {"norm_topk_prob": theirs["norm_topk_prob"], **ours}
-    x = torch.randn(40, H, requires_grad=True)
-    _, their_weights, their_ids = router(x)
+    x = torch.randn(40, H, device=device, requires_grad=True)
+    their_weights, their_ids = decide(family, router, x)
     bias = getattr(router, "bias", None)
     logits = torch.nn.functional.linear(x, router.weight, bias)
     weights, ids = mk.route(
         logits, 3, method=family, selection_bias=getattr(router, "e_score_correction_bias", None), **ours
     )
     assert torch.equal(ids.sort(1)[0], their_ids.sort(1)[0])
-    dense = torch.zeros(40, E).scatter(1, ids, weights)
-    their_dense = torch.zeros(40, E).scatter(1, their_ids, their_weights.float())
+    dense = torch.zeros(40, E, device=device).scatter(1, ids, weights)
+    their_dense = torch.zeros(40, E, device=device).scatter(1, their_ids, their_weights.float())
     assert torch.allclose(dense, their_dense, atol=1e-6)
-    dout = torch.randn(40, E)
+    dout = torch.randn(40, E, device=device)
     leaves = (x, *(p for p in (router.weight, bias) if p is not None))
     expected = torch.autograd.grad(their_dense, leaves, dout)
     for value, wanted in zip(torch.autograd.grad(dense, leaves, dout), expected, strict=True):
         assert error(value, wanted) < 1e-5
 
 
-def test_llama4_router() -> None:
+def test_llama4_router(device: str) -> None:
     llama4 = pytest.importorskip("transformers.models.llama4.modeling_llama4", reason="transformers is not installed")
     for top_k in (1, 2):
         cfg = llama4.Llama4TextConfig(hidden_size=H, num_local_experts=E, num_experts_per_tok=top_k)
-        router = llama4.Llama4Router(cfg)
-        x = torch.randn(40, H, requires_grad=True)
+        router = llama4.Llama4Router(cfg).to(device)
+        x = torch.randn(40, H, device=device, requires_grad=True)
         theirs, logits = router(x)
         weights, ids = mk.route(logits, top_k, method="llama4")
-        dense = torch.zeros(40, E).scatter(1, ids, weights)
+        dense = torch.zeros(40, E, device=device).scatter(1, ids, weights)
         assert torch.allclose(dense, theirs)
-        dout = torch.randn(40, E)
+        dout = torch.randn(40, E, device=device)
         (ours,) = torch.autograd.grad(dense, router.weight, dout, retain_graph=True)
         (expected,) = torch.autograd.grad(theirs, router.weight, dout)
         assert error(ours, expected) < 1e-5
@@ -191,17 +206,17 @@ def test_equal_scores_go_to_the_lowest_index(device: str, shape: tuple[int, int]
     assert torch.equal(ids.cpu(), torch.arange(3).expand(600, 3))
 
 
-def test_extreme_logits_stay_in_order() -> None:
+def test_extreme_logits_stay_in_order(device: str) -> None:
     """Infinities and denormals too; scores that saturate do not tie."""
-    row = torch.tensor([1e-45, float("inf"), -3e38, 3e38, -1e-45, 40.0, 30.0, float("-inf")])
+    row = torch.tensor([1e-45, float("inf"), -3e38, 3e38, -1e-45, 40.0, 30.0, float("-inf")], device=device)
     _, ids = mk.route(row.expand(512, 8), 8, method="topk_sigmoid")
     assert ids[0].tolist() == [1, 3, 5, 6, 0, 4, 2, 7]
     assert torch.equal(ids, ids[:1].expand(512, 8))
 
 
-def test_selection_bias_chooses_and_does_not_weigh() -> None:
-    logits = torch.randn(30, E)
-    bias = torch.zeros(E, requires_grad=True)
+def test_selection_bias_chooses_and_does_not_weigh(device: str) -> None:
+    logits = torch.randn(30, E, device=device)
+    bias = torch.zeros(E, device=device, requires_grad=True)
     with torch.no_grad():
         bias[5] = 10
     weights, ids = mk.route(logits, 2, method="sigmoid_topk", norm_topk_prob=False, selection_bias=bias)
@@ -210,8 +225,8 @@ def test_selection_bias_chooses_and_does_not_weigh() -> None:
     assert not weights.requires_grad
 
 
-def test_only_experts_of_the_best_groups() -> None:
-    logits = torch.randn(50, 12)
+def test_only_experts_of_the_best_groups(device: str) -> None:
+    logits = torch.randn(50, 12, device=device)
     _, ids = mk.route(logits, 4, method="deepseek_v2", n_group=3, topk_group=1)
     best = logits.unflatten(1, (3, 4)).amax(2).argmax(1, keepdim=True)
     assert torch.equal(ids // 4, best.expand(-1, 4))

@@ -3,8 +3,8 @@
     import moekern.hf
     model = AutoModelForCausalLM.from_pretrained(name, experts_implementation="moekern")
 
-Models of transformers 5 that use its experts interface need no more than that. The two that keep a block of their own,
-Llama 4 and DBRX, are served by :func:`replace`.
+Models of transformers 5 that use its experts interface need no more than that. Those that keep a block of their own,
+Llama 4, DBRX, and Granite in releases before its experts came under the interface, are served by :func:`replace`.
 """
 
 from __future__ import annotations
@@ -138,9 +138,9 @@ def _with_own_gate(
 def replace(model: Any) -> list[str]:
     """Let moekern run the experts of a model, in place, whether or not it uses transformers' experts interface.
 
-    Models with the interface are switched to it. The blocks of Llama 4 and DBRX are replaced: Llama 4's keeps its
-    parameters, DBRX's three matrices are rewritten as two. State dicts keep the names and shapes that transformers
-    knows, so that ``save_pretrained`` and ``load_state_dict`` work as before.
+    Models with the interface are switched to it. The blocks of Llama 4, of DBRX and of an older release's Granite are
+    replaced: DBRX's three matrices are rewritten as two, the others keep their parameters. State dicts keep the names
+    and shapes that transformers knows, so that ``save_pretrained`` and ``load_state_dict`` work as before.
 
     Args:
         model: A transformers model, or any module that contains such blocks.
@@ -152,13 +152,13 @@ def replace(model: Any) -> list[str]:
         TypeError: ``model`` is not an nn.Module.
         ValueError: Nothing in it can be replaced; the message names the MoE modules found, if any.
     """
-    from moekern.hf_blocks import BLOCKS
+    from moekern.hf_blocks import block_for
 
     if not issubclass(type(model), nn.Module):  # isinstance would narrow Any to a class without configuration
         raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
     done = []
     for name, module in list(model.named_modules()):
-        block = BLOCKS.get(f"{type(module).__module__}.{type(module).__qualname__}")
+        block = block_for(module)
         if block is not None:
             if not name:
                 raise ValueError(f"model: got a bare {type(module).__name__}, expected a model that contains it")

@@ -13,7 +13,8 @@ from moekern.dense import known_activation
 
 
 def _activation(module: nn.Module) -> str:
-    function = getattr(module, "act_fn", None) or getattr(module, "activation_fn", None)
+    names = ("act_fn", "activation_fn", "activation")
+    function = next((found for name in names if (found := getattr(module, name, None)) is not None), None)
     name = known_activation(function, gated=True)
     if name is None:
         raise ValueError(f"model: the experts' activation {type(function).__name__} is not one that moekern has")
@@ -46,6 +47,32 @@ class Llama4Block(nn.Module):
             activation=self.activation, transposed=True,
         )  # fmt: skip
         return self.shared_expert(x) + routed.unflatten(0, (-1, self.top_k)).sum(1), logits
+
+
+class GraniteBlock(nn.Module):
+    """``GraniteMoeMoE`` of the releases in which it has experts of its own: softmax over the K largest logits.
+
+    The submodules are those of the original; its weights lie as moekern reads them.
+    """
+
+    def __init__(self, original: Any) -> None:
+        super().__init__()
+        self.activation_name = _activation(original)
+        self.input_size, self.hidden_size = original.input_size, original.hidden_size
+        self.activation = original.activation
+        self.input_linear = original.input_linear
+        self.output_linear = original.output_linear
+        self.router = original.router
+        self.train(original.training)
+
+    def forward(self, layer_input: Tensor) -> Tensor:
+        """``[B, N, H]`` to the same."""
+        x = layer_input.reshape(-1, self.input_size)
+        weights, ids = router.route(self.router.layer(x), self.router.top_k, method="granitemoe")
+        out = functional.experts(
+            x, ids, weights, self.input_linear.weight, self.output_linear.weight, activation=self.activation_name
+        )
+        return out.reshape(layer_input.shape)
 
 
 class DbrxBlock(nn.Module):
@@ -101,7 +128,18 @@ def _read_dbrx(block: DbrxBlock, state: dict[str, Any], prefix: str, *_: Any) ->
     state[prefix + "down_proj"] = down.mT.contiguous()
 
 
-BLOCKS: dict[str, Callable[[Any], nn.Module]] = {
+def block_for(module: nn.Module) -> Callable[[Any], nn.Module] | None:
+    """What takes this module's place, or None if it is not a block known here."""
+    found = _BLOCKS.get(f"{type(module).__module__}.{type(module).__qualname__}")
+    if found is GraniteBlock and not hasattr(module, "input_linear"):
+        return None  # a newer release, whose experts use the interface
+    return found
+
+
+_BLOCKS: dict[str, Callable[[Any], nn.Module]] = {
     "transformers.models.llama4.modeling_llama4.Llama4TextMoe": Llama4Block,
     "transformers.models.dbrx.modeling_dbrx.DbrxFFN": DbrxBlock,
+    "transformers.models.granitemoe.modeling_granitemoe.GraniteMoeMoE": GraniteBlock,
+    "transformers.models.granitemoeshared.modeling_granitemoeshared.GraniteMoeSharedMoE": GraniteBlock,
+    "transformers.models.granitemoehybrid.modeling_granitemoehybrid.GraniteMoeHybridMoE": GraniteBlock,
 }
