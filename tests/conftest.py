@@ -33,7 +33,7 @@ PLACES = [
 
 @pytest.fixture(params=PLACES)
 def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[str, torch.dtype]:
-    """A device and a dtype. Half precision on a Hopper GPU must be served by the kernels: the torch path raises there."""
+    """A device and a dtype. On a Hopper GPU the kernels must serve half precision: the torch path raises."""
     device, dtype = request.param
     if device == "cuda" and dtype != torch.float32 and torch.cuda.get_device_capability() == (9, 0):
         forbid_torch_path(monkeypatch)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import moekern as mk
+from conftest import forbid_torch_path
 from problems import error, make
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -105,16 +106,45 @@ def test_grouped_mlp_is_the_experts_without_dispatch(device: str, dtype: torch.d
     assert torch.equal(sorted_out, expected[plan.order.long()])
 
 
-def test_grouped_mlp_ignores_rows_past_the_end(device: str) -> None:
-    p = make(1, 24, 16, 3, 1, device=device, bias=True)
+def test_grouped_mlp_ignores_rows_past_the_end(place: tuple[str, torch.dtype]) -> None:
+    device, dtype = place
+    p = make(1, 24, 16, 3, 1, device=device, dtype=dtype, bias=True)
     offsets = torch.tensor([0, 4, 4, 7], device=device)
-    x = torch.randn(10, 24, device=device)
+    x = torch.randn(10, 24, device=device, dtype=dtype)
     x[7:] = float("nan")
     x.requires_grad_()
     weights = [t.clone().requires_grad_() for t in (p.w_gate_up, p.w_down, p.b_gate_up, p.b_down)]
     out = mk.grouped_mlp(x, offsets, *weights)
-    assert torch.equal(out[7:], torch.zeros(3, 24, device=device))
+    assert not out[7:].any()
     out.square().sum().backward()
-    assert torch.equal(x.grad[7:], torch.zeros(3, 24, device=device))
+    assert not x.grad[7:].any()
     assert all(torch.isfinite(w.grad).all() for w in weights)
     assert torch.isfinite(x.grad).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+def test_grouped_mlp_never_synchronises(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offsets that only the device knows, rows past the end, forward and backward."""
+    if torch.cuda.get_device_capability() == (9, 0):
+        forbid_torch_path(monkeypatch)
+    p = make(1, 64, 48, 5, 1, device="cuda", dtype=torch.bfloat16, bias=True)
+    counts = torch.tensor([40, 0, 300, 7, 90], device="cuda")
+    leaves = [t.clone().requires_grad_() for t in (p.w_gate_up, p.w_down, p.b_gate_up, p.b_down)]
+    x = torch.randn(512, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    dout = torch.randn_like(x)
+
+    def step() -> list[Tensor]:
+        offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+        out = mk.grouped_mlp(x, offsets, *leaves)
+        return [out.detach(), *torch.autograd.grad(out, (x, *leaves), dout)]
+
+    expected = step()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        again = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
+    assert not again[0][437:].any()
+    assert not again[1][437:].any()

@@ -86,7 +86,7 @@ def router_of(family: str, name: str, cfg: object) -> torch.nn.Module:
     for parameter in router.parameters():
         torch.nn.init.normal_(parameter)
     if hasattr(router, "e_score_correction_bias"):
-        # Not negative: transformers 5.0 gives experts outside the best groups a score of zero, later ones minus infinity.
+        # Not negative: transformers 5.0 scores experts outside the best groups zero, not minus infinity.
         router.e_score_correction_bias.uniform_(0, 0.6)
     return router
 

@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import moekern as mk
-from moekern.backends import cpu, reference
+from conftest import forbid_torch_path
+from moekern.backends import cpu, cuda, reference
 from problems import error
 
 H, I, E, K = 32, 16, 6, 2
@@ -117,14 +118,42 @@ def test_two_processes(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(worker, (str(tmp_path / "store"),), nprocs=RANKS)
 
 
+@pytest.mark.gpu
+def test_fully_sharded_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank with NCCL, float32 weights that FSDP2 casts to bfloat16: the layer cast by hand gives the same."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    if torch.cuda.get_device_capability() == (9, 0):
+        forbid_torch_path(monkeypatch)
+    torch.cuda.set_device(0)
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        model, by_hand = model_of().cuda(), model_of().cuda().bfloat16()
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+        fully_shard(model[1], mp_policy=policy)
+        fully_shard(model, mp_policy=policy)
+        x = torch.randn(40, H, device="cuda", dtype=torch.bfloat16)
+        outs = [module(x) for module in (model, by_hand)]
+        assert torch.equal(*outs)
+        for out in outs:
+            out.square().sum().backward()
+        for p, expected in zip(model.parameters(), by_hand.parameters(), strict=True):
+            assert error(p.grad.full_tensor(), expected.grad) < 1e-6
+    finally:
+        dist.destroy_process_group()
+
+
 @pytest.mark.parametrize("save_experts", [False, True])
-def test_selective_checkpointing_routes_once(save_experts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    moe = mk.MoE(H, I, E, K)
-    x = torch.randn(20, H, requires_grad=True)
+def test_selective_checkpointing_routes_once(
+    place: tuple[str, torch.dtype], save_experts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, dtype = place
+    moe = mk.MoE(H, I, E, K).to(device, dtype)
+    x = torch.randn(20, H, device=device, dtype=dtype, requires_grad=True)
     dout = torch.randn_like(x)
     plain = torch.autograd.grad(moe(x), (x, *moe.parameters()), dout)
     calls = dict.fromkeys(("plan", "experts_forward"), 0)
-    for module in (cpu, reference):
+    for module in (cpu, reference, cuda):
         for name in calls:
 
             def counted(*args: object, _verb: object = getattr(module, name), _name: str = name) -> object:
@@ -139,16 +168,17 @@ def test_selective_checkpointing_routes_once(save_experts: bool, monkeypatch: py
     assert calls == {"plan": 1, "experts_forward": 1 if save_experts else 2}
 
 
-def test_gradients_accumulate() -> None:
-    model = model_of()
-    x = torch.randn(30, H)
+def test_gradients_accumulate(place: tuple[str, torch.dtype]) -> None:
+    device, dtype = place
+    model = model_of().to(device, dtype)
+    x = torch.randn(30, H, device=device, dtype=dtype)
     model(x).square().sum().backward()
     whole = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     for part in x.split(10):
         model(part).square().sum().backward()
     for p, expected in zip(model.parameters(), whole, strict=True):
-        assert error(p.grad, expected) < 1e-5
+        assert error(p.grad, expected) < (1e-5 if dtype == torch.float32 else 2**-6)
 
 
 @pytest.mark.parametrize("optimizer_name", ["AdamW", "SGD", "Adagrad"])
@@ -174,27 +204,30 @@ def test_scaler_autocast_and_fused_optimisers(device: str, optimizer_name: str) 
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
-def test_safetensors(tmp_path: Path) -> None:
+def test_safetensors(place: tuple[str, torch.dtype], tmp_path: Path) -> None:
     safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
     options = {"routing": "deepseek_v3", "selection_bias": True, "shared_intermediate_size": 8}
-    moe, other = (mk.MoE(H, I, E, K, **options) for _ in range(2))  # type: ignore[arg-type]
+    device, dtype = place
+    moe, other = (mk.MoE(H, I, E, K, **options).to(device, dtype) for _ in range(2))  # type: ignore[arg-type]
     moe.gate.e_score_correction_bias.normal_()
     safetensors.save_model(moe, str(tmp_path / "moe.safetensors"))
     safetensors.load_model(other, str(tmp_path / "moe.safetensors"))
-    x = torch.randn(5, H)
+    x = torch.randn(5, H, device=device, dtype=dtype)
     assert torch.equal(other(x), moe(x))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
-def test_ahead_of_time_compilation(tmp_path: Path) -> None:
+def test_ahead_of_time_compilation(device: str, tmp_path: Path) -> None:
     """Exported with a free number of tokens, compiled by AOTInductor, loaded again."""
-    moe = mk.MoE(H, I, E, K).eval()
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    moe = mk.MoE(H, I, E, K).to(device, dtype).eval()
     tokens = torch.export.Dim("tokens", min=2, max=64)
-    program = torch.export.export(moe, (torch.randn(6, H),), dynamic_shapes=({0: tokens},))
+    example = torch.randn(6, H, device=device, dtype=dtype)
+    program = torch.export.export(moe, (example,), dynamic_shapes=({0: tokens},))
     path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "moe.pt2"))
     loaded = torch._inductor.aoti_load_package(path)
     for n in (6, 11):
-        x = torch.randn(n, H)
+        x = torch.randn(n, H, device=device, dtype=dtype)
         with torch.no_grad():
-            assert error(loaded(x), moe(x)) < 1e-6
+            assert error(loaded(x), moe(x)) < (1e-6 if dtype == torch.float32 else 2**-7)
