@@ -190,7 +190,7 @@ def test_a_verbs_variants_are_listed() -> None:
         chosen = Configuration("hopper", few, *variants.DOWN_FORMS[few])
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(kernels, "multiprocessors", lambda device: 132)
-            patch.setattr(forward, "record", lambda device, verb: seen.extend(program.sources_of(verb)))
+            patch.setattr(forward, "record", lambda device, verb, meanwhile: seen.extend(program.sources_of(verb)))
             forward._forward_program.__wrapped__(
                 0, torch.bfloat16, 32, 64, 24, 4, 2, activation, False, False, save, True, False, False, chosen
             )
@@ -217,8 +217,14 @@ def test_the_backward_passs_variants_are_listed() -> None:
                 0, torch.bfloat16, tokens, 2048, 768, 64, 8, activation, False, False, True, True, (True,) * 6,
                 Configuration("hopper"),
             )  # fmt: skip
+            before = len(seen)
             programs, _ = backward._programs.__wrapped__(sizes)
             assert len(programs) == (3 if tokens == 32768 else 1)
+            named = backward.sources(
+                0, torch.bfloat16, tokens, 2048, 768, 64, 8, activation, False, False, True, True, True,
+                Configuration("hopper"),
+            )  # fmt: skip
+            assert set(named) == set(seen[before:])
     assert {"combine_beside.cu", "combine.cu", "dh.cu", "wgrad.cu", "rows.cu"} <= {s.file for s in seen}
     assert set(seen) <= {*variants.layer(torch.bfloat16, "swiglu"), *variants.layer(torch.bfloat16, "relu2")}
 

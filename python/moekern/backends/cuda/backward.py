@@ -7,6 +7,7 @@ gradients are dH and the larger of A' and the rows of the input gradient.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -21,7 +22,8 @@ from moekern.backends.cuda import backward_kernels as own
 from moekern.backends.cuda import kernels, torch_path
 from moekern.backends.cuda.configuration import Configuration
 from moekern.backends.cuda.forward import PROGRAMS, _stream, round_up
-from moekern.backends.cuda.program import Placeholder, record_parts
+from moekern.backends.cuda.loader import KernelSource
+from moekern.backends.cuda.program import Placeholder, record_parts, sources_of
 from moekern.backends.cuda.torch_path import warn_once
 
 # Places of the addresses in a replay.
@@ -169,6 +171,11 @@ class _Launches:
         self.first()
         self.up_projection()
 
+    @property
+    def parts(self) -> list[Callable[[], None]]:
+        """One part, or three with the combine beside."""
+        return [self.first, self.up_projection, self.combine] if self.beside else [self.all]
+
     def combine(self) -> None:
         """The sum of the rows of dx, in the registers that the weight gradient leaves free."""
         own.combine_beside(self.grad_rows, self.inverse, self.offsets, self.grads[0], self.z.top_k)
@@ -178,8 +185,21 @@ class _Launches:
 def _programs(z: _Sizes) -> tuple[list[Any], int]:
     """One program, or three with the combine beside; and the bytes they work in."""
     launches = _Launches(z)
-    parts = [launches.first, launches.up_projection, launches.combine] if launches.beside else [launches.all]
-    return record_parts(z.device, parts), launches.work.size
+    return record_parts(z.device, launches.parts), launches.work.size
+
+
+def sources(
+    device: int, dtype: torch.dtype, tokens: int, hidden: int, inter: int, experts: int, top_k: int, activation: str,
+    transposed: bool, interleaved: bool, has_scores: bool, has_up_bias: bool, has_down_bias: bool,
+    chosen: Configuration,
+) -> list[KernelSource]:  # fmt: skip
+    """The kernels for the gradients of all inputs, to be compiled while the forward pass runs."""
+    wanted = (True, has_scores, True, True, has_up_bias, has_down_bias)
+    z = _Sizes(
+        device, dtype, tokens, hidden, inter, experts, top_k, activation, transposed, interleaved, has_scores,
+        has_down_bias, wanted, chosen,
+    )  # fmt: skip
+    return [source for part in _Launches(z).parts for source in sources_of(part)]
 
 
 @cache

@@ -13,6 +13,7 @@ from moekern.activations import ACTIVATIONS
 from moekern.backends import address
 from moekern.backends.cuda import kernels
 from moekern.backends.cuda.configuration import Configuration
+from moekern.backends.cuda.loader import KernelSource
 from moekern.backends.cuda.program import Placeholder, record
 
 PROGRAMS = 512  # kept a verb: one for every combination of sizes that comes along
@@ -127,7 +128,15 @@ def _forward_program(
             top_k, activation, transposed, interleaved, chosen,
         )  # fmt: skip
 
-    return record(device, verb), size
+    def of_the_backward_pass() -> list[KernelSource]:
+        from moekern.backends.cuda import backward
+
+        return backward.sources(
+            device, dtype, tokens, hidden, inter, experts, top_k, activation, transposed, interleaved,
+            has_scores, has_up_bias, has_down_bias, chosen,
+        )  # fmt: skip
+
+    return record(device, verb, of_the_backward_pass if save else None), size
 
 
 def experts_forward(

@@ -1,6 +1,8 @@
 """From CUDA sources to loaded kernels: include resolution, NVRTC, a cache of cubins on disk, CuPy modules.
 
-Compilation needs NVRTC (through CuPy) but neither a GPU nor a driver, so continuous integration builds every kernel.
+What a verb needs is compiled side by side in processes of their own (:mod:`moekern.backends.cuda.compilers`), and while
+the forward pass of a layer waits for its kernels, those of the backward pass are already on their way. Compilation
+needs NVRTC (through CuPy) but neither a GPU nor a driver, so continuous integration builds every kernel.
 Nothing here imports torch, and CuPy is imported when it is first needed.
 """
 
@@ -9,14 +11,14 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import tempfile
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .compilers import Answer, Compilers, Job
 from .wgmma import wgmma_source
 
 if TYPE_CHECKING:
@@ -143,6 +145,38 @@ def check(arch: str) -> None:
     _nvrtc()
 
 
+def _job(source: KernelSource, arch: str) -> Job:
+    macros = (f"-D{name}={value}" for name, value in source.macros)
+    options = (f"--gpu-architecture={arch}", "--std=c++17", "--ptxas-options=-v", "--no-source-include", *macros)
+    return source.file, expand(source.file), options
+
+
+def _compile_here(job: Job) -> Answer:
+    nvrtc = _nvrtc()
+    name, text, options = job
+    program = nvrtc.createProgram(text, name, (), ())
+    try:
+        try:
+            nvrtc.compileProgram(program, options)
+        except nvrtc.NVRTCError as error:
+            return str(error), nvrtc.getProgramLog(program)
+        return nvrtc.getCUBIN(program), nvrtc.getProgramLog(program)
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+def _checked(source: KernelSource, answer: Answer) -> tuple[bytes, str]:
+    """The cubin and the log, or a KernelError: it did not compile, or not to what is wanted."""
+    cubin, log = answer
+    if isinstance(cubin, str):
+        raise KernelError(f"{source}: {cubin}\n{log}")
+    note = _FATAL_NOTE.search(log)
+    spills = [match[0] for match in _SPILL.finditer(log) if match[1] != "0" or match[2] != "0"]
+    if note or spills:
+        raise KernelError(f"{source}: {note[0] if note else spills[0]}: such a kernel would be slow\n{log}")
+    return _whole(cubin), log
+
+
 def compile_source(source: KernelSource, arch: str = "sm_90a") -> tuple[bytes, str]:
     """Compile one variant to a cubin; returns the cubin and the compiler's log (registers, spills).
 
@@ -150,24 +184,12 @@ def compile_source(source: KernelSource, arch: str = "sm_90a") -> tuple[bytes, s
     ignored or wgmma serialised.
     """
     check(arch)
-    nvrtc = _nvrtc()
-    macros = (f"-D{name}={value}" for name, value in source.macros)
-    options = (f"--gpu-architecture={arch}", "--std=c++17", "--ptxas-options=-v", "--no-source-include", *macros)
-    program = nvrtc.createProgram(expand(source.file), source.file, (), ())
-    try:
-        try:
-            nvrtc.compileProgram(program, options)
-        except nvrtc.NVRTCError as error:
-            raise KernelError(f"{source}: {error}\n{nvrtc.getProgramLog(program)}") from error
-        log = nvrtc.getProgramLog(program)
-        cubin = _whole(nvrtc.getCUBIN(program))
-    finally:
-        nvrtc.destroyProgram(program)
-    note = _FATAL_NOTE.search(log)
-    spills = [match[0] for match in _SPILL.finditer(log) if match[1] != "0" or match[2] != "0"]
-    if note or spills:
-        raise KernelError(f"{source}: {note[0] if note else spills[0]}: such a kernel would be slow\n{log}")
-    return cubin, log
+    return _checked(source, _compile_here(_job(source, arch)))
+
+
+@cache
+def _compilers() -> Compilers:
+    return Compilers(tuple(_nvrtc().getVersion()), _compile_here)
 
 
 def cache_directory() -> Path:
@@ -176,40 +198,87 @@ def cache_directory() -> Path:
     return Path(chosen) if chosen else Path.home() / ".cache" / "moekern"
 
 
-def cubin_path(source: KernelSource, arch: str = "sm_90a") -> Path:
-    """The cached cubin of a variant, compiled first if need be.
+_pending: dict[Path, Future[Path]] = {}
+_present: dict[KernelSource, Path] = {}  # known to be in the cache
+_lock = threading.Lock()
+
+
+def _after_fork() -> None:
+    """A child has none of the parent's threads: what these were doing is to be started again."""
+    global _lock
+    _lock = threading.Lock()
+    _pending.clear()
+    _compilers.cache_clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def start(source: KernelSource, arch: str = "sm_90a") -> Future[Path]:
+    """The cached cubin of a variant, compiled in the background if it is not there.
 
     The file's name is a hash of everything that determines its content; it appears by an atomic rename, so that
     processes may compile the same variant at once.
     """
-    version = _nvrtc().getVersion()
-    digest = hashlib.sha256(repr((expand(source.file), source.macros, arch, version)).encode()).hexdigest()
+    check(arch)
+    job = _job(source, arch)
+    digest = hashlib.sha256(repr((*job, _nvrtc().getVersion())).encode()).hexdigest()
     path = cache_directory() / f"{Path(source.file).stem}-{digest[:32]}.cubin"
+    future: Future[Path] = Future()
     if path.is_file():
-        return path
-    cubin, _ = compile_source(source, arch)
+        future.set_result(path)
+        return future
+    with _lock:
+        if path in _pending:
+            return _pending[path]
+        _pending[path] = future
+
+    def finish(done: Future[Answer]) -> None:
+        try:
+            _write(path, _checked(source, done.result())[0])
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(path)
+        finally:
+            _pending.pop(path, None)
+
+    _compilers().submit(job).add_done_callback(finish)
+    return future
+
+
+def _write(path: Path, cubin: bytes) -> None:
+    partial = path.with_name(f"{path.stem}-{os.getpid()}-{threading.get_ident()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.stem, delete=False) as partial:
-            partial.write(cubin)
-        os.replace(partial.name, path)
+        try:
+            partial.write_bytes(cubin)
+            os.replace(partial, path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
     except OSError as error:
         raise CacheError(
             f"cannot write compiled kernels to {path.parent} ({error}); set MOEKERN_CACHE_DIR to a writable directory"
         ) from error
-    return path
 
 
-_present: set[KernelSource] = set()  # known to be in the cache
+def cubin_path(source: KernelSource, arch: str = "sm_90a") -> Path:
+    """The cached cubin of a variant, compiled first if need be; see :func:`start`."""
+    return start(source, arch).result()
 
 
-def compile_missing(sources: Iterable[KernelSource]) -> None:
-    """Bring variants into the cache, several at once: NVRTC takes seconds for one and does not hold Python's lock."""
-    missing = [source for source in dict.fromkeys(sources) if source not in _present]
-    if len(missing) > 1:
-        with ThreadPoolExecutor(min(len(missing), os.cpu_count() or 1)) as pool:
-            list(pool.map(cubin_path, missing))
-    _present.update(missing)
+def compile_missing(sources: Iterable[KernelSource], wait: bool = True) -> None:
+    """Bring variants into the cache, several at once. Without waiting, errors are left to the call that needs them."""
+    started = {source: start(source) for source in dict.fromkeys(sources) if source not in _present}
+    if wait:
+        _present.update({source: future.result() for source, future in started.items()})
+
+
+def all_present(sources: Iterable[KernelSource]) -> bool:
+    """Whether these variants have been brought into the cache by this process."""
+    return all(source in _present for source in sources)
 
 
 @dataclass(frozen=True)
@@ -221,7 +290,7 @@ class Kernel:
 
 
 _kernels: dict[tuple[int, KernelSource, str], Kernel] = {}
-_lock = threading.Lock()
+_loading = threading.Lock()
 
 
 def load(source: KernelSource, name: str, device: int, shared_bytes: int = 0, carve_out: int | None = None) -> Kernel:
@@ -235,10 +304,10 @@ def load(source: KernelSource, name: str, device: int, shared_bytes: int = 0, ca
     kernel = _kernels.get(key)
     if kernel is not None:
         return kernel
-    with _lock:
+    with _loading:
         if key in _kernels:
             return _kernels[key]
-        path = cubin_path(source)
+        path = _present.get(source) or cubin_path(source)
         import cupy
 
         try:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from moekern import _core  # type: ignore[attr-defined]
-from moekern.backends.cuda.loader import KernelSource, compile_missing
+from moekern.backends.cuda.loader import KernelSource, all_present, compile_missing
 
 Map = tuple[int, int, tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
@@ -118,12 +118,17 @@ def record_parts(device: int, parts: list[Callable[[], None]]) -> list[Any]:
     return [record(device, part) for part in parts]
 
 
-def record(device: int, verb: Callable[[], None]) -> Any:
+def record(device: int, verb: Callable[[], None], meanwhile: Callable[[], list[KernelSource]] | None = None) -> Any:
     """Run `verb` on placeholders and keep its launches; ``replay(stream, addresses)`` of the result launches them.
 
-    Kernels that it needs and that are not in the cache are compiled first, all at once.
+    Kernels that it needs and that are not in the cache are compiled first, all at once. Behind them and unwaited for,
+    those that `meanwhile` names.
     """
-    compile_missing(sources_of(verb))
+    sources = sources_of(verb)
+    if meanwhile is not None and not all_present(sources):
+        compile_missing(sources, wait=False)
+        compile_missing(meanwhile(), wait=False)
+    compile_missing(sources)
     with _recording() as launches:
         verb()
     return _core.CudaProgram(device, launches)

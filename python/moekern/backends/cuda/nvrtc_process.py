@@ -1,0 +1,76 @@
+"""NVRTC in a process of its own, run as a script: reads jobs on standard input, writes cubins on standard output.
+
+Within a process NVRTC compiles one program at a time, whatever the threads. The script needs the standard library
+alone, so that it starts in some 20 ms: the library's path is its argument. Messages are pickles: first the
+library's version; then for every (name, text, options) a (cubin, log), or with a string for the cubin what went wrong.
+"""
+
+import ctypes
+import os
+import pickle
+import sys
+
+
+class Library:
+    """The few functions of NVRTC that are needed."""
+
+    def __init__(self, path: str):
+        """Open the library."""
+        self._library = ctypes.CDLL(path)
+        self._library.nvrtcGetErrorString.restype = ctypes.c_char_p
+
+    def _call(self, name: str, *arguments: object) -> int:
+        return int(getattr(self._library, name)(*arguments))
+
+    def _text(self, program: ctypes.c_void_p, what: str) -> bytes:
+        size = ctypes.c_size_t()
+        if self._call(f"nvrtcGet{what}Size", program, ctypes.byref(size)):
+            return b""
+        buffer = ctypes.create_string_buffer(size.value)
+        self._call(f"nvrtcGet{what}", program, buffer)
+        return buffer.raw
+
+    def version(self) -> tuple[int, int]:
+        """Major and minor version."""
+        major, minor = ctypes.c_int(), ctypes.c_int()
+        self._call("nvrtcVersion", ctypes.byref(major), ctypes.byref(minor))
+        return major.value, minor.value
+
+    def compile(self, name: str, text: str, options: "tuple[str, ...]") -> "tuple[bytes | str, str]":
+        """The cubin and the log of a program, or what went wrong and the log."""
+        program = ctypes.c_void_p()
+        result = self._call("nvrtcCreateProgram", ctypes.byref(program), text.encode(), name.encode(), 0, None, None)
+        if result == 0:
+            strings = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+            result = self._call("nvrtcCompileProgram", program, len(options), strings)
+        log = self._text(program, "ProgramLog").rstrip(b"\0").decode(errors="replace")
+        cubin: bytes | str = self._text(program, "CUBIN") if result == 0 else self._error(result)
+        self._call("nvrtcDestroyProgram", ctypes.byref(program))
+        return cubin, log
+
+    def _error(self, result: int) -> str:
+        return f"{self._library.nvrtcGetErrorString(result).decode()} ({result})"
+
+
+def main() -> None:
+    """Serve jobs until standard input ends."""
+    # Whatever the library prints must not come between the messages.
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    library = Library(sys.argv[1])
+
+    def send(message: object) -> None:
+        pickle.dump(message, answers)
+        answers.flush()
+
+    send(library.version())
+    while True:
+        try:
+            name, text, options = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        send(library.compile(name, text, options))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""NVRTC in processes of its own: the same cubins and errors as here, side by side, and a way on where none starts."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("cupy")
+
+from moekern.backends.cuda import compilers, loader
+from moekern.backends.cuda.compilers import Answer, Compilers, Job
+from moekern.backends.cuda.loader import CacheError, KernelError, KernelSource
+
+COMBINES = [KernelSource.of("combine.cu", {"ELEMENT": "Bf16", "TOP_K": k}) for k in (1, 2, 4)]
+BROKEN = ("broken.cu", "int f() { return oops; }", ("--gpu-architecture=sm_90a",))
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("MOEKERN_CACHE_DIR", str(tmp_path / "kernels"))
+    monkeypatch.setattr(loader, "_present", {})
+    loader._compilers.cache_clear()
+    yield
+    loader._compilers.cache_clear()
+
+
+def refuse(job: Job) -> Answer:
+    raise AssertionError(f"{job[0]} was compiled in this process")
+
+
+def version() -> tuple[int, ...]:
+    return tuple(loader._nvrtc().getVersion())
+
+
+def test_processes_give_what_this_process_gives() -> None:
+    pool = Compilers(version(), refuse, most=2)
+    jobs = [loader._job(source, "sm_90a") for source in COMBINES]
+    answers = [future.result() for future in [pool.submit(job) for job in (*jobs, BROKEN)]]
+    for source, (cubin, log) in zip(COMBINES, answers, strict=False):
+        here, here_log = loader.compile_source(source)
+        assert loader._whole(cubin) == here
+        assert "registers" in log
+        assert "registers" in here_log
+    failure, log = answers[-1]
+    assert failure == "NVRTC_ERROR_COMPILATION (6)"
+    assert "oops" in log
+
+
+@pytest.mark.parametrize("reason", ["embedded", "missing", "another version", "no library"])
+def test_without_processes_this_one_compiles(reason: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    wanted = version()
+    if reason == "embedded":
+        monkeypatch.setattr(sys, "executable", "/usr/bin/an-application")
+    elif reason == "missing":
+        monkeypatch.setattr(sys, "executable", str(tmp_path / "python3"))
+    elif reason == "another version":
+        wanted = (1, 2)
+    else:
+        monkeypatch.setattr(compilers, "loaded_library", lambda: str(tmp_path / "libnvrtc.so"))
+    done: list[str] = []
+    pool = Compilers(wanted, lambda job: done.append(job[0]) or ("", "here"), most=1)
+    assert pool.submit(BROKEN).result() == ("", "here")
+    assert done == ["broken.cu"]
+
+
+def test_failures_of_the_caller_reach_it() -> None:
+    def fail(job: Job) -> Answer:
+        raise RuntimeError("no compiler")
+
+    pool = Compilers((1, 2), fail, most=1)
+    futures = [pool.submit(BROKEN) for _ in range(3)]
+    for future in futures:
+        with pytest.raises(RuntimeError, match="no compiler"):
+            future.result()
+
+
+def test_processes_go_when_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compilers, "IDLE_SECONDS", 0.0)
+    pool = Compilers(version(), refuse, most=4)
+    for _ in range(2):
+        for future in [pool.submit(BROKEN) for _ in range(3)]:
+            future.result()
+        while pool._threads:
+            pass
+
+
+def test_a_variant_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    submitted: list[Job] = []
+
+    class Held:
+        @staticmethod
+        def cache_clear() -> None:
+            pass
+
+        def submit(self, job: Job) -> Future[Answer]:
+            submitted.append(job)
+            return future
+
+    future: Future[Answer] = Future()
+    monkeypatch.setattr(loader, "_compilers", Held)
+    loader.compile_missing(COMBINES[:1], wait=False)
+    both = [loader.start(COMBINES[0]) for _ in range(2)]
+    assert len(submitted) == 1
+    future.set_result(loader._compile_here(submitted[0]))
+    assert both[0].result() == both[1].result() == loader.cubin_path(COMBINES[0])
+    assert not loader._pending
+    assert len(submitted) == 1
+
+
+def test_background_errors_wait_for_who_needs_the_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "hopper.cuh").write_text("")
+    (tmp_path / "broken.cu").write_text(BROKEN[1])
+    monkeypatch.setenv("MOEKERN_CUDA_DIR", str(tmp_path))
+    source = KernelSource("broken.cu")
+    loader.compile_missing([source], wait=False)
+    with pytest.raises(KernelError, match="oops"):
+        loader.compile_missing([source])
+
+
+def test_an_unwritable_cache_is_named_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "replace", lambda *paths: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(CacheError, match=r"disk full.*MOEKERN_CACHE_DIR"):
+        loader.cubin_path(COMBINES[0])
+    assert not list((tmp_path / "kernels").iterdir())
+
+
+def test_other_users_may_read_the_cache() -> None:
+    umask = os.umask(0o022)
+    try:
+        assert loader.cubin_path(COMBINES[0]).stat().st_mode & 0o777 == 0o644
+    finally:
+        os.umask(umask)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_child_compiles_too() -> None:
+    loader.cubin_path(COMBINES[0])
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            status = 0 if loader.cubin_path(COMBINES[1]).is_file() else 2
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
