@@ -15,7 +15,7 @@ from moekern import __version__
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
-COMMANDS = ("moekern.demo", "moekern.doctor", "moekern.compile_command")
+COMMANDS = ("moekern.demo", "moekern.doctor", "moekern.bench_command", "moekern.compile_command")
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -25,6 +25,7 @@ examples:
   moekern doctor                       what can this machine run, and does it compute correctly?
   moekern demo                         train a dense model and an MoE model side by side, then compare them
   moekern demo --text ~/novels         the same on your own text
+  moekern bench                        how fast is the layer here, and how far from the limit of the hardware?
   moekern COMMAND --help               options and more examples of one command
 
 MOEKERN_DEBUG=1 prints the traceback of an error. The same program starts with: python -m moekern

@@ -1,0 +1,145 @@
+"""What the machine could do at best, measured beside what is judged by it.
+
+The ceiling of a verb on a GPU is cuBLAS doing dense matrix products of the same FLOPs over all rows: no gather, no
+activation, one expert's weights. Of decode it is a copy on the device, in bytes read and written. On a CPU it is the
+larger of two times for each product: torch's dense matmul of the same FLOPs (in bfloat16 where the CPU multiplies
+bfloat16 pairs, else in float32), and the bytes of the weights over the rate at which memory is read, or, for gradients
+of weights, over the rate of writes past the caches. Of decode it is the second alone.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from moekern import _core
+from moekern.bench.problem import Problem
+from moekern.bench.record import BOTH, DECODE
+from moekern.bench.timing import Clock, Wait
+
+COPIED = 512 << 20  # bytes read, and as many written: ten times a large L2
+SCANNED = 256 << 20
+
+
+class Ceiling(Protocol):
+    """Starts a measurement of the best possible time of one verb of one problem, on the clock given."""
+
+    def __call__(self, clock: Clock) -> Wait: ...
+
+
+def ceiling_of(problem: Problem, verb: str, bytes: float, memory: Copy) -> Ceiling:
+    """The ceiling of this verb of this problem, which moves at least so many bytes."""
+    if problem.device == "cpu":
+        return Bound(problem, verb, memory)
+    return Streamed(bytes, memory) if verb == DECODE else Dense(problem, verb)
+
+
+class Copy:
+    """Memory to measure rates with: a copy, and on a CPU reading and writing alone."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        bytes = COPIED if device == "cuda" else SCANNED
+        self.source = torch.ones(bytes, dtype=torch.uint8, device=device)
+        self.target = torch.ones_like(self.source) if device == "cuda" else self.source
+        self.rates: dict[bool, list[float]] = {False: [], True: []}
+
+    def run(self) -> None:
+        self.target.copy_(self.source)
+
+    def rate(self, write: bool) -> float:
+        """Bytes a second of a CPU's memory: measured now, the median of all times so far."""
+        start, bytes = self.source.data_ptr(), self.source.numel()
+        self.rates[write].append(_core.memory_rate(start, bytes, torch.get_num_threads(), write))
+        return statistics.median(self.rates[write])
+
+    def gbps(self, clock: Clock) -> float:
+        """10^9 bytes a second of a copy, read and written ones both counted; the best of some."""
+        if self.device == "cpu":
+            half = self.source.numel() // 2
+            moved, work = 2 * half, lambda: self.source[:half].copy_(self.source[half:])
+        else:
+            moved, work = 2 * self.source.numel(), self.run  # type: ignore[assignment]
+        work()
+        waits = [clock(work) for _ in range(5)]
+        clock.wait()
+        return moved / min(wait() for wait in waits) / 1e9
+
+
+class Dense:
+    """Matrix products of all rows with one expert's weights, each into memory that is there."""
+
+    def __init__(self, problem: Problem, verb: str) -> None:
+        s, self.backward = problem.shape, verb == BOTH
+
+        def normal(*sizes: int) -> Tensor:
+            return torch.randn(sizes, device=problem.device, dtype=problem.dtype)
+
+        self.rows, self.inner = normal(s.slots, s.hidden), normal(s.slots, s.intermediate)
+        self.gate, self.down = problem.w_gate_up[0, : s.intermediate], problem.w_down[0]
+        self.half, self.wide = torch.empty_like(self.inner), torch.empty_like(self.rows)
+        self.d_gate, self.d_down = torch.empty_like(self.gate), torch.empty_like(self.down)
+
+    def __call__(self, clock: Clock) -> Wait:
+        return clock(self.run)
+
+    def run(self) -> None:
+        for _ in range(2):
+            torch.mm(self.rows, self.gate.T, out=self.half)
+        torch.mm(self.inner, self.down.T, out=self.wide)
+        if self.backward:
+            torch.mm(self.rows, self.down, out=self.half)
+            torch.mm(self.rows.T, self.inner, out=self.d_down)
+            for _ in range(2):
+                torch.mm(self.inner, self.gate, out=self.wide)
+                torch.mm(self.inner.T, self.rows, out=self.d_gate)
+
+
+class Streamed:
+    """The time in which a copy moves so many bytes, read and written ones counted."""
+
+    def __init__(self, bytes: float, copy: Copy) -> None:
+        self.copy, self.scale = copy, bytes / (2 * copy.source.numel())
+
+    def __call__(self, clock: Clock) -> Wait:
+        wait = clock(self.copy.run)
+        return lambda: wait() * self.scale
+
+
+class Bound:
+    """The sum over a verb's products of the larger of two times, both measured in the same moment."""
+
+    def __init__(self, problem: Problem, verb: str, memory: Copy) -> None:
+        s, size = problem.shape, problem.dtype.itemsize
+        self.memory, self.decode = memory, verb == DECODE
+        pairs = problem.dtype == torch.bfloat16 and _core.cpu_isa() == "avx512bf16"
+        dtype = torch.bfloat16 if pairs else torch.float32
+        rows, hidden, inner = s.slots, s.hidden, s.intermediate
+        forward = [(rows, hidden, 2 * inner), (rows, inner, hidden)]
+        backward = [(rows, hidden, inner), (rows, 2 * inner, hidden)]
+        weights = [(hidden, rows, inner), (2 * inner, rows, hidden)]
+        # Run, bytes of weights, whether these are written.
+        self.products: list[tuple[Callable[[], object], float, bool]] = []
+        for m, k, n in forward + (backward if verb == BOTH else []):
+            self.products.append((product(m, k, n, dtype, False), float(problem.active * k * n * size), False))
+        for m, k, n in weights if verb == BOTH else []:
+            self.products.append((product(m, k, n, dtype, True), float(s.experts * m * n * size), True))
+
+    def __call__(self, clock: Clock) -> Wait:
+        total = 0.0
+        for run, bytes, written in self.products:
+            seconds = 0.0 if self.decode else clock(run)()
+            total += max(seconds, bytes / self.memory.rate(written))
+        return lambda: total
+
+
+def product(m: int, k: int, n: int, dtype: torch.dtype, gradient: bool) -> Callable[[], object]:
+    """A dense matmul with its operands laid out as the layer's: weights by output, gradients from rows."""
+    a = torch.randn(k, m).to(dtype).t() if gradient else torch.randn(m, k).to(dtype)
+    b = torch.randn(k, n).to(dtype) if gradient else torch.randn(n, k).to(dtype).t()
+    out = torch.empty(m, n, dtype=dtype)
+    return lambda: torch.mm(a, b, out=out)

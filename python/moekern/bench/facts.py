@@ -1,0 +1,52 @@
+"""On what machine, with which versions and at which commit something was measured."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+import moekern
+from moekern import _core, machine
+from moekern.bench.record import Machine
+from moekern.doctor import driver_version
+
+
+def commit(file: str | Path = __file__) -> str:
+    """The commit of the checkout that holds this file, "+" behind it if tracked files differ; else empty.
+
+    A file that git does not track, such as an installed package in a project's folder, has no commit.
+    """
+    path = Path(file).resolve()
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", *arguments], cwd=path.parent, capture_output=True, text=True, timeout=10)
+
+    try:
+        if git("ls-files", "--error-unmatch", path.name).returncode != 0:
+            return ""
+        head = git("rev-parse", "--short=12", "HEAD").stdout.strip()
+        return head + ("+" if git("diff", "--quiet", "HEAD").returncode else "")
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def machine_of(device: str) -> Machine:
+    """The facts about this machine, its copy rate not measured yet."""
+    on_gpu = device == "cuda"
+    return Machine(
+        cpu=machine.cpu_name(),
+        cpu_threads=torch.get_num_threads(),
+        isa=_core.cpu_isa(),
+        gpu=torch.cuda.get_device_name() if on_gpu else None,
+        driver=driver_version() if on_gpu else None,
+        torch=torch.__version__,
+        cuda=torch.version.cuda if on_gpu else None,
+        python=platform.python_version(),
+        moekern=moekern.__version__,
+        commit=commit(),
+        system=f"{platform.system()} {platform.machine()}",
+        transformers=machine.package_version("transformers"),
+    )

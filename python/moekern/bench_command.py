@@ -1,0 +1,221 @@
+"""`moekern bench`: how fast the layer is here, against its peers and against what the machine could do at best."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from moekern.bench import shapes
+from moekern.bench.record import BOTH, DECODE, FORWARD, Record, save
+from moekern.bench.routing import ROUTINGS
+from moekern.cli import HelpFormat
+from moekern.demo import check_writable, whole_number
+
+if TYPE_CHECKING:
+    from moekern.bench.runner import Options
+    from moekern.cli import Subparsers
+
+VERBS = {"forward": FORWARD, "both": BOTH, "decode": DECODE}
+DTYPES = ("bf16", "fp16", "fp32")
+SWEEPS = ("tokens", "experts", "top_k")
+SECONDS = {"cuda": 0.3, "cpu": 1.5}
+MINUTES = {"cuda": 7.0, "cpu": 5.0}
+
+EXAMPLES = """\
+examples:
+  moekern bench                                      usual shapes and peers, in about two minutes
+  moekern bench --quick                              one small shape, in seconds
+  moekern bench --shape olmoe-1b-7b --shape mixtral-8x7b --routing zipf
+  moekern bench --thiek 4096,2048,1024,64,8          your own layer: tokens, hidden, intermediate, experts, top-k
+  moekern bench --peers grouped_mm,transformers      only these beside it; "all" takes those that tune for minutes too
+  moekern bench --json new.json --report new.html    keep the figures; a page with charts and scaling
+  moekern bench --compare old.json                   what became faster or slower since then
+
+shapes: {shapes}
+peers:  {peers}
+
+Every implementation is first checked against float32: a wrong result is shown as WRONG, not as fast. Then they run in
+turns, each directly after the ceiling: on a GPU cuBLAS doing dense matrix products of the same FLOPs (for decode, a
+copy of as many bytes), on a CPU the larger of torch's dense matmul and the reading of the weights. "of ceiling" 1.00
+means: no kernel can do much better here; small shapes can pass it, where the ceiling's own
+products are too small to run well. GPU times are taken with a swept L2 cache; decode runs in a CUDA graph over
+weights that take turns.
+"""
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
+        "bench",
+        help="measure the layer against its peers and against the machine's limit",
+        description="Measure the experts' forward and backward pass against what else could compute them, and against "
+        "what the machine can do at best.",
+        epilog=EXAMPLES.format(shapes=", ".join(shapes.SHAPES), peers="dense, transformers, grouped_mm, "
+                               "grouped_mm-compiled, scattermoe, sonicmoe, megablocks, llama.cpp"),
+        formatter_class=HelpFormat,
+    )  # fmt: skip
+
+    def several(option: str, text: str) -> None:
+        parser.add_argument(option, action="append", type=names, metavar="NAME", help=text)
+
+    several("--shape", "named sizes, or all of this device; again or with commas for more")
+    parser.add_argument("--thiek", action="append", metavar="T,H,I,E,K", help="sizes of your own; again for more")
+    several("--peers", "names, usual, all or none (default: usual)")
+    several("--routing", f"{', '.join(ROUTINGS)} (default: uniform)")
+    several("--dtype", f"{', '.join(DTYPES)} (default: bf16, but fp32 on CPUs without bfloat16 units)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    several("--verbs", f"{', '.join(VERBS)} (default: decode for decode shapes, forward and both for others)")
+    parser.add_argument("--threads", type=whole_number(1, 4096), metavar="N", help="of the CPU (default: as torch)")
+    several(
+        "--sweep", f"vary {', '.join(SWEEPS)} of the first shape, or none (default: all three with --report, else none)"
+    )
+    parser.add_argument("--quick", action="store_true", help="one small shape and short timing, unless told otherwise")
+    parser.add_argument("--minutes", type=positive, metavar="M", help="leave out what would begin later "
+                        f"(default: {MINUTES['cuda']:g} on a GPU, {MINUTES['cpu']:g} on a CPU)")  # fmt: skip
+    parser.add_argument("--json", metavar="FILE", help="write the figures, for --compare and for programs")
+    parser.add_argument("--report", metavar="FILE.html", help="write one page with charts")
+    parser.add_argument("--compare", metavar="OLD.json", help="say what changed since this record")
+    parser.set_defaults(run=run)
+
+
+def names(text: str) -> list[str]:
+    """A list with commas, without empty items."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number above 0")
+    return value
+
+
+def run(args: argparse.Namespace) -> int:
+    options = options_of(args)
+    for option, path in (("--json", args.json), ("--report", args.report)):
+        if path is not None:
+            check_writable(option, Path(path))
+    threads = torch.get_num_threads()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    try:
+        record = measured(options, Console(highlight=False), command_line())
+    finally:
+        torch.set_num_threads(threads)
+    if args.json:
+        save(record, args.json)
+        print(f"figures: {args.json}")
+    return 0
+
+
+def options_of(args: argparse.Namespace) -> Options:
+    """What to measure.
+
+    Raises:
+        ValueError: An argument is wrong; the message names it and what is accepted.
+    """
+    from moekern.bench import peers
+    from moekern.bench.runner import Options
+
+    device = device_of(args.device)
+    chosen = shapes.chosen(flat(args.shape) or [], device) + [shapes.parse_thiek(text) for text in args.thiek or ()]
+    if not chosen:
+        chosen = shapes.chosen((shapes.QUICK if args.quick else shapes.USUAL)[device], device)
+    sweeps = flat(args.sweep) or (list(SWEEPS) if args.report else ["none"])
+    sweeps = [] if sweeps == ["none"] else checked("--sweep", sweeps, SWEEPS)
+    named = bool(args.shape or args.thiek)
+    swept = next((shape for shape in chosen if named and not shape.decode), shapes.SHAPES[shapes.SWEPT[device]])
+    return Options(
+        shapes=tuple(chosen),
+        peers=tuple(peers.chosen(flat(args.peers) or ["usual"], device)),
+        device=device,
+        dtypes=tuple(checked("--dtype", flat(args.dtype) or [usual_dtype(device)], DTYPES)),
+        routings=tuple(checked("--routing", flat(args.routing) or ["uniform"], tuple(ROUTINGS))),
+        verbs=tuple(VERBS[verb] for verb in checked("--verbs", flat(args.verbs) or [], tuple(VERBS))),
+        sweeps=tuple(sweeps),
+        swept=(swept,),
+        seconds=SECONDS[device] / (5 if args.quick else 1),
+        minutes=args.minutes or MINUTES[device],
+    )
+
+
+def flat(lists: Sequence[Sequence[str]] | None) -> list[str]:
+    """What was given by one option, however often and with however many commas."""
+    return [name for each in lists or () for name in each]
+
+
+def checked(option: str, given: list[str], accepted: Sequence[str]) -> list[str]:
+    for name in given:
+        if name not in accepted:
+            raise ValueError(f"{option}: got {name!r}, expected of {', '.join(accepted)}")
+    return list(dict.fromkeys(given))
+
+
+def device_of(name: str) -> str:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device: got 'cuda', but torch finds no usable GPU here; moekern doctor says why")
+    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def usual_dtype(device: str) -> str:
+    """bf16, except on CPUs without bfloat16 units, where all but moekern would be slow in it."""
+    from moekern import _core
+
+    return "bf16" if device == "cuda" or _core.cpu_isa() == "avx512bf16" else "fp32"
+
+
+def command_line() -> str:
+    """As it was typed, with the program's name in place of its path."""
+    return shlex.join(["moekern", *sys.argv[1:]])
+
+
+def measured(options: Options, console: Console, command: str) -> Record:
+    """Measure, and show each case's table as soon as it is there."""
+    from moekern.bench.facts import machine_of
+    from moekern.bench.runner import Session, cases
+    from moekern.bench.table import LEGEND, tables
+
+    machine = machine_of(options.device)
+    record = Record(datetime.now(UTC).isoformat(timespec="seconds"), command, machine)
+    where = f"{machine.gpu}, driver {machine.driver}, CUDA {machine.cuda}" if machine.gpu else (
+        f"{machine.cpu}, {machine.cpu_threads} threads, {machine.isa}"
+    )  # fmt: skip
+    console.print(f"{escape(where)}, torch {machine.torch}, moekern {machine.moekern}", soft_wrap=True)
+    steps = sum(case.steps for case in cases(options))
+    with progress_of(console, steps) as tick:
+        session = Session(options, tick)
+        machine.copy_gbps = session.copy_gbps
+        console.print(f"memory: {session.copy_gbps:.0f} GB/s in a copy, bytes read and written\n")
+        for rows in session.run():
+            record.rows += rows
+            for each in tables(rows):
+                console.print(each, soft_wrap=isinstance(each, str))
+            console.print()
+    console.print(LEGEND, soft_wrap=True)
+    return record
+
+
+@contextmanager
+def progress_of(console: Console, steps: int) -> Iterator[Callable[[str], None]]:
+    """A bar that goes on one step with every call, which says what is being done."""
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=steps)
+
+        def tick(text: str) -> None:
+            progress.update(task, description=escape(text), advance=1)
+
+        yield tick
