@@ -299,7 +299,45 @@ def test_slow_work_runs_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pairs["slow"].share == 2.5
 
 
+def test_report_and_comparison(call: Call, tmp_path: Path) -> None:
+    """The second run takes shapes, dtype, routing and peers from the first one's record."""
+    code, out, err = call(
+        "--thiek", "16,64,32,4,2", "--dtype", "fp32", "--routing", "zipf", "--peers", "dense", "--json", "old.json",
+        "--report", "page.html", "--sweep", "top_k",
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    assert "report: page.html" in out
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "<svg" in page
+    assert "16x64x32x4x2" in page
+    read = record.load(tmp_path / "old.json")
+    assert {row.sweep for row in read.rows} == {None, "top_k"}
+    slower = [replace(row, **{t: getattr(row, t) * f for t in ("seconds", "low", "high")}) for row in read.rows
+              for f in [1e3 if row.implementation == "moekern" else 1]]  # fmt: skip
+    record.save(replace(read, rows=slower), tmp_path / "slow.json")
+    code, out, err = call("--compare", "slow.json", "--json", "new.json")
+    assert (code, err) == (0, "")
+    assert "against slow.json, of 20" in out
+    assert "faster" in out
+    again = record.load(tmp_path / "new.json").rows
+    assert [row.case for row in again] == [row.case for row in read.rows if row.sweep is None]
+    assert {row.implementation for row in again} == {CEILING, "moekern", "dense"}
+
+
+def test_a_regression_is_an_exit_code(call: Call, tmp_path: Path) -> None:
+    call("--shape", "tiny", "--dtype", "fp32", "--peers", "none", "--verbs", "forward", "--json", "old.json")
+    read = record.load(tmp_path / "old.json")
+    for row in read.rows:
+        if row.implementation == "moekern":
+            row.seconds, row.low, row.high = 1e-9, 1e-9, 1e-9
+    record.save(read, tmp_path / "old.json")
+    code, out, _ = call("--compare", "old.json", "--verbs", "forward")
+    assert code == 1
+    assert "1 regressed" in out
+
+
 BAD = {
+    "no record": (["--compare", "none.json"], "No such file or directory: none.json"),
     "unknown shape": (["--shape", "olmo"], "--shape: got 'olmo', expected all or one of qwen3-30b-a3b, olmoe-1b-7b"),
     "four sizes": (["--thiek", "1,2,3,4"], "--thiek: got '1,2,3,4', expected five whole numbers of at least 1: tokens"),
     "size zero": (["--thiek", "0,2,3,4,5"], "--thiek: got '0,2,3,4,5'"),

@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from moekern.bench import shapes
-from moekern.bench.record import BOTH, DECODE, FORWARD, Record, save
+from moekern.bench.record import BOTH, DECODE, FORWARD, Record, load, save
 from moekern.bench.routing import ROUTINGS
 from moekern.cli import HelpFormat
 from moekern.demo import check_writable, whole_number
@@ -84,7 +84,8 @@ def add_parser(subparsers: Subparsers) -> None:
                         f"(default: {MINUTES['cuda']:g} on a GPU, {MINUTES['cpu']:g} on a CPU)")  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="write the figures, for --compare and for programs")
     parser.add_argument("--report", metavar="FILE.html", help="write one page with charts")
-    parser.add_argument("--compare", metavar="OLD.json", help="say what changed since this record")
+    parser.add_argument("--compare", metavar="OLD.json", help="measure the same again and say what changed; "
+                        "exit code 1 if moekern became slower or wrong")  # fmt: skip
     parser.set_defaults(run=run)
 
 
@@ -104,25 +105,37 @@ def positive(text: str) -> float:
 
 
 def run(args: argparse.Namespace) -> int:
-    options = options_of(args)
+    from moekern.bench.compare import compare
+    from moekern.bench.report import render
+
+    old = load(args.compare) if args.compare else None
+    options = options_of(args, old)
     for option, path in (("--json", args.json), ("--report", args.report)):
         if path is not None:
             check_writable(option, Path(path))
     threads = torch.get_num_threads()
     if args.threads:
         torch.set_num_threads(args.threads)
+    console = Console(highlight=False)
     try:
-        record = measured(options, Console(highlight=False), command_line())
+        record = measured(options, console, command_line())
     finally:
         torch.set_num_threads(threads)
     if args.json:
         save(record, args.json)
-        print(f"figures: {args.json}")
-    return 0
+        console.print(f"figures: {escape(args.json)}", soft_wrap=True)
+    if args.report:
+        Path(args.report).write_text(render(record), encoding="utf-8")
+        console.print(f"report: {escape(args.report)}", soft_wrap=True)
+    if old is None:
+        return 0
+    comparison = compare(old, record)
+    console.print(f"\nagainst {escape(args.compare)}, of {old.made[:16]}:\n{escape(comparison.text())}", soft_wrap=True)
+    return 1 if comparison.regressed else 0
 
 
-def options_of(args: argparse.Namespace) -> Options:
-    """What to measure.
+def options_of(args: argparse.Namespace, old: Record | None = None) -> Options:
+    """What to measure; with an old record, what is not said is taken from there.
 
     Raises:
         ValueError: An argument is wrong; the message names it and what is accepted.
@@ -130,21 +143,31 @@ def options_of(args: argparse.Namespace) -> Options:
     from moekern.bench import peers
     from moekern.bench.runner import Options
 
-    device = device_of(args.device)
-    chosen = shapes.chosen(flat(args.shape) or [], device) + [shapes.parse_thiek(text) for text in args.thiek or ()]
+    rows = [] if old is None else [row for row in old.rows if row.sweep is None]
+    before = dict.fromkeys(row.device for row in rows)
+    device = device_of(next(iter(before), "auto") if args.device == "auto" else args.device)
+    chosen = shapes.chosen(flat(args.shape), device) + [shapes.parse_thiek(text) for text in args.thiek or ()]
+    named = bool(chosen)
+    if not chosen and rows:
+        chosen = list(dict.fromkeys(
+            shapes.Shape(r.shape, r.tokens, r.hidden, r.intermediate, r.experts, r.top_k) for r in rows
+        ))  # fmt: skip
     if not chosen:
         chosen = shapes.chosen((shapes.QUICK if args.quick else shapes.USUAL)[device], device)
+    implementations = dict.fromkeys(row.implementation for row in rows if row.seconds is not None)
+    known = [name for name in implementations if name in peers.PEERS]
     sweeps = flat(args.sweep) or (list(SWEEPS) if args.report else ["none"])
     sweeps = [] if sweeps == ["none"] else checked("--sweep", sweeps, SWEEPS)
-    named = bool(args.shape or args.thiek)
     swept = next((shape for shape in chosen if named and not shape.decode), shapes.SHAPES[shapes.SWEPT[device]])
+    dtypes = flat(args.dtype) or list(dict.fromkeys(row.dtype for row in rows)) or [usual_dtype(device)]
+    routings = flat(args.routing) or list(dict.fromkeys(row.routing for row in rows)) or ["uniform"]
     return Options(
         shapes=tuple(chosen),
-        peers=tuple(peers.chosen(flat(args.peers) or ["usual"], device)),
+        peers=tuple(peers.chosen(flat(args.peers) or (known or ["none"] if rows else ["usual"]), device)),
         device=device,
-        dtypes=tuple(checked("--dtype", flat(args.dtype) or [usual_dtype(device)], DTYPES)),
-        routings=tuple(checked("--routing", flat(args.routing) or ["uniform"], tuple(ROUTINGS))),
-        verbs=tuple(VERBS[verb] for verb in checked("--verbs", flat(args.verbs) or [], tuple(VERBS))),
+        dtypes=tuple(checked("--dtype", dtypes, DTYPES)),
+        routings=tuple(checked("--routing", routings, tuple(ROUTINGS))),
+        verbs=tuple(VERBS[verb] for verb in checked("--verbs", flat(args.verbs), tuple(VERBS))),
         sweeps=tuple(sweeps),
         swept=(swept,),
         seconds=SECONDS[device] / (5 if args.quick else 1),
