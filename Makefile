@@ -27,7 +27,7 @@ install = if [ -x $(BIN)/uv ]; then $(BIN)/uv pip install --python $(BIN)/python
 	else $(BIN)/python -m pip install $(1); fi
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test doctor lint format bench build wheel sdist dev clean
+.PHONY: help demo test doctor lint format bench figures build wheel sdist dev clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -59,7 +59,10 @@ format: $(LINTERS) ## rewrite the sources in the project's format
 
 bench: $(INSTALLED) ## run the benchmarks; figures go to benches/results/NAME.json and .md (NAME=latest, ARGS="-k plan")
 	$(BIN)/python -m pytest benches --benchmark-only --benchmark-json=benches/results/$(or $(NAME),latest).json $(ARGS)
-	$(BIN)/python benches/report.py benches/results/$(or $(NAME),latest).json
+	$(BIN)/python benches/figures.py
+
+figures: $(INSTALLED) ## rewrite the figures in the texts from the records in benches/results
+	$(BIN)/python benches/figures.py
 
 build: dev ## the same as dev
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bench_records import MACHINE, record, row, without_time
+from made_up_records import MACHINE, record, row, without_time
 from moekern.bench.compare import Comparison, compare
 from moekern.bench.record import CEILING, DECODE, FAILED, FORWARD, MOEKERN, OK, SKIPPED, WRONG, Record, Row
 

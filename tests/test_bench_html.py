@@ -10,7 +10,7 @@ from html import escape
 
 import pytest
 
-from bench_records import MACHINE, record, row, without_time
+from made_up_records import MACHINE, record, row, without_time
 from moekern.bench import charts, summary
 from moekern.bench.charts import Bar, Point, Roof
 from moekern.bench.record import BOTH, CEILING, DECODE, FORWARD, MOEKERN, SKIPPED, Record, Row

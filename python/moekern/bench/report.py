@@ -80,20 +80,26 @@ def legend(record: Record, colours: dict[str, str]) -> str:
 
 
 def rooflines(record: Record, colours: dict[str, str]) -> list[str]:
-    """One drawing for each device and dtype: their ceilings differ."""
+    """A drawing for each device and dtype, whose ceilings differ; a nearer one where decode stretches the first."""
     rows = [row for row in summary.singles(record) if row.status == OK and row.tflops and row.flops and row.bytes]
     kinds = dict.fromkeys((row.device, row.dtype) for row in rows if row.implementation != CEILING)
     if not kinds:
         return []
+    copy = record.machine.copy_gbps
     drawings = []
     for device, dtype in kinds:
         here = [row for row in rows if (row.device, row.dtype) == (device, dtype)]
         ceilings = [row.tflops or 0.0 for row in here if row.implementation == CEILING and row.verb != DECODE]
-        chosen = sorted((r for r in here if r.implementation != CEILING), key=lambda r: r.implementation == MOEKERN)
-        points = [point(row, colours) for row in chosen]
-        copy = record.machine.copy_gbps
-        svg = charts.roofline(points, charts.Roof(max(ceilings, default=None), copy / 1e3 if copy else None))
-        drawings.append(drawn(f"{device}, {dtype}", svg))
+        roof = charts.Roof(max(ceilings, default=None), copy / 1e3 if copy else None)
+        # moekern last: drawn above the others.
+        shown = sorted((r for r in here if r.implementation != CEILING), key=lambda r: r.implementation == MOEKERN)
+        batches = [row for row in shown if row.verb != DECODE]
+        mixed = 0 < len(batches) < len(shown)
+        whole = [point(row, colours, named=row.verb == DECODE or not mixed) for row in shown]
+        drawings.append(drawn(f"{device}, {dtype}", charts.roofline(whole, roof)))
+        if mixed:
+            near = [point(row, colours, named=True) for row in batches]
+            drawings.append(drawn(f"{device}, {dtype}, without decode", charts.roofline(near, roof)))
     intro = (
         "Work a byte against work a second. Under the level line the matrix products decide, under the slope the "
         "memory: the ceiling is the best that dense matrix products reached in this run, the slope the rate of a copy."
@@ -101,10 +107,10 @@ def rooflines(record: Record, colours: dict[str, str]) -> list[str]:
     return ["<h2>Roofline</h2>", f'<p class="soft">{intro}</p>', f'<div class="pair roofs">{"".join(drawings)}</div>']
 
 
-def point(row: Row, colours: dict[str, str]) -> Point:
+def point(row: Row, colours: dict[str, str], *, named: bool) -> Point:
     tflops = row.tflops or 0.0
     tip = f"{row.implementation}, {row.shape}, {row.verb}: {figure(tflops)} TFLOP/s, {duration(row.seconds or 0.0)}"
-    label = row.shape if row.implementation == MOEKERN and row.verb != BOTH else ""
+    label = row.shape if named and row.implementation == MOEKERN and row.verb != BOTH else ""
     return Point(row.flops / row.bytes, tflops, row.verb, colours[row.implementation], tip, label)
 
 
