@@ -6,6 +6,8 @@ CARGO ?= cargo
 # The first Python >= 3.11 on the PATH; name another with `make PYTHON=/path/to/python3 …`.
 PYTHON ?= $(or $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done),python3)
+# The oldest release of transformers that moekern.hf serves, and one between it and the newest.
+TRANSFORMERS ?= 5.0.0 5.17.0
 # Which CuPy the tests compile the kernels with; cuda12 on a machine with an older driver, empty for none.
 CUDA ?= $(if $(filter Linux,$(shell uname -s)),cuda13)
 
@@ -27,7 +29,7 @@ install = if [ -x $(BIN)/uv ]; then $(BIN)/uv pip install --python $(BIN)/python
 	else $(BIN)/python -m pip install $(1); fi
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test doctor lint format bench figures build wheel sdist dev clean
+.PHONY: help demo test releases doctor lint format bench figures build wheel sdist dev clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -40,6 +42,16 @@ test: $(INSTALLED) ## set up, then run every test that needs no GPU, and each be
 	$(if $(CUDA),$(BIN)/moekern compile)
 	$(BIN)/python -m pytest benches --benchmark-disable -m "not gpu"
 	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+
+# Each in a folder of its own ahead of the environment, which keeps the newest.
+releases: $(INSTALLED) ## the tests beside transformers' own models once more, under older releases of it
+	@set -e; for release in $(TRANSFORMERS); do \
+		there=$(abspath $(VENV))/transformers-$$release; \
+		[ -d $$there ] || { $(call install,-q --target $$there transformers==$$release) || { rm -rf $$there; exit 1; }; }; \
+		echo "transformers $$release"; \
+		PYTHONPATH=$$there$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/python -m pytest -q -m "not gpu and not slow" $(ARGS) \
+			tests/test_hf.py tests/test_router.py tests/test_shared_expert.py; \
+	done
 
 doctor: $(INSTALLED) ## say what this machine can run
 	$(BIN)/moekern doctor

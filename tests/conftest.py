@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from problems import forbid_torch_path
+
 NEEDS_GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 
 
@@ -38,16 +40,6 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tu
     if device == "cuda" and dtype != torch.float32 and torch.cuda.get_device_capability() == (9, 0):
         forbid_torch_path(monkeypatch)
     return device, dtype
-
-
-def forbid_torch_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    from moekern.backends.cuda import torch_path
-
-    def refuse(*args: object, **kwargs: object) -> None:
-        raise AssertionError("served by torch, not by the kernels")
-
-    for verb in ("experts_forward", "experts_backward", "grouped_mm"):
-        monkeypatch.setattr(torch_path, verb, refuse)
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -133,3 +134,14 @@ def check_against_truth(
         assert value.shape == truth[name].shape
         assert errors[name] <= allowed, f"{name}: error {errors[name]:.3g}, allowed {allowed:.3g}"
     return errors
+
+
+def forbid_torch_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a test fail where torch serves what the Hopper kernels should."""
+    from moekern.backends.cuda import torch_path
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("served by torch, not by the kernels")
+
+    for verb in ("experts_forward", "experts_backward", "grouped_mm"):
+        monkeypatch.setattr(torch_path, verb, refuse)

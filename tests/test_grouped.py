@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import moekern as mk
-from conftest import forbid_torch_path
-from problems import error, make
+from problems import error, forbid_torch_path, make
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 

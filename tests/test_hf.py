@@ -19,8 +19,7 @@ from transformers.integrations import moe as interface  # noqa: E402
 
 import moekern as mk  # noqa: E402
 import moekern.hf  # noqa: E402
-from conftest import forbid_torch_path  # noqa: E402
-from problems import error  # noqa: E402
+from problems import error, forbid_torch_path  # noqa: E402
 
 COMMON = {
     "vocab_size": 48, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -132,9 +131,13 @@ def test_save_and_load(device: str, family: str, tmp_path: Path) -> None:
     model = model_of(family, device)
     use_moekern(model)
     model.save_pretrained(tmp_path)
-    again = type(model).from_pretrained(tmp_path, experts_implementation="moekern").to(device).eval()
-    assert again.config._experts_implementation == "moekern"
-    use_moekern(again)
+    if on_interface(model):
+        again = type(model).from_pretrained(tmp_path, experts_implementation="moekern")
+        assert again.config._experts_implementation == "moekern"
+    else:
+        again = type(model).from_pretrained(tmp_path)
+        use_moekern(again)
+    again.to(device).eval()
     with torch.no_grad():
         assert torch.equal(again(tokens(device)).logits, model(tokens(device)).logits)
 
@@ -143,6 +146,8 @@ def test_save_and_load(device: str, family: str, tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")  # in Jamba's state space layer
 @pytest.mark.parametrize("family", FAMILIES)
 def test_compile_fullgraph(device: str, family: str) -> None:
+    if family == "Jamba" and transformers.__version__.startswith("5.0."):
+        pytest.skip("Jamba's state space layer branches on data in transformers 5.0")
     torch.compiler.reset()
     one_layer: dict[str, Any] = {"num_hidden_layers": 2 if family == "Jamba" else 1}  # Jamba counts on attention
     if "first_k_dense_replace" in FAMILIES[family]:
@@ -419,6 +424,16 @@ def test_replace_switches_models_with_the_interface() -> None:
     names = mk.hf.replace(model)
     assert names == [f"model.layers.{i}.mlp.experts" for i in range(2)]
     assert model.config._experts_implementation == "moekern"
+
+
+def test_models_not_on_the_interface() -> None:
+    """transformers 5.0 would take any registered name for them and change nothing; later ones ignore it."""
+    models = [llama4("cpu"), model_of("GraniteMoe", "cpu")]
+    refuses = transformers.__version__.startswith("5.0.")
+    for model in [m for m in models if not on_interface(m)]:
+        with pytest.raises(ValueError, match=r"call moekern.hf.replace\(model\)") if refuses else nullcontext():
+            model.set_experts_implementation("moekern")
+        assert model.config._experts_implementation != "moekern"
 
 
 def test_replace_says_what_it_cannot() -> None:

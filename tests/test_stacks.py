@@ -13,9 +13,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import moekern as mk
-from conftest import forbid_torch_path
 from moekern.backends import cpu, cuda, reference
-from problems import error
+from problems import error, forbid_torch_path
 
 H, I, E, K = 32, 16, 6, 2
 RANKS = 2

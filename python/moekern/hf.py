@@ -20,6 +20,7 @@ from moekern import checks, functional
 from moekern.activations import OAI_ALPHA, OAI_LIMIT
 from moekern.backends.reference import _bias_rows
 from moekern.dense import known_activation
+from moekern.hf_blocks import block_for, has_blocks_of_its_own
 from moekern.parts import local
 from moekern.plan import plan
 
@@ -152,8 +153,6 @@ def replace(model: Any) -> list[str]:
         TypeError: ``model`` is not an nn.Module.
         ValueError: Nothing in it can be replaced; the message names the MoE modules found, if any.
     """
-    from moekern.hf_blocks import block_for
-
     if not issubclass(type(model), nn.Module):  # isinstance would narrow Any to a class without configuration
         raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
     done = []
@@ -197,7 +196,14 @@ def _register() -> None:
     except ValueError:
 
         def accept_ours(self: Any, requested_experts: str | None) -> str:
-            return NAME if requested_experts == NAME else check(self, requested_experts)
+            if requested_experts != NAME:
+                return check(self, requested_experts)
+            if has_blocks_of_its_own(type(self)) and not self._can_set_experts_implementation():
+                raise ValueError(
+                    f"{type(self).__name__} is not on the experts interface in this release of transformers: "
+                    "load it without experts_implementation and call moekern.hf.replace(model)"
+                )
+            return NAME
 
         PreTrainedModel.get_correct_experts_implementation = accept_ours  # type: ignore[method-assign]
 

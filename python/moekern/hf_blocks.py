@@ -136,6 +136,11 @@ def block_for(module: nn.Module) -> Callable[[Any], nn.Module] | None:
     return found
 
 
+def has_blocks_of_its_own(model_class: type) -> bool:
+    """Whether the model's file holds a block known here."""
+    return any(name.startswith(model_class.__module__ + ".") for name in _BLOCKS)
+
+
 _BLOCKS: dict[str, Callable[[Any], nn.Module]] = {
     "transformers.models.llama4.modeling_llama4.Llama4TextMoe": Llama4Block,
     "transformers.models.dbrx.modeling_dbrx.DbrxFFN": DbrxBlock,
