@@ -106,6 +106,17 @@ def call_grouped_mm(**changed: Any) -> torch.Tensor:
     return mk.grouped_mm(**given)
 
 
+def call_round_tokens(**changed: Any) -> mk.Rounded:
+    given = {
+        "scores": torch.rand(T, E),
+        "topk_ids": torch.zeros(T, K).long(),
+        "topk_weights": torch.rand(T, K),
+        "multiple": 2,
+        **changed,
+    }
+    return mk.round_tokens(**given)
+
+
 def aux_loss_after_a_pass(mask: Any) -> torch.Tensor:
     moe = mk.MoE(H, I, E, K)
     moe(torch.randn(T, H))
@@ -158,6 +169,23 @@ BAD_OTHERS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: mk.limit_tokens(torch.zeros(T, K).long(), None, E, by="age"), ValueError, "by: got 'age'"),
     (lambda: mk.limit_tokens(torch.zeros(T, K).long(), None, E, capacity=-1), ValueError, "capacity: got -1"),
     (lambda: mk.limit_tokens(torch.zeros(T, K).long(), None, E, multiple=0), ValueError, "multiple: got 0"),
+    (lambda: call_round_tokens(scores=[1.0]), TypeError, "scores: got list"),
+    (lambda: call_round_tokens(scores=torch.rand(T + 1, E)), ValueError, "scores: got shape"),
+    (lambda: call_round_tokens(scores=torch.ones(T, E).long()), TypeError, "scores: got dtype int64"),
+    (lambda: call_round_tokens(topk_ids=torch.rand(T, K)), TypeError, "topk_ids: got dtype float32"),
+    (lambda: call_round_tokens(topk_weights=torch.rand(T, K + 1)), ValueError, "topk_weights: got shape"),
+    (lambda: call_round_tokens(topk_weights=torch.rand(T, K, device="meta")), ValueError, "topk_weights: got device"),
+    (lambda: call_round_tokens(multiple=0), ValueError, "multiple: got 0"),
+    (lambda: call_round_tokens(multiple=2.0), TypeError, "multiple: got float"),
+    (lambda: call_round_tokens(mode="even"), ValueError, "mode: got 'even', expected one of down, nearest, up"),
+    (lambda: call_round_tokens(capacity=-1), ValueError, "capacity: got -1"),
+    (lambda: call_round_tokens(by="age"), ValueError, "by: got 'age'"),
+    (lambda: mk.MoE(H, I, E, K, rounding="even"), ValueError, "rounding: got 'even'"),
+    (
+        lambda: mk.MoE(H, I, E, K, round_tokens_to=2, n_group=2, topk_group=1),
+        ValueError,
+        "rounding: got 'nearest', expected 'down' with n_group 2",
+    ),
     (lambda: mk.MoE(0, I, E, K), ValueError, "hidden_size: got 0"),
     (lambda: mk.MoE(H, -1, E, K), ValueError, "intermediate_size: got -1"),
     (lambda: mk.MoE(H, I, 0, K), ValueError, "num_experts: got 0"),

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+import moekern as mk
+
 PAGES = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
 
 
@@ -24,7 +26,11 @@ def run_page(name: str) -> dict[str, Any]:
 def test_routing() -> None:
     names = run_page("routing")
     assert names["y"].shape == names["x"].shape
-    assert names["tokens"].shape == (8, 4)
+    assert names["chosen"].shape == (8, 4)
+    assert names["out"].shape == (16, 32)
+    rows = mk.plan(names["rounded"].topk_ids, 8).counts + (names["rounded"].extra_tokens >= 0).sum(1)
+    assert not (rows % 4).any()
+    assert int(mk.plan(names["limited"], 8).counts.max()) <= 5
     assert int(names["mlp"].latest_routing.tokens_per_expert.sum()) == 16 * 2
 
 

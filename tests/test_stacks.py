@@ -118,6 +118,40 @@ def test_two_processes(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"shared_intermediate_size": 24, "shared_gate": True},
+        {"routing": "deepseek_v3", "selection_bias": True, "n_group": 3, "topk_group": 2},
+        {"capacity_factor": 1.0},
+        {"round_tokens_to": 16},
+        {"routing": "expert_choice"},
+        {"routing": "llama4", "scale_input": True},
+    ],
+    ids=str,
+)
+def test_a_training_step_never_synchronises(options: dict[str, object]) -> None:
+    """Forward, loss, backward and bias update wait for nothing, whatever the routing."""
+    model = model_of(**options).to("cuda", torch.bfloat16)
+    x = torch.randn(200, H, device="cuda", dtype=torch.bfloat16)
+    mask = torch.ones(200, device="cuda")
+
+    def step() -> None:
+        loss = model(x).square().mean() + 0.01 * mk.aux_loss(model, mask, z=0.1).to(torch.bfloat16)
+        loss.backward()
+        if "selection_bias" in options:
+            mk.update_selection_bias(model)
+
+    step()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
 def test_fully_sharded_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One rank with NCCL, float32 weights that FSDP2 casts to bfloat16: the layer cast by hand gives the same."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard

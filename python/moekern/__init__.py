@@ -28,6 +28,7 @@ from moekern.functional import experts, grouped_mlp, grouped_mm
 from moekern.layer import MoE
 from moekern.permutation import combine, permute
 from moekern.plan import Plan, PlanStats, plan
+from moekern.rounding import Rounded, round_tokens
 from moekern.router import route
 
 try:
@@ -39,6 +40,7 @@ __all__ = [
     "MoE",
     "Plan",
     "PlanStats",
+    "Rounded",
     "__version__",
     "aux_loss",
     "backend",
@@ -52,6 +54,7 @@ __all__ = [
     "load_balancing_loss",
     "permute",
     "plan",
+    "round_tokens",
     "route",
     "sac_policy",
     "sequence_balancing_loss",

@@ -33,7 +33,7 @@ def limit_tokens(
         num_experts: E.
         capacity: Tokens an expert takes at most (GShard, Switch Transformer); None for no limit.
         multiple: Each expert takes a multiple of so many tokens, rounded down, so that the tiles of a grouped GEMM are
-            full (token rounding, SonicMoE 2025).
+            full; :func:`moekern.round_tokens` rounds up too.
         by: Who stays: ``"score"``, the slots of largest weight, or ``"position"``, the first ones. Of equal weights the
             first stay.
 
@@ -72,13 +72,17 @@ def drop(
     chosen: Plan, topk_ids: Tensor, topk_weights: Tensor | None, capacity: int | None, multiple: int, by: str
 ) -> Tensor:
     """:func:`limit_tokens` without checks, for ids whose plan is known."""
-    ids = topk_ids.reshape(-1).to(torch.int64)
-    real = (ids >= 0) & (ids < chosen.num_experts)
-    expert = torch.where(real, ids, 0)
     limit = chosen.counts
     if capacity is not None:
         limit = limit.clamp(max=capacity)
-    limit = limit // multiple * multiple
+    return keep_best(chosen, topk_ids, topk_weights, limit // multiple * multiple, by)
+
+
+def keep_best(chosen: Plan, topk_ids: Tensor, topk_weights: Tensor | None, limit: Tensor, by: str) -> Tensor:
+    """The ids with -1 for the slots of each expert over its limit, ``[E]``."""
+    ids = topk_ids.reshape(-1).to(torch.int64)
+    real = (ids >= 0) & (ids < chosen.num_experts)
+    expert = torch.where(real, ids, 0)
     if by == "position":
         rank = chosen.inverse - chosen.offsets[expert]
     else:

@@ -11,7 +11,9 @@ from moekern import capacity, checks, functional, router
 from moekern.activations import ACTIVATIONS
 from moekern.expert_choice import expert_choice, run_chosen
 from moekern.parts import Experts, Router, SharedExpert
-from moekern.plan import plan
+from moekern.plan import Plan, plan
+from moekern.rounding import MODES as ROUNDINGS
+from moekern.rounding import Rounded, rounded
 
 ROUTINGS = (*router.METHODS, "expert_choice")
 
@@ -52,9 +54,10 @@ class MoE(nn.Module):
             Mixtral does.
         scale_input: Apply the router's weights to the experts' input, not their output (Llama 4).
         capacity_factor: An expert takes at most so many times its even share of the slots, ``T * K / E``; None for no
-            limit. See :func:`moekern.limit_tokens` for this and the next two.
+            limit. See :func:`moekern.limit_tokens` for this and the next one.
         drop_by: ``"score"`` or ``"position"``.
         round_tokens_to: Every expert takes a multiple of so many tokens in training.
+        rounding: ``"nearest"``, ``"down"`` or ``"up"``, see :func:`moekern.round_tokens`.
         shared_intermediate_size: Width of a dense MLP that every token passes beside its experts, None for none. Its
             weights are ``shared_expert.gate_proj``, ``.up_proj`` and ``.down_proj``.
         shared_gate: Scale that MLP's output by the sigmoid of a linear map of the token, ``shared_expert_gate``
@@ -89,6 +92,7 @@ class MoE(nn.Module):
         capacity_factor: float | None = None,
         drop_by: str = "score",
         round_tokens_to: int = 1,
+        rounding: str = "nearest",
         shared_intermediate_size: int | None = None,
         shared_gate: bool = False,
         device: Any = None,
@@ -121,6 +125,9 @@ class MoE(nn.Module):
             checks.is_number("capacity_factor", capacity_factor, above=0)
         checks.one_of("drop_by", drop_by, capacity.ORDERS)
         checks.is_int("round_tokens_to", round_tokens_to, 1)
+        checks.one_of("rounding", rounding, ROUNDINGS)
+        if round_tokens_to > 1 and rounding != "down" and n_group > 1:
+            raise ValueError(f"rounding: got {rounding!r}, expected 'down' with n_group {n_group}: others add experts")
         if self._is_expert_choice:
             _refuse_with_expert_choice(
                 norm_topk_prob=not norm_topk_prob,
@@ -151,6 +158,7 @@ class MoE(nn.Module):
         self.capacity_factor = capacity_factor
         self.drop_by = drop_by
         self.round_tokens_to = round_tokens_to
+        self.rounding = rounding
         self.gate = Router(hidden_size, num_experts, router_bias, device, dtype, selection_bias)
         self.experts = Experts(hidden_size, intermediate_size, num_experts, activation, bias, device, dtype)
         self.shared_expert: SharedExpert | None = None
@@ -269,12 +277,25 @@ class MoE(nn.Module):
         chosen = plan(ids, self.num_experts)
         self._record(logits, chosen.counts, ids, shape)
         multiple = self.round_tokens_to if self.training else 1
+        added: Rounded | None = None
         if self.capacity_factor is not None or multiple > 1:
             limit = None
             if self.capacity_factor is not None:
                 limit = capacity.capacity_of(self.capacity_factor, ids.shape[0], self.top_k, self.num_experts)
-            ids = capacity.drop(chosen, ids, weights, limit, multiple, self.drop_by)
+            if multiple > 1 and self.rounding != "down":
+                scores = router.weights_of_all(
+                    logits, ids, self.routing, self.norm_topk_prob, self.routed_scaling_factor
+                )
+                added = rounded(chosen, scores, ids, weights, multiple, self.rounding, limit, self.drop_by)
+                tokens, ids, weights = added.extend(tokens, weights)
+            else:
+                ids = capacity.drop(chosen, ids, weights, limit, multiple, self.drop_by)
             chosen = plan(ids, self.num_experts)
+        out = self._run(tokens, ids, weights, chosen)
+        return out if added is None else added.fold(out)
+
+    def _run(self, tokens: Tensor, ids: Tensor, weights: Tensor, chosen: Plan) -> Tensor:
+        """The experts' output ``[T, H]`` for chosen experts."""
         if not self.scale_input:
             return functional.experts(
                 tokens, None, weights, *self.experts.projections, activation=self.activation, plan=chosen
@@ -316,6 +337,7 @@ class MoE(nn.Module):
             "scale_input": False,
             "capacity_factor": None,
             "round_tokens_to": 1,
+            "rounding": "nearest",
         }
         changed = (
             f", {name}={getattr(self, name)}" for name, value in defaults.items() if getattr(self, name) != value

@@ -150,6 +150,20 @@ def scores(logits: Tensor, method: str) -> Tensor:
     return torch.sigmoid(logits)
 
 
+def weights_of_all(
+    logits: Tensor, ids: Tensor, method: str, norm_topk_prob: bool, routed_scaling_factor: float
+) -> Tensor:
+    """The weight ``[T, E]`` of every expert on the scale of the chosen ones', whose weights :func:`route` returns."""
+    formula = METHODS[method]
+    if formula == "topk_softmax" or (formula == "softmax_topk" and norm_topk_prob):
+        weights = torch.exp(logits - torch.logsumexp(logits.gather(-1, ids), dim=-1, keepdim=True))
+    else:
+        weights = scores(logits, formula)
+        if norm_topk_prob and formula not in ("softmax_topk", "topk_sigmoid"):
+            weights = weights / (weights.gather(-1, ids).sum(dim=-1, keepdim=True) + 1e-20)
+    return weights * routed_scaling_factor
+
+
 def choose(ranking: Tensor, k: int) -> Tensor:
     """Indices of the k largest along the last dimension, largest first; of equal values the lowest index first.
 
