@@ -14,7 +14,7 @@ from typing import Any
 from moekern.bench import record as records
 from moekern.bench import summary
 from moekern.bench.record import CEILING, DECODE, MOEKERN, OK, VERBS, WRONG, Record, Row
-from moekern.bench.units import duration, figure, size
+from moekern.bench.units import RATES, duration, figure, size, unit_of
 
 Cells = Sequence[str]
 
@@ -56,7 +56,7 @@ def of_bench(record: Record) -> list[str]:
         parts += ["## Memory", "Saved between forward and backward (weights not counted), and peak.", memory(record)]
     for sweep in dict.fromkeys(row.sweep for row in record.rows if row.sweep):
         parts += [f"## Over {sweep}", series(record, sweep)]
-    missing = [(r.implementation, r.status, r.reason, f"{r.shape}, {r.verb}") for r in record.rows if r.status != OK]
+    missing = summary.missing(record)
     if missing:
         parts += ["## Not measured, or wrong", markdown(("implementation", "status", "reason", "where"), missing)]
     return [part for part in parts if part]
@@ -90,7 +90,8 @@ def case_table(rows: list[Row], sizes: Cells) -> str:
     found = summary.cases(rows)
     varying = [what for what in ("dtype", "routing", "device") if len({getattr(row, what) for row in rows}) > 1]
     peers = [name for name in dict.fromkeys(r.implementation for r in rows) if name not in (MOEKERN, CEILING)]
-    header = ["shape", *sizes, *varying, "verb", "time", "TFLOP/s", "GB/s", "of ceiling", *peers]
+    factor, unit = unit_of(max((row.tflops or 0.0 for row in rows), default=1.0), RATES)
+    header = ["shape", *sizes, *varying, "verb", "time", unit, "GB/s", "of ceiling", *peers]
     lines = []
     for of in found.values():
         if MOEKERN not in of:
@@ -100,9 +101,9 @@ def case_table(rows: list[Row], sizes: Cells) -> str:
         lines.append([
             ours.shape, *(str(getattr(ours, what)) for what in (*sizes, *varying)), ours.verb,
             duration(ours.seconds) if ours.seconds else ours.status,
-            figure(ours.tflops) if ours.tflops and not decode else "",
+            figure(ours.tflops / factor) if ours.tflops and not decode else "",
             figure(ours.gbps) if ours.gbps and decode else "",
-            f"{ours.share:.2f}" if ours.share is not None else "",
+            share_of(ours),
             *(times_ours(of.get(name), ours) for name in peers),
         ])  # fmt: skip
     return markdown(header, lines)
@@ -114,6 +115,11 @@ def times_ours(peer: Row | None, ours: Row) -> str:
         return "" if peer is None else "-"
     ratio = f"{figure(peer.seconds / ours.seconds)}x"
     return f"{ratio} (wrong)" if peer.status == WRONG else ratio
+
+
+def share_of(row: Row) -> str:
+    """The share of the ceiling to two places."""
+    return "" if row.share is None else f"{row.share:.2f}" if row.share < 10 else figure(row.share)
 
 
 def wide(record: Record) -> str:
@@ -137,7 +143,7 @@ def wide(record: Record) -> str:
             best = summary.peers(of)[:1] if ours else []
             cells += [
                 duration(ours.seconds) if ours and ours.seconds else "",
-                f"{ours.share:.2f}" if ours and ours.share is not None else "",
+                share_of(ours) if ours else "",
                 *([f"{times_ours(peer, ours)} {peer.implementation}" for peer in best if ours] or [""]),
             ]
         lines.append(cells)

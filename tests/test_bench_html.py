@@ -64,8 +64,8 @@ def test_reasons_are_listed_once(page: str) -> None:
     listed = page[page.index("Not measured, or wrong") : page.index("Every number")]
     assert listed.count("the package absent is not installed") == 1
     assert "RuntimeError: &lt;out of memory&gt;" in listed
-    assert "mixtral-8x7b forward" in listed
-    assert "everywhere" in listed
+    assert "<td>mixtral-8x7b forward</td>" in listed
+    assert listed.count("<td>everywhere</td>") == 2  # wrong, and not installed
 
 
 def test_roofline(page: str) -> None:
@@ -73,7 +73,7 @@ def test_roofline(page: str) -> None:
     words = texts(svg)
     assert "FLOPs a byte, at the fewest bytes" in words
     assert "TFLOP/s" in words
-    assert "copy 4.20 TB/s" in words
+    assert "copy 4200 GB/s" in words
     assert any(word.startswith("ceiling 6") for word in words)
     assert "qwen3-decode-1" in words
     tips = [node.text or "" for node in svg.iter("title")]
@@ -150,8 +150,10 @@ def test_roofs_that_are_not_known() -> None:
     points = [Point(10.0, 0.1, verb, "series1", "a tip", "a name") for verb in (FORWARD, BOTH, DECODE)]
     for roof in (Roof(None, None), Roof(0.2, None), Roof(None, 0.03), Roof(0.2, 0.03)):
         words = texts(ET.fromstring(charts.roofline(points, roof)))
-        assert ("ceiling 200 GFLOP/s" in words) == (roof.peak is not None)
-        assert ("copy 0.0300 TB/s" in words) == (roof.slope is not None)
+        assert ("ceiling 0.200 TFLOP/s" in words) == (roof.peak is not None)
+        assert ("copy 30.0 GB/s" in words) == (roof.slope is not None)
+    words = texts(ET.fromstring(charts.roofline(points, Roof(200.0, 30.0, 1e-3, "GFLOP/s"))))
+    assert {"ceiling 200 GFLOP/s", "copy 30.0 GB/s", "GFLOP/s"} <= set(words)
 
 
 def test_bars_of_nothing() -> None:
@@ -171,6 +173,14 @@ def test_sentences() -> None:
     assert summary.sentences(alone) == [
         "Forward: 0.500 of the ceiling; 1.50 times the speed of the fastest correct peer."
     ]
+
+
+def test_reasons_that_several_share() -> None:
+    late = without_time(SKIPPED, "too late")
+    rows = [row("mixtral-8x7b", FORWARD, MOEKERN)]
+    rows += [row("mixtral-8x7b", BOTH, name, sweep="top_k", **late) for name in (MOEKERN, "peer")]
+    shown = summary.missing(Record("2030-01-02T03:04:05+00:00", "moekern bench", MACHINE, rows))
+    assert shown == [("moekern, peer", SKIPPED, "too late", "mixtral-8x7b forward+backward with 2 top-k")]
 
 
 @pytest.mark.parametrize(

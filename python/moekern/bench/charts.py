@@ -8,7 +8,7 @@ from html import escape
 from math import atan2, degrees
 
 from moekern.bench.record import BOTH, CEILING, DECODE, MOEKERN
-from moekern.bench.units import figure, rate
+from moekern.bench.units import figure
 from moekern.charts import BOTTOM, HEIGHT, LEFT, TOP, WIDTH, Axis, LogAxis, frame, text
 
 # Hatching for what was measured but is wrong; a page holds it once, before the first drawing.
@@ -25,7 +25,7 @@ STYLE = """
 .hatch{stroke:var(--bad);stroke-width:2.5}.wrong{fill:url(#hatch);stroke:var(--bad)}
 .name{font-size:13px;fill:var(--ink)}.value{font-size:12.5px;fill:var(--soft);font-variant-numeric:tabular-nums}
 .ours{font-weight:650}.whisker{stroke:var(--ink);stroke-width:1.2}.point{stroke:var(--card);stroke-width:1}
-.place{font-size:12px;fill:var(--ink)}.roofs .tick,.place{paint-order:stroke;stroke:var(--card);stroke-width:4px}
+.place{font-size:12px;fill:var(--ink)}.roof-name{font-size:12px;fill:var(--soft)}.place,.roof-name{paint-order:stroke;stroke:var(--card);stroke-width:4px}
 .lead-line{stroke:var(--soft);stroke-width:.8}.value.bad{fill:var(--bad)}
 """
 
@@ -39,10 +39,10 @@ def colours(implementations: Iterable[str]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Point:
-    """A measurement under the roof: FLOPs a byte, TFLOP/s, its mark and colour; `label` is printed beside it."""
+    """A measurement under the roof: FLOPs a byte, rate, its mark and colour; `label` is printed beside it."""
 
     intensity: float
-    tflops: float
+    rate: float
     verb: str
     colour: str
     tip: str
@@ -51,14 +51,20 @@ class Point:
 
 @dataclass(frozen=True)
 class Roof:
-    """The limits of a machine: TFLOP/s of the matrix products, and TFLOP/s at one FLOP a byte; None if not known."""
+    """The limits of a machine: rate of the matrix products, and rate at one FLOP a byte; None if not known.
+
+    Rates are in `unit`, which `factor` makes of TFLOP/s.
+    """
 
     peak: float | None
     slope: float | None
+    factor: float = 1.0
+    unit: str = "TFLOP/s"
 
-    def draw(self, x: LogAxis, y: LogAxis) -> tuple[list[str], list[Box]]:
-        """The copy's line up to the level of the ceiling, then that level, each with its name; where these stand."""
+    def draw(self, x: LogAxis, y: LogAxis, points: Sequence[Box]) -> tuple[list[str], list[str], list[Box]]:
+        """The copy's line up to the level of the ceiling, then that level; their names; where all this stands."""
         parts: list[str] = []
+        names: list[str] = []
         taken: list[Box] = []
         if self.slope:
             start = max(x.low, y.low / self.slope)
@@ -68,8 +74,8 @@ class Roof:
                 across, up = x(end) - x(start), y(self.slope * start) - y(self.slope * end)
                 # Above the line's lower part: there is nothing above a roof.
                 turn = f"translate({x(start) + 0.35 * across:.1f} {y(self.slope * start) - 0.35 * up:.1f})"
-                name = text(0, -7, f"copy {figure(self.slope)} TB/s", "tick", "middle")
-                parts.append(f'<g transform="{turn} rotate({-degrees(atan2(up, across)):.1f})">{name}</g>')
+                name = text(0, -7, f"copy {figure(1e3 * self.factor * self.slope)} GB/s", "roof-name", "middle")
+                names.append(f'<g transform="{turn} rotate({-degrees(atan2(up, across)):.1f})">{name}</g>')
                 steps = [i / 24 for i in range(25)]
                 line = [(x(start) + step * across, y(self.slope * start) - step * up) for step in steps]
                 taken += [(a - 5, b - 5, a + 5, b + 5) for a, b in line]
@@ -77,10 +83,14 @@ class Roof:
             ridge = max(x.low, min(x.high, self.peak / self.slope if self.slope else x.low))
             left, right, level = x(ridge), x(x.high), y(self.peak)
             parts.append(segment(left, level, right, level))
-            name = f"ceiling {rate(self.peak)}"
-            parts.append(text(right, level - 7, name, "tick", "end"))
-            taken += [(left, level - 2, right, level + 2), (right - LETTER * len(name), level - 18, right, level)]
-        return parts, taken
+            name = f"ceiling {figure(self.peak)} {self.unit}"
+            width = LETTER * len(name)
+            ends = [right - i * (right - left - width) / 4 for i in range(5)]
+            places = [(end - width, level - 18, end, level - 1) for end in ends]
+            place = next((box for box in places if not any(overlap(box, point) for point in points)), places[0])
+            names.append(text(place[2], level - 7, name, "roof-name", "end"))
+            taken += [(left, level - 2, right, level + 2), place]
+        return parts, names, taken
 
 
 def segment(x1: float, y1: float, x2: float, y2: float) -> str:
@@ -88,20 +98,21 @@ def segment(x1: float, y1: float, x2: float, y2: float) -> str:
 
 
 def roofline(points: Sequence[Point], roof: Roof) -> str:
-    """TFLOP/s over FLOPs a byte, both by ratio, under the machine's limits."""
+    """Rates over FLOPs a byte, both by ratio, under the machine's limits."""
     right = 24
     xs = [point.intensity for point in points]
-    ys = [point.tflops for point in points]
+    ys = [point.rate for point in points]
     if roof.peak:
         ys.append(roof.peak)
         if roof.slope:
             xs.append(roof.peak / roof.slope)  # the ridge belongs into the picture
     x = LogAxis(min(xs) / 2, max(xs) * 2.5, LEFT, WIDTH - right)
     y = LogAxis(min(ys) / 1.6, max(ys) * 1.8, HEIGHT - BOTTOM, TOP)
-    lines, taken = roof.draw(x, y)
-    parts = [frame("Roofline", x, y, "FLOPs a byte, at the fewest bytes", "TFLOP/s", right), *lines]
-    parts += [mark(x(p.intensity), y(p.tflops), p) for p in points]
-    parts += labels([(x(p.intensity), y(p.tflops), p.label) for p in points], WIDTH - right, taken)
+    boxes = [(x(p.intensity) - 5, y(p.rate) - 5, x(p.intensity) + 5, y(p.rate) + 5) for p in points]
+    lines, names, taken = roof.draw(x, y, boxes)
+    parts = [frame("Roofline", x, y, "FLOPs a byte, at the fewest bytes", roof.unit, right), *lines, *names]
+    parts += [mark(x(p.intensity), y(p.rate), p) for p in points]
+    parts += labels([(x(p.intensity), y(p.rate), p.label) for p in points], WIDTH - right, taken)
     return "".join([*parts, "</svg>"])
 
 

@@ -12,7 +12,7 @@ from html import escape
 from moekern.bench import charts, summary
 from moekern.bench.charts import Bar, Point
 from moekern.bench.record import BOTH, CEILING, DECODE, FAILED, MOEKERN, OK, SKIPPED, VERBS, WRONG, Machine, Record, Row
-from moekern.bench.units import RATES, SIZES, duration, figure, size, unit_of
+from moekern.bench.units import RATES, SIZES, duration, figure, rate, size, unit_of
 from moekern.charts import Line, line_chart
 from moekern.page import figure as drawn
 from moekern.page import page, settings_table
@@ -23,7 +23,7 @@ STYLE = (
 .legend{display:flex;flex-wrap:wrap;gap:4px 18px;margin:8px 0 0;font-size:14px;color:var(--soft)}
 .legend span{display:inline-flex;align-items:center;gap:6px}
 .legend i{width:12px;height:12px;border-radius:3px}.key{width:16px;height:16px;display:inline-block}
-.roofs svg{max-width:720px;margin:0 auto}
+.pair{grid-template-columns:repeat(auto-fill,minmax(420px,1fr))}
 .wide{overflow-x:auto}.rows th,.rows td{padding:4px 18px 4px 0;font-size:14px;white-space:nowrap}
 .rows td:first-child,.rows td:last-child,.rows th:last-child{text-align:left}
 .rows td:last-child{white-space:normal;min-width:16ch}.rows tr.case td{padding-top:18px;font-weight:600}
@@ -32,7 +32,7 @@ STYLE = (
 """
 )
 MARKS = {OK: "✓", WRONG: "✗ wrong", SKIPPED: "skipped", FAILED: "failed"}
-COLUMNS = ("", "median", "middle half", "TFLOP/s", "GB/s", "of ceiling", "error", "saved", "peak", "result")
+COLUMNS = ("", "median", "middle half", "FLOP/s", "GB/s", "of ceiling", "error", "saved", "peak", "result")
 
 
 def render(record: Record) -> str:
@@ -90,28 +90,30 @@ def rooflines(record: Record, colours: dict[str, str]) -> list[str]:
     for device, dtype in kinds:
         here = [row for row in rows if (row.device, row.dtype) == (device, dtype)]
         ceilings = [row.tflops or 0.0 for row in here if row.implementation == CEILING and row.verb != DECODE]
-        roof = charts.Roof(max(ceilings, default=None), copy / 1e3 if copy else None)
         # moekern last: drawn above the others.
         shown = sorted((r for r in here if r.implementation != CEILING), key=lambda r: r.implementation == MOEKERN)
+        factor, unit = unit_of(max(ceilings, default=max(row.tflops or 0.0 for row in shown)), RATES)
+        peak = max(ceilings) / factor if ceilings else None
+        roof = charts.Roof(peak, copy / 1e3 / factor if copy else None, factor, unit)
         batches = [row for row in shown if row.verb != DECODE]
         mixed = 0 < len(batches) < len(shown)
-        whole = [point(row, colours, named=row.verb == DECODE or not mixed) for row in shown]
+        whole = [point(row, factor, colours, named=row.verb == DECODE or not mixed) for row in shown]
         drawings.append(drawn(f"{device}, {dtype}", charts.roofline(whole, roof)))
         if mixed:
-            near = [point(row, colours, named=True) for row in batches]
+            near = [point(row, factor, colours, named=True) for row in batches]
             drawings.append(drawn(f"{device}, {dtype}, without decode", charts.roofline(near, roof)))
     intro = (
         "Work a byte against work a second. Under the level line the matrix products decide, under the slope the "
         "memory: the ceiling is the best that dense matrix products reached in this run, the slope the rate of a copy."
     )
-    return ["<h2>Roofline</h2>", f'<p class="soft">{intro}</p>', f'<div class="pair roofs">{"".join(drawings)}</div>']
+    return ["<h2>Roofline</h2>", f'<p class="soft">{intro}</p>', f'<div class="pair">{"".join(drawings)}</div>']
 
 
-def point(row: Row, colours: dict[str, str], *, named: bool) -> Point:
+def point(row: Row, factor: float, colours: dict[str, str], *, named: bool) -> Point:
     tflops = row.tflops or 0.0
-    tip = f"{row.implementation}, {row.shape}, {row.verb}: {figure(tflops)} TFLOP/s, {duration(row.seconds or 0.0)}"
+    tip = f"{row.implementation}, {row.shape}, {row.verb}: {rate(tflops)}, {duration(row.seconds or 0.0)}"
     label = row.shape if named and row.implementation == MOEKERN and row.verb != BOTH else ""
-    return Point(row.flops / row.bytes, tflops, row.verb, colours[row.implementation], tip, label)
+    return Point(row.flops / row.bytes, tflops / factor, row.verb, colours[row.implementation], tip, label)
 
 
 def comparison(found: dict[tuple[object, ...], dict[str, Row]], colours: dict[str, str]) -> list[str]:
@@ -149,19 +151,19 @@ def unit_of_rates(rows: Iterable[Row]) -> tuple[float, str]:
 
 def bar(row: Row, factor: float, colours: dict[str, str]) -> Bar:
     seconds = row.seconds or 1.0
-    rate = (summary.rate_of(row) or 0.0) / factor
-    parts = [figure(rate), duration(seconds)]
+    speed = (summary.rate_of(row) or 0.0) / factor
+    parts = [figure(speed), duration(seconds)]
     if row.status == WRONG:
         parts[0] = "wrong"
     elif row.share is not None:
         parts.append(f"{100 * row.share:.0f} %")
     return Bar(
         row.implementation,
-        rate,
+        speed,
         ", ".join(parts),
         colours[row.implementation],
-        low=rate * seconds / row.high if row.high else None,
-        high=rate * seconds / row.low if row.low else None,
+        low=speed * seconds / row.high if row.high else None,
+        high=speed * seconds / row.low if row.low else None,
         wrong=row.status == WRONG,
     )
 
@@ -222,55 +224,46 @@ def memory(found: dict[tuple[object, ...], dict[str, Row]], colours: dict[str, s
         drawings.append(drawn(f"{rows[0].shape}, {rows[0].dtype}", charts.bars("Memory", entries, unit)))
     if not drawings:
         return []
-    intro = (
-        "Full colour: kept between forward and backward, weights not counted. Pale: the most allocated during forward "
-        "and backward beyond the inputs, gradients included."
-    )
+    intro = "Kept between forward and backward, weights not counted."
+    if any(row.peak_bytes is not None and row.verb == BOTH for of in found.values() for row in of.values()):
+        intro += " Pale: the most allocated during both beyond the inputs, gradients included."
     return ["<h2>Memory</h2>", f'<p class="soft">{intro}</p>', f'<div class="pair">{"".join(drawings)}</div>']
 
 
 def missing(record: Record) -> list[str]:
-    """What was not measured, or is wrong: each reason once."""
-    reasons: dict[tuple[str, str, str], list[str]] = {}
-    for row in record.rows:
-        if row.status != OK:
-            reason = row.reason or (f"relative error {figure(row.error)}" if row.error is not None else "")
-            where = reasons.setdefault((row.implementation, row.status, reason), [])
-            where.append(f"{row.shape} {row.verb}")
-    if not reasons:
-        return []
-    everywhere = len({f"{row.shape} {row.verb}" for row in record.rows})
+    """What was not measured, or is wrong, and why."""
     lines = []
-    for (name, status, reason), where in reasons.items():
-        places = list(dict.fromkeys(where))
-        listed = "everywhere" if len(places) == everywhere else ", ".join(places)
-        cells = (name, MARKS[status], reason, listed)
+    for names, status, reason, where in summary.missing(record):
+        cells = (names, MARKS[status], reason, where)
         lines.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
+    if not lines:
+        return []
     head = "<tr><th>implementation</th><th>status</th><th>reason</th><th>where</th></tr>"
     return ["<h2>Not measured, or wrong</h2>", f'<table class="missing">{head}{"".join(lines)}</table>']
 
 
 def table(record: Record) -> str:
     """All rows, those of a case together."""
+    factor, unit = unit_of(max((row.tflops or 0.0 for row in record.rows), default=1.0), RATES)
     lines = []
     for of in summary.cases(record.rows).values():
         row = next(iter(of.values()))
         details = f"<span class=soft>{summary.sizes(row)}; {escape(summary.settings(row))}</span>"
         title = f"{escape(row.shape)}, {row.verb} {details}"
         lines.append(f'<tr class="case"><td colspan="{len(COLUMNS)}">{title}</td></tr>')
-        lines += map(table_row, of.values())
-    head = "".join(f"<th>{name}</th>" for name in COLUMNS)
+        lines += [table_row(row, factor) for row in of.values()]
+    head = "".join(f"<th>{unit if name == 'FLOP/s' else name}</th>" for name in COLUMNS)
     body = f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody>"
     return f'<div class="wide"><table class="rows">{body}</table></div>'
 
 
-def table_row(row: Row) -> str:
+def table_row(row: Row, factor: float) -> str:
     half = f"{duration(row.low)} – {duration(row.high)}" if row.low and row.high else ""
     cells = (
         row.implementation,
         duration(row.seconds) if row.seconds else "",
         half,
-        figure(row.tflops) if row.tflops else "",
+        figure(row.tflops / factor) if row.tflops else "",
         figure(row.gbps) if row.gbps else "",
         f"{row.share:.3f}" if row.share is not None and row.implementation != CEILING else "",
         f"{row.error:.1e}" if row.error is not None else "",

@@ -79,3 +79,25 @@ def sentences(record: Record) -> list[str]:
     if not said and (rows := [row for row in record.rows if row.implementation == MOEKERN and row.seconds]):
         said = [f"{row.shape}, {row.verb}: {duration(row.seconds or 0.0)}." for row in rows[:3]]
     return said
+
+
+def missing(record: Record) -> list[tuple[str, str, str, str]]:
+    """What was not measured, or is wrong: implementations, status, reason, and where; each reason once."""
+    singles = {place(row) for row in record.rows if row.sweep is None}
+    found: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for row in record.rows:
+        if row.status != OK:
+            reason = row.reason or (f"relative error {figure(row.error)}" if row.error is not None else "")
+            found.setdefault((row.status, reason), {}).setdefault(row.implementation, []).append(place(row))
+    lines: dict[tuple[str, str, str], list[str]] = {}
+    for (status, reason), of in found.items():
+        for name, places in of.items():
+            where = "everywhere" if singles and singles <= set(places) else ", ".join(dict.fromkeys(places))
+            lines.setdefault((status, reason, where), []).append(name)
+    return [(", ".join(names), status, reason, where) for (status, reason, where), names in lines.items()]
+
+
+def place(row: Row) -> str:
+    """A case in a list of several."""
+    value = f" with {getattr(row, row.sweep)} {row.sweep.replace('_', '-')}" if row.sweep else ""
+    return f"{row.shape} {row.verb}{value}"
