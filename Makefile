@@ -8,6 +8,8 @@ PYTHON ?= $(or $(shell for p in python3 python3.14 python3.13 python3.12 python3
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done),python3)
 # The oldest release of transformers that moekern.hf serves, and one between it and the newest.
 TRANSFORMERS ?= 5.0.0 5.17.0
+# With the few of its dependencies that its experts import.
+TORCHTITAN := torchtitan==0.3.0 spmd_types==0.2.3 tyro docstring_parser
 # Which CuPy the tests compile the kernels with; cuda12 on a machine with an older driver, empty for none.
 CUDA ?= $(if $(filter Linux,$(shell uname -s)),cuda13)
 
@@ -44,14 +46,17 @@ test: $(INSTALLED) ## set up, then run every test that needs no GPU, and each be
 	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
 
 # Each in a folder of its own ahead of the environment, which keeps the newest.
-releases: $(INSTALLED) ## the tests beside transformers' own models once more, under older releases of it
-	@set -e; for release in $(TRANSFORMERS); do \
-		there=$(abspath $(VENV))/transformers-$$release; \
-		[ -d $$there ] || { $(call install,-q --target $$there transformers==$$release) || { rm -rf $$there; exit 1; }; }; \
-		echo "transformers $$release"; \
-		PYTHONPATH=$$there$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/python -m pytest -q -m "not gpu and not slow" $(ARGS) \
-			tests/test_hf.py tests/test_router.py tests/test_shared_expert.py; \
-	done
+releases: $(INSTALLED) ## the tests beside older releases of transformers, and beside torchtitan
+	@set -e; beside() { \
+		there=$(abspath $(VENV))/beside-$$1; what="$$2"; shift 2; \
+		[ -d $$there ] || { $(call install,-q --target $$there $$what) || { rm -rf $$there; exit 1; }; }; \
+		echo "$$what"; \
+		PYTHONPATH=$$there$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/python -m pytest -q -m "not gpu and not slow" $(ARGS) $$@; \
+	}; \
+	for release in $(TRANSFORMERS); do \
+		beside $$release "transformers==$$release" tests/test_hf.py tests/test_router.py tests/test_shared_expert.py; \
+	done; \
+	beside torchtitan "--no-deps $(TORCHTITAN)" tests/test_torchtitan.py
 
 doctor: $(INSTALLED) ## say what this machine can run
 	$(BIN)/moekern doctor
