@@ -6,7 +6,8 @@
 
 use super::activation::Activation;
 use super::format::Format;
-use super::forward_block::{Block, Packed, Segment};
+use super::forward_block::{Block, Segment};
+use super::forward_pack::{Panel, pack};
 use super::grouped::Grouped;
 use super::isa::with_kernels;
 use super::scratch::{Scratch, with_scratch};
@@ -71,7 +72,7 @@ impl Forward<'_> {
     }
 
     unsafe fn work_with<S: Simd, F: Format>(&self, scratch: &mut Scratch) {
-        let mut packed: Option<(usize, Packed)> = None;
+        let mut packed: Option<(usize, Vec<Panel>)> = None;
         let mut unit = 0;
         while let Some(ticket) = self.tickets.draw(unit) {
             unit = ticket.unit;
@@ -88,16 +89,16 @@ impl Forward<'_> {
         }
     }
 
-    unsafe fn pack<S: Simd, F: Format>(&self, unit: usize, scratch: &mut Scratch) -> Packed {
+    unsafe fn pack<S: Simd, F: Format>(&self, unit: usize, scratch: &mut Scratch) -> Vec<Panel> {
         let (job, rows) = (&self.job, self.tickets.units()[unit].rows.clone());
         let Scratch { panels, rows: addresses, .. } = scratch;
         unsafe {
             job.gather.addresses(rows, job.a, job.k * F::BYTES, addresses);
-            Packed::new::<S, F>(addresses, job.k, panels)
+            pack::<S, F>(addresses, job.k, panels)
         }
     }
 
-    unsafe fn compute<S: Simd, F: Format>(&self, ticket: &Ticket, packed: &Packed, scratch: &mut Scratch) {
+    unsafe fn compute<S: Simd, F: Format>(&self, ticket: &Ticket, panels: &[Panel], scratch: &mut Scratch) {
         let step = self.tickets.block();
         let mut start = ticket.features.start;
         while start < ticket.features.end {
@@ -112,7 +113,7 @@ impl Forward<'_> {
             };
             let unit = &self.tickets.units()[ticket.unit];
             let block = Block { job: &self.job, epilogue: &self.epilogue, unit, features: start..end, next };
-            unsafe { block.run::<S, F>(packed, scratch) };
+            unsafe { block.run::<S, F>(panels, scratch) };
             start = end;
         }
     }

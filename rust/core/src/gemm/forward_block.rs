@@ -1,11 +1,11 @@
-//! One block of features for the rows of one unit: packing those rows, choosing the kernels, finishing the sums.
+//! One block of features for the rows of one unit: the kernels panel by panel, and what becomes of the sums.
 
 use super::activation::{Activate, Activation};
 use super::format::Format;
 use super::forward::Epilogue;
-use super::forward_kernels::{Product, dot_rows, max_vectors, widens};
+use super::forward_kernels::{Form, Product, widens};
+use super::forward_pack::Panel;
 use super::grouped::Grouped;
-use super::pack::{PackSteps, PackTransposed, step_words};
 use super::scratch::{Buffer, Scratch};
 use super::simd::Simd;
 use super::store::{StoreRows, StoreTransposed};
@@ -16,99 +16,6 @@ use std::ops::Range;
 /// Rows of scratch between the gate and the up results are rounded up to this, so that whole vectors of one do
 /// not reach into the other.
 const PAD: usize = 16;
-
-/// Rows packed together.
-#[derive(Clone, Copy, Debug)]
-pub struct Panel {
-    /// The first, counted from the unit's first row.
-    pub row: usize,
-    /// How many.
-    pub rows: usize,
-    /// Vectors they fill; 0: a vector of eight lanes.
-    pub vectors: usize,
-    /// Lanes before this panel's: its results begin there.
-    pub lane: usize,
-    /// The packed words.
-    pub words: *const f32,
-}
-
-impl Panel {
-    /// Lanes of the panel.
-    pub fn width<S: Simd>(&self) -> usize {
-        if self.vectors == 0 { 8 } else { self.vectors * S::LANES }
-    }
-}
-
-/// A unit's rows, packed for one of the two kernels.
-pub struct Packed {
-    /// Few rows: each panel is a group for the dot kernel. Otherwise for the lanes kernel.
-    pub dot: bool,
-    pub panels: Vec<Panel>,
-}
-
-impl Packed {
-    /// Packs rows of `k` elements into `to`.
-    ///
-    /// # Safety
-    /// The rows are readable and the CPU supports `S`.
-    pub unsafe fn new<S: Simd, F: Format>(rows: &[*const u8], k: usize, to: &mut Buffer) -> Self {
-        if rows.len() <= dot_rows::<F>() {
-            unsafe { Self::steps::<S, F>(rows, k, to) }
-        } else {
-            unsafe { Self::transposed::<S, F>(rows, k, to) }
-        }
-    }
-
-    unsafe fn steps<S: Simd, F: Format>(rows: &[*const u8], k: usize, to: &mut Buffer) -> Self {
-        let at_once = if S::LANES == 16 { 8 } else { 4 };
-        let row_words = step_words::<S, F>(k);
-        let base = to.words(rows.len() * row_words);
-        let groups = rows.len().div_ceil(at_once);
-        let mut panels = Vec::with_capacity(groups);
-        let mut row = 0;
-        for group in 0..groups {
-            let count = (rows.len() - row).div_ceil(groups - group);
-            let words = unsafe { base.add(row * row_words) };
-            unsafe { S::enter(PackSteps::<F> { rows: &rows[row..row + count], k, to: words, format: PhantomData }) };
-            panels.push(Panel { row, rows: count, vectors: 0, lane: 0, words });
-            row += count;
-        }
-        Self { dot: true, panels }
-    }
-
-    unsafe fn transposed<S: Simd, F: Format>(rows: &[*const u8], k: usize, to: &mut Buffer) -> Self {
-        let words = F::words(k);
-        // A remainder of up to eight rows would fill only half of a vector of sixteen.
-        let rest = rows.len() % S::LANES;
-        let half = if S::LANES == 16 && (1..=8).contains(&rest) { rest } else { 0 };
-        let vectors = (rows.len() - half).div_ceil(S::LANES);
-        let groups = vectors.div_ceil(max_vectors::<S, F>());
-        let base = to.words((vectors * S::LANES + 8) * words);
-        let mut panels: Vec<Panel> = Vec::with_capacity(groups + 1);
-        let (mut row, mut lane, mut left) = (0, 0, vectors);
-        for group in 0..groups {
-            let share = left.div_ceil(groups - group);
-            left -= share;
-            let count = (share * S::LANES).min(rows.len() - half - row);
-            panels.push(Panel { row, rows: count, vectors: share, lane, words: unsafe { base.add(lane * words) } });
-            row += count;
-            lane += share * S::LANES;
-        }
-        if half > 0 {
-            panels.push(Panel { row, rows: half, vectors: 0, lane, words: unsafe { base.add(lane * words) } });
-        }
-        for panel in &panels {
-            let rows = &rows[panel.row..panel.row + panel.rows];
-            let (width, to) = (panel.width::<S>(), panel.words.cast_mut());
-            unsafe { S::enter(PackTransposed::<F> { rows, width, k, to, format: PhantomData }) };
-        }
-        Self { dot: false, panels }
-    }
-
-    fn lanes<S: Simd>(&self) -> usize {
-        self.panels.last().map_or(0, |panel| panel.lane + panel.width::<S>())
-    }
-}
 
 /// Consecutive weight rows of a block, and where their results go.
 #[derive(Clone, Copy)]
@@ -139,6 +46,23 @@ pub struct Block<'a> {
     pub next: *const u8,
 }
 
+/// What the kernels of one panel need to know.
+struct Part<'a> {
+    panel: &'a Panel,
+    segments: &'a [Segment],
+    /// Rows of results.
+    height: usize,
+    /// fp32, one for each row of results.
+    bias: &'a [f32],
+    /// Whether the weights are not needed after this panel.
+    last: bool,
+}
+
+/// Values from one row of widened weights to the next: a cache line off a power of two.
+fn copy_stride(k: usize) -> usize {
+    k.next_multiple_of(16) + 16
+}
+
 impl Block<'_> {
     fn segments(&self) -> ([Segment; 2], usize) {
         let (first, count) = (self.features.start, self.features.len());
@@ -157,8 +81,8 @@ impl Block<'_> {
     /// Computes, finishes and stores the block.
     ///
     /// # Safety
-    /// `packed` holds the unit's rows and the job's pointers are as documented.
-    pub unsafe fn run<S: Simd, F: Format>(&self, packed: &Packed, scratch: &mut Scratch) {
+    /// `panels` holds the unit's rows and the job's pointers are as documented.
+    pub unsafe fn run<S: Simd, F: Format>(&self, panels: &[Panel], scratch: &mut Scratch) {
         let (segments, count) = self.segments();
         let segments = &segments[..count];
         let last = segments[count - 1];
@@ -167,12 +91,29 @@ impl Block<'_> {
         let mut bias = [0f32; 2 * BLOCK + 2 * PAD];
         unsafe {
             self.load_bias::<F>(segments, &mut bias);
-            if packed.dot {
-                self.dot::<S, F>(packed, segments, height, &bias, scratch);
-            } else {
-                self.lanes::<S, F>(packed, segments, height, &bias, scratch);
+            let widened = widens::<S, F>(self.unit.rows.len()).then(|| self.widen::<S, F>(segments, height, scratch));
+            for (i, panel) in panels.iter().enumerate() {
+                let part = Part { panel, segments, height, bias: &bias, last: i + 1 == panels.len() };
+                match panel.form {
+                    Form::Dot => self.dot::<S, F>(&part, scratch),
+                    Form::Lanes { vectors } => self.lanes::<S, F>(&part, vectors, widened, scratch),
+                }
             }
         }
+    }
+
+    /// The weights of all segments as fp32: the copy of a segment begins at row `result`.
+    unsafe fn widen<S: Simd, F: Format>(&self, segments: &[Segment], height: usize, scratch: &mut Scratch) -> *mut f32 {
+        let k = self.job.k;
+        let stride = copy_stride(k);
+        let copy = scratch.weights.words(height * stride);
+        for segment in segments {
+            unsafe {
+                let to = copy.add(segment.result * stride);
+                Product::widen::<S, F>(self.weights::<F>(segment), k * F::BYTES, segment.count, k, to, stride);
+            }
+        }
+        copy
     }
 
     unsafe fn load_bias<F: Format>(&self, segments: &[Segment], to: &mut [f32]) {
@@ -197,32 +138,28 @@ impl Block<'_> {
         if self.job.bias.is_null() { std::ptr::null() } else { bias[segment.result..].as_ptr() }
     }
 
-    unsafe fn dot<S: Simd, F: Format>(
-        &self,
-        packed: &Packed,
-        segments: &[Segment],
-        height: usize,
-        bias: &[f32],
-        scratch: &mut Scratch,
-    ) {
-        let rows = self.unit.rows.len();
+    /// The product with a segment's weights, without a place for the results.
+    unsafe fn product<F: Format>(&self, part: &Part, index: usize) -> Product {
+        let segment = &part.segments[index];
+        Product {
+            panel: part.panel.words,
+            k: self.job.k,
+            weights: self.weights::<F>(segment),
+            stride: self.job.k * F::BYTES,
+            count: segment.count,
+            next: self.following::<F>(part.segments, index, part.last),
+            bias: self.bias_of(segment, part.bias),
+            out: std::ptr::null_mut(),
+        }
+    }
+
+    unsafe fn dot<S: Simd, F: Format>(&self, part: &Part, scratch: &mut Scratch) {
+        let &Part { panel: &Panel { row, rows, .. }, segments, height, .. } = part;
         let results = scratch.results.words((rows + 1) * height);
-        let row_bytes = self.job.k * F::BYTES;
         unsafe {
-            for (i, panel) in packed.panels.iter().enumerate() {
-                for (j, segment) in segments.iter().enumerate() {
-                    let product = Product {
-                        panel: panel.words,
-                        k: self.job.k,
-                        weights: self.weights::<F>(segment),
-                        stride: row_bytes,
-                        count: segment.count,
-                        next: self.following::<F>(segments, j, i + 1 == packed.panels.len()),
-                        bias: self.bias_of(segment, bias),
-                        out: results.add(panel.row * height + segment.result),
-                    };
-                    product.dot::<S, F>(panel.rows, height);
-                }
+            for (i, segment) in segments.iter().enumerate() {
+                let out = results.add(segment.result);
+                Product { out, ..self.product::<F>(part, i) }.dot::<S, F>(rows, height);
             }
             if !self.epilogue.pre.is_null() {
                 for segment in segments {
@@ -231,21 +168,21 @@ impl Block<'_> {
                         stride: height,
                         rows,
                         features: segment.count,
-                        out: self.pre::<F>(0, segment),
+                        out: self.pre::<F>(row, segment),
                         out_stride: self.job.n * F::BYTES,
                         format: PhantomData,
                     });
                 }
             }
             if let Some(activation) = self.epilogue.activation {
-                self.activate_rows::<S>(activation, results, height, &mut scratch.extra);
+                self.activate_rows::<S>(activation, rows, results, height, &mut scratch.extra);
             }
             S::enter(StoreRows::<F> {
                 results,
                 stride: height,
                 rows,
                 features: self.features.len(),
-                out: self.out::<F>(0),
+                out: self.out::<F>(row),
                 out_stride: self.out_stride::<F>(),
                 format: PhantomData,
             });
@@ -256,11 +193,12 @@ impl Block<'_> {
     unsafe fn activate_rows<S: Simd>(
         &self,
         activation: Activation,
+        rows: usize,
         results: *mut f32,
         height: usize,
         extra: &mut Buffer,
     ) {
-        let (rows, width) = (self.unit.rows.len(), self.features.len());
+        let width = self.features.len();
         let mut task = Activate {
             activation,
             rows,
@@ -291,57 +229,32 @@ impl Block<'_> {
 
     unsafe fn lanes<S: Simd, F: Format>(
         &self,
-        packed: &Packed,
-        segments: &[Segment],
-        height: usize,
-        bias: &[f32],
+        part: &Part,
+        vectors: usize,
+        widened: Option<*mut f32>,
         scratch: &mut Scratch,
     ) {
-        let results = scratch.results.words((packed.lanes::<S>() + 1) * height);
-        let k = self.job.k;
-        let row_bytes = k * F::BYTES;
-        let widened = widens::<S, F>(self.unit.rows.len());
-        // Rows of the copy lie a cache line off a power of two.
-        let copy_stride = k.next_multiple_of(16) + 16;
+        let width = Form::lanes::<S>(vectors);
+        let sums = scratch.results.words(width * (part.height + PAD));
+        let copy_stride = copy_stride(self.job.k);
         unsafe {
-            let copy = if widened { scratch.weights.words(height * copy_stride) } else { std::ptr::null_mut() };
-            if widened {
-                for segment in segments {
-                    let to = copy.add(segment.result * copy_stride);
-                    Product::widen::<S, F>(self.weights::<F>(segment), row_bytes, segment.count, k, to, copy_stride);
+            for (i, segment) in part.segments.iter().enumerate() {
+                let out = sums.add(segment.result * width);
+                let product = Product { out, ..self.product::<F>(part, i) };
+                if let Some(copy) = widened {
+                    let weights = copy.add(segment.result * copy_stride).cast_const().cast();
+                    Product { weights, next: weights, stride: copy_stride * 4, ..product }.widened_lanes::<S>(vectors);
+                } else {
+                    product.lanes::<S, F>(vectors);
                 }
             }
-            for (i, panel) in packed.panels.iter().enumerate() {
-                let width = panel.width::<S>();
-                let sums = results.add(panel.lane * height);
-                for (j, segment) in segments.iter().enumerate() {
-                    let mut product = Product {
-                        panel: panel.words,
-                        k,
-                        weights: self.weights::<F>(segment),
-                        stride: row_bytes,
-                        count: segment.count,
-                        next: self.following::<F>(segments, j, i + 1 == packed.panels.len()),
-                        bias: self.bias_of(segment, bias),
-                        out: sums.add(segment.result * width),
-                    };
-                    if widened {
-                        product.weights = copy.add(segment.result * copy_stride).cast();
-                        product.stride = copy_stride * 4;
-                        product.next = product.weights;
-                        product.widened_lanes::<S>(panel.vectors);
-                    } else {
-                        product.lanes::<S, F>(panel.vectors);
-                    }
-                }
-                self.finish::<S, F>(panel, segments, sums);
-            }
+            self.finish::<S, F>(part, width, sums);
         }
     }
 
     /// `pre`, activation and `out` of a panel's sums.
-    unsafe fn finish<S: Simd, F: Format>(&self, panel: &Panel, segments: &[Segment], sums: *mut f32) {
-        let width = panel.width::<S>();
+    unsafe fn finish<S: Simd, F: Format>(&self, part: &Part, width: usize, sums: *mut f32) {
+        let &Part { panel, segments, .. } = part;
         let features = self.features.len();
         unsafe {
             if !self.epilogue.pre.is_null() {

@@ -3,23 +3,90 @@
 
 use super::dot::Dot;
 use super::format::{F32, Format, Kind};
+use super::jobs::even_parts;
 use super::lanes::{Lanes, Widen};
 use super::simd::Simd;
 use std::marker::PhantomData;
 
-/// Up to so many rows the dot kernel is used. Widening in the lanes kernel costs more than it does there, so
-/// its share of the rows is larger for widened formats.
-pub const fn dot_rows<F: Format>() -> usize {
+/// The kernel that a panel of rows is packed for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// [`Dot`]: as many rows as there are, no lane is empty.
+    Dot,
+    /// [`Lanes`]: rows are the lanes of so many vectors, 0 meaning one of eight lanes.
+    Lanes { vectors: usize },
+}
+
+impl Form {
+    /// Lanes of so many vectors of rows.
+    pub const fn lanes<S: Simd>(vectors: usize) -> usize {
+        if vectors == 0 { 8 } else { vectors * S::LANES }
+    }
+}
+
+/// Cuts a unit's rows into panels: rows and kernel of each, in order.
+///
+/// Full vectors of rows come first. While they pass by, the next weights arrive from memory; what follows finds
+/// them in the second-level cache, so that the dot kernel's speed there decides how large a remainder it takes.
+/// A unit without a full vector keeps all its rows together for the same reason.
+pub fn forms<S: Simd, F: Format>(rows: usize) -> Vec<(usize, Form)> {
+    let rest = rows % S::LANES;
+    let dot = if rows <= dot_rows::<F>() {
+        rows
+    } else if rows > S::LANES && rest <= dot_rest::<S, F>() {
+        rest
+    } else {
+        0
+    };
+    let mut forms = Vec::new();
+    if dot == 0 && rows <= 8 && S::LANES == 16 {
+        forms.push((rows, Form::Lanes { vectors: 0 }));
+        return forms;
+    }
+    let vectors = (rows - dot).div_ceil(S::LANES);
+    let mut left = rows - dot;
+    for (_, vectors) in even_parts(vectors, max_vectors::<S, F>()) {
+        let count = (vectors * S::LANES).min(left);
+        forms.push((count, Form::Lanes { vectors }));
+        left -= count;
+    }
+    forms.extend(even_parts(dot, dot_group::<S, F>()).map(|(_, count)| (count, Form::Dot)));
+    forms
+}
+
+/// Units of up to so many rows use the dot kernel only. Widening in the lanes kernel costs more than it does there,
+/// so its share of the rows is larger for widened formats.
+const fn dot_rows<F: Format>() -> usize {
     match F::KIND {
         Kind::F32 | Kind::Bf16Pairs => 4,
-        Kind::Bf16 | Kind::F16 => 8,
+        Kind::F16 => 8,
+        Kind::Bf16 => 15,
+    }
+}
+
+/// Rows behind the last full vector that are better multiplied by the dot kernel than by a vector of them.
+const fn dot_rest<S: Simd, F: Format>() -> usize {
+    match (S::LANES, F::KIND) {
+        (16, Kind::Bf16) => 15,
+        (16, _) => 12,
+        (_, Kind::Bf16) => 7,
+        _ => 4,
+    }
+}
+
+/// Rows of one call of the dot kernel. Widened weights take registers from the sums.
+const fn dot_group<S: Simd, F: Format>() -> usize {
+    match (S::LANES, F::KIND) {
+        (16, _) => 8,
+        (_, Kind::Bf16) => 3,
+        _ => 4,
     }
 }
 
 /// Vectors of rows that a panel of the lanes kernel has at most.
-pub const fn max_vectors<S: Simd, F: Format>() -> usize {
+const fn max_vectors<S: Simd, F: Format>() -> usize {
     // Three vectors by eight features leave no registers for widening.
-    if S::LANES == 16 && !matches!(F::KIND, Kind::Bf16) { 3 } else { 2 }
+    if S::LANES == 8 || matches!(F::KIND, Kind::Bf16) { 2 } else { 3 }
 }
 
 /// Whether the weights of a block are copied as fp32 before they meet `rows` rows. fp16 has no cheap
@@ -57,7 +124,7 @@ impl Product {
         self
     }
 
-    /// The lanes kernel on a panel of `vectors` vectors, 0 meaning one of eight lanes.
+    /// The lanes kernel on a panel of `vectors` vectors of rows, see [`Form::Lanes`].
     ///
     /// # Safety
     /// The kernel's requirements hold and the CPU supports `S`.
@@ -65,8 +132,10 @@ impl Product {
         unsafe {
             match (vectors, S::LANES, F::KIND) {
                 (0, _, _) => self.lanes_of::<S::Narrow, F, 1, 8>(),
-                (1, _, _) => self.lanes_of::<S, F, 1, 8>(),
-                (2, 16, _) => self.lanes_of::<S, F, 2, 12>(),
+                (1, 16, _) => self.lanes_of::<S, F, 1, 8>(),
+                (1, _, _) => self.lanes_of::<S, F, 1, 6>(),
+                // Rows of weights lie a power of two apart: more than eight would not fit the first-level cache's ways.
+                (2, 16, _) => self.lanes_of::<S, F, 2, 8>(),
                 (2, _, Kind::Bf16) => self.lanes_of::<S, F, 2, 4>(),
                 (2, _, _) => self.lanes_of::<S, F, 2, 6>(),
                 _ => self.lanes_of::<S, F, 3, 8>(),
@@ -137,7 +206,7 @@ impl Product {
                 (2, _, _) => self.dot_of::<S, F, 2, 4>(out_stride),
                 (3, _, false) => self.dot_of::<S, F, 3, 4>(out_stride),
                 (3, _, true) => self.dot_of::<S, F, 3, 3>(out_stride),
-                (4, _, _) => self.dot_of::<S, F, 4, 3>(out_stride),
+                (4, _, false) => self.dot_of::<S, F, 4, 3>(out_stride),
                 _ => unreachable!("groups have one to eight rows"),
             }
         }

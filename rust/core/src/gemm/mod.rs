@@ -15,6 +15,7 @@ pub(crate) mod format;
 mod forward;
 mod forward_block;
 mod forward_kernels;
+mod forward_pack;
 mod grouped;
 pub(crate) mod isa;
 mod jobs;
