@@ -261,7 +261,28 @@ def test_experts_of_a_problem_differ() -> None:
     for w in (problem.w_gate_up, problem.w_down):
         for a in range(8):
             assert not any(torch.equal(w[a], w[b]) for b in range(a))
-    assert decode.problems(problem, 0) == [problem]
+
+
+def test_decode_reads_other_experts_in_each_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem(shapes.SHAPES["tiny-decode"], torch.float32, "cpu")
+    several = decode.problems(problem, 0)
+    assert several[0] is problem
+    assert len(several) == decode.MOST_SETS
+    assert len({tuple(p.ids.flatten().tolist()) for p in several}) > 4
+    assert {p.w_gate_up.data_ptr() for p in several} == {problem.w_gate_up.data_ptr()}
+    monkeypatch.setattr(decode, "STREAMED", 1)
+    assert len(decode.problems(problem, 0)) == 2
+    work, repeats, remark = decode.work(peers.OURS, several)
+    assert (repeats, remark) == (len(several), "")
+    work()
+
+
+def test_what_is_slow_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "SLOW_SECONDS", 1e-9)
+    row = measure(peers.PEERS["dense"], verbs=(FORWARD,))[FORWARD, "dense"]
+    assert (row.status, row.runs, row.reason) == (OK, 1, "timed once, while it was checked")
+    assert row.seconds == row.low == row.high
+    assert row.share is not None
 
 
 def test_relative_error() -> None:

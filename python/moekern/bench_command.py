@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 VERBS = {"forward": FORWARD, "both": BOTH, "decode": DECODE}
 DTYPES = ("bf16", "fp16", "fp32")
 SWEEPS = ("tokens", "experts", "top_k")
-SECONDS = {"cuda": 0.3, "cpu": 1.5}
+SECONDS = {"cuda": 0.3, "cpu": 0.8}
 MINUTES = {"cuda": 7.0, "cpu": 5.0}
 
 EXAMPLES = """\

@@ -1,7 +1,7 @@
 """Decode: the forward pass of few tokens, which is the time of reading weights that no cache holds.
 
-On a GPU one CUDA graph holds several passes, each over weights of its own, and its replay is timed: text generation
-launches such graphs, and its layers' weights have left the L2 cache when their turn comes again.
+Several passes are timed as one, each over weights of its own or, on a CPU, over other experts of the same weights: text
+generation reads the weights of many layers before it comes back to the first. On a GPU a CUDA graph holds the passes.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ MOST_SETS = 12
 
 
 def problems(problem: Problem, free_bytes: int) -> list[Problem]:
-    """The problem and as many like it, with other weights and other routing, as `STREAMED` and the memory ask for."""
-    if problem.device == "cpu":
-        return [problem]
+    """The problem and as many like it, with other routing and on a GPU other weights, as `STREAMED` asks for."""
     held = problem.w_gate_up.nbytes + problem.w_down.nbytes
     active = held * problem.active / problem.shape.experts
-    sets = min(max(-(-STREAMED // int(active)), 2), MOST_SETS, max(free_bytes // 2 // held, 1) + 1)
-    seeds = range(1, sets)
+    sets = min(max(-(-STREAMED // int(active)), 2), MOST_SETS)
+    if problem.device == "cpu":
+        return [problem, *(problem.rerouted(seed) for seed in range(1, sets))]
+    seeds = range(1, min(sets, free_bytes // 2 // held + 1))
     return [problem, *(Problem(problem.shape, problem.dtype, problem.device, problem.routing, s) for s in seeds)]
 
 

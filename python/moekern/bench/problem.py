@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +45,7 @@ class Problem:
     def __init__(self, shape: Shape, dtype: torch.dtype, device: str, routing: str = "uniform", seed: int = 0) -> None:
         self.shape, self.dtype, self.device, self.routing = shape, dtype, device, routing
         generator = torch.Generator(device).manual_seed(seed)
-        t, h, i, e, k = shape.tokens, shape.hidden, shape.intermediate, shape.experts, shape.top_k
+        t, h, i, e = shape.tokens, shape.hidden, shape.intermediate, shape.experts
 
         def normal(*sizes: int, scale: float = 1.0) -> Tensor:
             return torch.randn(sizes, generator=generator, device=device).mul_(scale).to(dtype)
@@ -57,13 +58,24 @@ class Problem:
                 result[expert] = drawn.roll((3 * expert, 5 * expert), (0, 1))
             return result
 
-        self.ids = choose(routing, t, e, k, generator)
-        self.scores = torch.rand(t, k, generator=generator, device=device).add_(0.1)
-        self.scores /= self.scores.sum(1, keepdim=True)
+        self._route(generator)
         self.x, self.dout = normal(t, h), normal(t, h)
         self.w_gate_up, self.w_down = weights(2 * i, h), weights(h, i)
+
+    def _route(self, generator: torch.Generator) -> None:
+        """Draw ids and scores."""
+        s = self.shape
+        self.ids = choose(self.routing, s.tokens, s.experts, s.top_k, generator)
+        self.scores = torch.rand(s.tokens, s.top_k, generator=generator, device=self.device).add_(0.1)
+        self.scores /= self.scores.sum(1, keepdim=True)
         self.active = int(self.ids.unique().numel())
         self._reference: Results | None = None
+
+    def rerouted(self, seed: int) -> Problem:
+        """The same tensors with other ids and scores."""
+        other = copy(self)
+        other._route(torch.Generator(self.device).manual_seed(seed))
+        return other
 
     def flops(self, verb: str) -> float:
         """Of the matrix products: 6TKHI forward, three times that with the backward pass."""

@@ -18,12 +18,13 @@ from moekern.bench.peers.base import both_of, forward_of, results_of, saved_byte
 from moekern.bench.problem import ALLOWED, DTYPES, Problem
 from moekern.bench.record import BOTH, CEILING, DECODE, FAILED, FORWARD, OK, SKIPPED, WRONG, Row
 from moekern.bench.shapes import Shape
-from moekern.bench.timing import Work, clock_of, in_turns, quartiles
+from moekern.bench.timing import Pairs, Work, clock_of, in_turns, quartiles
 
 Tick = Callable[[str], None]
 
 SET_UP_SECONDS = 60.0  # what a peer may take to build, tune or compile for a shape
-SLOW_SECONDS = 12.0  # a pass expected to take longer is left out
+SLOW_SECONDS = 12.0  # a pass expected to take longer is left out, one that does is not run again
+WARM_SECONDS = 1.0  # after longer runs nothing is cold
 SWEPT_PEERS = ("grouped_mm", "scattermoe", "sonicmoe")  # of the peers, those whose growth is of interest
 
 
@@ -93,12 +94,13 @@ def sweep_of(shape: Shape, sweep: str) -> list[Shape]:
 
 @dataclass
 class Entry:
-    """An implementation on its way through one verb."""
+    """An implementation on its way through one verb. once: its seconds, if it is too slow to be run again."""
 
     peer: Peer
     row: Row
     work: Work | None = None
     repeats: int = 1
+    once: float = 0.0
 
 
 @dataclass
@@ -169,6 +171,11 @@ class Session:
         self.tick(f"{case.shape.name} {verb}: timing")
         runs = {e.peer.name: (e.work, e.repeats) for e in entries if e.work is not None}
         pairs = in_turns(runs, ceiling, self.clock, self.options.seconds)
+        for entry in entries:
+            if entry.once:
+                wait = ceiling(self.clock)
+                self.clock.wait()
+                pairs[entry.peer.name] = Pairs([entry.once], [wait()])
         top = blank(case, verb, CEILING, self.options.device)
         top.flops, top.bytes, top.status, top.share = flops, moved, OK, 1.0
         if pairs:
@@ -195,6 +202,9 @@ class Session:
         try:
             with time_limit(limit):
                 self.check(entry, problem, verb)
+                if self.slow[peer.name] > SLOW_SECONDS and verb != DECODE and not peer.compiles:
+                    entry.once, row.reason = self.slow[peer.name], row.reason or "timed once, while it was checked"
+                    return
                 if verb == DECODE:
                     entry.work, entry.repeats, row.reason = decode.work(peer, several)
                 else:
@@ -241,10 +251,10 @@ class Session:
             row.saved_bytes = saved_bytes(layer, problem)
 
     def warm(self, entry: Entry, problem: Problem, verb: str) -> None:
-        """One more run, for the allocator and the caches; on a GPU with its memory counted."""
+        """One more run, for the allocator and the caches, unless it is slow; on a GPU with its memory counted."""
         assert entry.work is not None
         if self.options.device == "cpu":
-            if entry.peer.compiles or self.slow[entry.peer.name] < SLOW_SECONDS / 3:
+            if entry.peer.compiles or self.slow[entry.peer.name] < WARM_SECONDS:
                 began = time.perf_counter()
                 entry.work()
                 self.slow[entry.peer.name] = time.perf_counter() - began
