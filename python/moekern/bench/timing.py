@@ -19,6 +19,7 @@ import torch
 Work = Callable[[], object]
 Wait = Callable[[], float]
 
+REST = 0.005  # seconds; without it, what follows a matmul of torch reads memory a fifth slower
 MOST_ROUNDS = 40
 FEWEST_ROUNDS = 3
 
@@ -32,9 +33,10 @@ class Clock(Protocol):
 
 
 class CpuClock:
-    """Runs the work at once."""
+    """Runs the work at once, after a rest: threads of torch's last work would still spin, awaiting its next."""
 
     def __call__(self, work: Callable[[], object]) -> Wait:
+        time.sleep(REST)
         start = time.perf_counter()
         work()
         seconds = time.perf_counter() - start
@@ -102,12 +104,16 @@ def in_turns(
 ) -> dict[str, Pairs]:
     """Time every run for about `seconds`, three to forty times; slow ones less often, at least once.
 
+    All of it, ceilings and rests too, takes about four times `seconds` a run at most, where three rounds take no more.
+
     Each has been run before, so that nothing is loaded or compiled now. The number beside a run says how often it does
     the work that the ceiling stands for.
     """
     pairs = {name: Pairs() for name in runs}
-    waiting = list(runs)
-    for _ in range(MOST_ROUNDS):
+    waiting, began = list(runs), time.perf_counter()
+    for round_ in range(MOST_ROUNDS):
+        if round_ >= FEWEST_ROUNDS and time.perf_counter() - began > 4 * seconds * len(runs):
+            break
         begun = []
         for name in random.sample(waiting, len(waiting)):
             base = ceiling(clock)
