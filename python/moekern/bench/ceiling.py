@@ -12,7 +12,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -49,7 +49,8 @@ class Copy:
             self.target = torch.ones_like(self.source)
         else:
             # On huge pages: what the memory can do, without the time in which page tables are walked.
-            self.source = torch.frombuffer(memoryview(_core.Pages(SCANNED)), dtype=torch.uint8).fill_(1)
+            pages: Any = _core.Pages(SCANNED)
+            self.source = torch.frombuffer(pages, dtype=torch.uint8).fill_(1)
             self.target = self.source
         self.rates: dict[bool, list[float]] = {False: [], True: []}
 

@@ -135,5 +135,7 @@ _compilations: list[Any] = []
 
 def _compiled() -> Any:
     if not _compilations:
+        # Each dtype, each pass and a single token have a compilation of their own; past the limit torch runs eagerly.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         _compilations.append(torch.compile(grouped))
     return _compilations[0]
