@@ -18,6 +18,7 @@ import moekern as mk
 from moekern import _core, checks, ops
 from moekern.backends import reference
 from moekern.plan import Plan, plan
+from problems import make
 
 
 def parts(p: Plan) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,6 +98,37 @@ def test_strided_and_misaligned_ids() -> None:
     misaligned = torch.frombuffer(buffer, dtype=torch.int32, offset=1).reshape(6, 4)
     assert misaligned.data_ptr() % 4 != 0
     assert_matches_reference(misaligned, 8)
+
+
+@pytest.mark.parametrize("planner", ["auto", "device", "host"])
+def test_planners_agree(planner: str, device: str) -> None:
+    ids = torch.randint(-1, 9, (100, 4))
+    expected = plan(ids, 8)
+    got = plan(ids.to(device), 8, planner=planner)
+    assert got.order.device.type == device
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(parts(got), parts(expected), strict=True))
+    strided = plan(ids.T.to(device), 8, planner=planner)
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(parts(strided), parts(plan(ids.T, 8)), strict=True))
+    with mk.backend("reference"):
+        again = plan(ids.to(device), 8, planner=planner)
+    assert all(torch.equal(a, b) for a, b in zip(parts(got), parts(again), strict=True))
+
+
+@pytest.mark.parametrize("planner", [None, 1, ["host"], "gpu"])
+def test_unknown_planners(planner: object) -> None:
+    ids = torch.zeros(3, 2, dtype=torch.int64)
+    with pytest.raises((TypeError, ValueError), match=r"^planner: got .* expected one of auto, device, host"):
+        plan(ids, 8, planner=planner)  # type: ignore[arg-type]
+
+
+def test_a_plan_of_the_host_serves_another_device(device: str) -> None:
+    p = make(20, 32, 24, 5, 2, device=device)
+    planned = plan(p.ids.cpu(), 5).to(device)
+    assert (planned.num_experts, planned.top_k, planned.order.device) == (5, 2, p.x.device)
+    for _ in range(2):
+        out = mk.experts(p.x, None, p.weights, p.w_gate_up, p.w_down, plan=planned)
+        assert torch.equal(out, p.run())
+    assert planned.to("cpu").order.is_cpu
 
 
 def test_operator_and_direct_call_agree() -> None:

@@ -31,7 +31,7 @@ def sac_policy(*, save_experts: bool = False) -> Callable[..., CheckpointPolicy]
         TypeError: ``save_experts`` is not a bool.
     """
     checks.is_bool("save_experts", save_experts)
-    kept = {ops.plan, torch.ops.aten.sort.stable, torch.ops.aten.topk.default}
+    kept = {ops.plan, ops.plan_on_host, torch.ops.aten.sort.stable, torch.ops.aten.topk.default}
     if save_experts:
         kept.add(ops.experts_forward)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 _PLAN = "plan(Tensor topk_ids, int num_experts, str backend) -> (Tensor, Tensor, Tensor)"
+_PLAN_ON_HOST = "plan_on_host(Tensor topk_ids, int num_experts) -> (Tensor, Tensor, Tensor)"
 _FORWARD = (
     "experts_forward(Tensor x, Tensor? scores, Tensor order, Tensor inverse, Tensor offsets, Tensor w_gate_up, "
     "Tensor w_down, Tensor? b_gate_up, Tensor? b_down, int top_k, str activation, bool transposed, bool interleaved, "
@@ -30,6 +31,8 @@ _GROUPED_MM = "grouped_mm(Tensor a, Tensor b, Tensor offsets, str kind, str back
 _library: Any = torch.library.Library("moekern", "DEF")  # type: ignore[no-untyped-call]
 for _schema in (_PLAN, _FORWARD, _BACKWARD, _GROUPED_MM):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+# It waits for the device, which nothing in a CUDA graph may do.
+_library.define(_PLAN_ON_HOST, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe))
 
 _modules: dict[str, ModuleType] = {}
 
@@ -46,6 +49,10 @@ def _plan(topk_ids: Tensor, num_experts: int, backend: str) -> tuple[Tensor, Ten
     return backend_module(backend).plan(topk_ids, num_experts)  # type: ignore[no-any-return]
 
 
+def _plan_on_host(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    return backend_module("cuda").plan_on_host(topk_ids, num_experts)  # type: ignore[no-any-return]
+
+
 def _experts_forward(*args) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
     return backend_module(args[-1]).experts_forward(*args[:-1])  # type: ignore[no-any-return]
 
@@ -58,7 +65,7 @@ def _grouped_mm(a: Tensor, b: Tensor, offsets: Tensor, kind: str, backend: str) 
     return backend_module(backend).grouped_mm(a, b, offsets, kind)  # type: ignore[no-any-return]
 
 
-def _plan_shape(topk_ids: Tensor, num_experts: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def _plan_shape(topk_ids: Tensor, num_experts: int, backend: str = "") -> tuple[Tensor, Tensor, Tensor]:
     slots = topk_ids.numel()
     return (
         topk_ids.new_empty(slots, dtype=torch.int32),
@@ -122,6 +129,7 @@ def _grouped_mm_shape(a: Tensor, b: Tensor, offsets: Tensor, kind: str, backend:
 
 for _name, _kernel, _shape in (
     ("plan", _plan, _plan_shape),
+    ("plan_on_host", _plan_on_host, _plan_shape),
     ("experts_forward", _experts_forward, _experts_forward_shape),
     ("experts_backward", _experts_backward, _experts_backward_shape),
     ("grouped_mm", _grouped_mm, _grouped_mm_shape),
@@ -130,8 +138,9 @@ for _name, _kernel, _shape in (
     torch.library.register_fake(f"moekern::{_name}", _shape, lib=_library)
 
 plan = torch.ops.moekern.plan.default
+plan_on_host = torch.ops.moekern.plan_on_host.default
 experts_forward = torch.ops.moekern.experts_forward.default
 experts_backward = torch.ops.moekern.experts_backward.default
 grouped_mm = torch.ops.moekern.grouped_mm.default
 
-__all__ = ["backend_module", "experts_backward", "experts_forward", "grouped_mm", "plan"]
+__all__ = ["backend_module", "experts_backward", "experts_forward", "grouped_mm", "plan", "plan_on_host"]

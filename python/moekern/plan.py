@@ -49,6 +49,20 @@ class Plan(NamedTuple):
         """Rows of each expert, int32 ``[E]``."""
         return self.offsets[1:] - self.offsets[:-1]
 
+    def to(self, device: torch.device | str | int) -> Plan:
+        """The plan on another device. From the host to a GPU it is on its way when this returns; nothing waits.
+
+        Args:
+            device: As ``torch.Tensor.to`` takes it.
+        """
+        target = torch.empty(0, device=device).device  # with an index
+        parts = (self.order, self.inverse, self.offsets)
+        if target.type == "cuda" and self.order.is_cpu:
+            order, inverse, offsets = (t.pin_memory().to(target, non_blocking=True) for t in parts)
+        else:
+            order, inverse, offsets = (t.to(target) for t in parts)
+        return self._replace(order=order, inverse=inverse, offsets=offsets)
+
     def stats(self) -> PlanStats:
         """Load statistics. Copies the offsets to the host, so it waits for the device."""
         offsets = self.offsets.cpu()
@@ -81,30 +95,47 @@ class Plan(NamedTuple):
         return table[:count]
 
 
-def plan(topk_ids: Tensor, num_experts: int) -> Plan:
+PLANNERS = ("auto", "device", "host")
+
+
+def plan(topk_ids: Tensor, num_experts: int, *, planner: str = "auto") -> Plan:
     """Sort the slots by expert, keeping slot order within an expert (a stable counting sort).
 
     Args:
         topk_ids: ``[T, K]`` int64, int32, uint8 or uint16; the chosen experts of every token. Ids outside
             ``0 .. num_experts - 1``, negative ones too, are sentinels: their slots sort last, in slot order.
         num_experts: E, at least 1.
+        planner: Where the sorting is done, with the same bits everywhere. ``"device"``: where the ids are. ``"host"``:
+            by Rust on the host, also for ids on a GPU, which waits for the device once and so cannot be captured in a
+            CUDA graph. ``"auto"``, the default, is ``"device"``: on a GPU that never waits.
 
     Returns:
-        A :class:`Plan` on the device of ``topk_ids``. Shapes depend on shapes alone; nothing waits for a device. On
-        the host the same bits result for any number of threads (``torch.get_num_threads()`` at most are used).
+        A :class:`Plan` on the device of ``topk_ids``. Shapes depend on shapes alone; nothing waits for a device unless
+        ``planner`` is ``"host"``. On the host the same bits result for any number of threads
+        (``torch.get_num_threads()`` at most are used).
+
+        A routing that the host knows before (replayed, or computed there) is planned from ids on the host, once, and
+        goes to the GPU by :meth:`Plan.to`, for any number of calls of :func:`moekern.experts`.
 
     Raises:
         TypeError: ``topk_ids`` is not a dense integer tensor, or ``num_experts`` not an int.
-        ValueError: ``topk_ids`` is not two-dimensional or has 2**31 slots or more; ``num_experts`` is less than 1.
+        ValueError: ``topk_ids`` is not two-dimensional or has 2**31 slots or more; ``num_experts`` is less than 1;
+            ``planner`` is unknown.
+        RuntimeError: ``planner`` is ``"host"`` while a CUDA graph is being captured.
     """
     if type(topk_ids) is Tensor and type(num_experts) is int and eager.undisturbed():
-        planned = _plan_eagerly(topk_ids, num_experts)
+        planned = _plan_eagerly(topk_ids, num_experts, planner)
         if planned is not None:
             return planned
     checks.topk_ids("topk_ids", topk_ids)
     checks.is_int("num_experts", num_experts, 1, _MOST_EXPERTS)
+    checks.one_of("planner", planner, PLANNERS)
     # Kernels read ids by address, and a router's choice can be a slice of the sorted experts.
-    order, inverse, offsets = ops.plan(topk_ids.contiguous(), num_experts, dispatch.resolve(topk_ids.device.type))
+    ids = topk_ids.contiguous()
+    if planner == "host" and ids.is_cuda:
+        order, inverse, offsets = ops.plan_on_host(ids, num_experts)
+    else:
+        order, inverse, offsets = ops.plan(ids, num_experts, dispatch.resolve(ids.device.type))
     return Plan(order, inverse, offsets, num_experts, topk_ids.shape[1])
 
 
@@ -116,17 +147,20 @@ _empty_int32 = torch.empty(0, dtype=torch.int32, device="cpu").new_empty  # half
 _get_num_threads = torch.get_num_threads
 
 
-def _plan_eagerly(topk_ids: Tensor, num_experts: int) -> Plan | None:
+def _plan_eagerly(topk_ids: Tensor, num_experts: int, planner: str) -> Plan | None:
     """The plan, or None if an argument is wrong, or unusual enough for the careful way."""
     id_type = _ID_TYPE.get(topk_ids.dtype)
+    if type(planner) is not str or planner not in PLANNERS:
+        return None
     if id_type is None or topk_ids.ndim != 2 or not topk_ids.is_contiguous() or not 0 < num_experts < _MOST_EXPERTS:
         return None
     slots = topk_ids.numel()
     address = topk_ids.data_ptr()
     if slots >= 2**31 or address % topk_ids.element_size():
         return None
-    if topk_ids.is_cuda and dispatch.resolve("cuda") == "cuda":
-        order, inverse, offsets = ops.backend_module("cuda").plan(topk_ids, num_experts)
+    if topk_ids.is_cuda and (planner == "host" or dispatch.resolve("cuda") == "cuda"):
+        module = ops.backend_module("cuda")
+        order, inverse, offsets = (module.plan_on_host if planner == "host" else module.plan)(topk_ids, num_experts)
         return Plan(order, inverse, offsets, num_experts, topk_ids.shape[1])
     if not topk_ids.is_cpu or dispatch.resolve("cpu") != "cpu":
         return None

@@ -49,6 +49,23 @@ def plan(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     return forward.plan(topk_ids.contiguous(), num_experts)
 
 
+def plan_on_host(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The same plan, sorted by Rust on the host: waits for the device once."""
+    if topk_ids.numel() and _capability(topk_ids.get_device()) == (9, 0):
+        from moekern.backends.cuda import host_plan
+
+        return host_plan.plan(topk_ids.contiguous(), num_experts)
+    from moekern.backends import cpu
+
+    order, inverse, offsets = cpu.plan(topk_ids.cpu(), num_experts)
+    return tuple(send(t, topk_ids.device) for t in (order, inverse, offsets))  # type: ignore[return-value]
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy of a tensor of the host on a device, on its way when this returns: later work of the stream finds it."""
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def experts_forward(
     x: Tensor,
     scores: Tensor | None,

@@ -21,7 +21,8 @@ def layer(
 ) -> list[KernelSource]:
     """Every variant that training and inference of such a layer can launch, at any size."""
     element = kernels.ELEMENT[dtype]
-    found = [KernelSource.of("plan.cu", {}), KernelSource.of("rows.cu", {"ELEMENT": element})]
+    planners = [KernelSource.of(file, {}) for file in ("plan.cu", "host_plan.cu")]
+    found = [*planners, KernelSource.of("rows.cu", {"ELEMENT": element})]
     for save, few_rows in ((True, False), (False, False), (False, True)):
         file, macros = kernels.up_variant(dtype, activation, transposed, interleaved, bias, save, few_rows)
         found.append(KernelSource.of(file, dict(macros)))
