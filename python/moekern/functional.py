@@ -60,7 +60,7 @@ def experts(
     call = _accepted.get(signature)
     if call is not None:
         return call(x, topk_ids, topk_weights, w_gate_up, w_down, b_gate_up, b_down, plan)  # type: ignore[no-any-return]
-    _check_experts(x, w_gate_up, w_down, b_gate_up, b_down, activation, transposed, interleaved)
+    check_experts(x, w_gate_up, w_down, b_gate_up, b_down, activation, transposed, interleaved)
     num_experts = w_gate_up.shape[0]
     if plan is None:
         checks.topk_ids("topk_ids", topk_ids)
@@ -131,7 +131,7 @@ def grouped_mlp(
     Raises:
         TypeError, ValueError: As in :func:`experts`.
     """
-    _check_experts(
+    check_experts(
         x_sorted, w_gate_up, w_down, b_gate_up, b_down, activation, transposed, interleaved, x_name="x_sorted"
     )
     offsets = _check_offsets(offsets, x_sorted, "x_sorted", w_gate_up.shape[0])
@@ -188,6 +188,49 @@ def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
     return autograd.grouped_mm(a.contiguous(), b.contiguous(), offsets, "nn", backend)
 
 
+def routed_experts(
+    x: Tensor,
+    logits: Tensor,
+    top_k: int,
+    formula: tuple[str, bool, float],
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    b_gate_up: Tensor | None,
+    b_down: Tensor | None,
+    activation: str,
+) -> Tensor | None:
+    """Router's choice and experts of an eager inference call at once, where the backend can do that; else None.
+
+    ``formula`` is one of :data:`moekern.router.FORMULAS`, ``norm_topk_prob`` and ``routed_scaling_factor``.
+
+    Raises:
+        TypeError, ValueError: As :func:`experts`.
+    """
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, logits, w_gate_up, w_down, b_gate_up, b_down)
+    ):
+        return None
+    signature = eager.signature(
+        x, logits, None, w_gate_up, w_down, b_gate_up, b_down, activation, False, False, None
+    )  # fmt: skip
+    if signature is None or not logits.is_contiguous():
+        return None
+    key = (signature, top_k, formula)
+    call = _accepted.get(key)
+    if call is None:
+        check_experts(x, w_gate_up, w_down, b_gate_up, b_down, activation, False, False)
+        prepare = getattr(ops.backend_module(dispatch.resolve(x.device.type)), "prepare_inference", None)
+        call = False
+        if prepare is not None and logits.dtype == torch.float32:
+            call = prepare(
+                x, logits, None, w_gate_up, w_down, b_gate_up, b_down, top_k, activation, False, False, formula
+            ) or False  # fmt: skip
+        _accepted.remember(key, call)
+    if call is False:
+        return None
+    return call(x, logits, None, w_gate_up, w_down, b_gate_up, b_down)  # type: ignore[no-any-return]
+
+
 _plan = plan  # the parameter of `experts` hides the function
 _accepted = eager.Accepted()
 
@@ -241,7 +284,7 @@ class _Call:
         return out  # type: ignore[no-any-return]
 
 
-def _check_experts(
+def check_experts(
     x: Tensor,
     w_gate_up: Tensor,
     w_down: Tensor,

@@ -32,6 +32,11 @@ def _aligned(*tensors: Tensor) -> bool:
     return bits % torch_path.ALIGNMENT == 0
 
 
+def _copied(tensor: Tensor) -> Tensor:
+    """Activations where kernels can read them: a view of foreign memory may begin anywhere, and is copied once."""
+    return tensor if tensor.data_ptr() % torch_path.ALIGNMENT == 0 else tensor.clone()
+
+
 def _configuration(tensor: Tensor, slots: int, experts: int, hidden: int, inter: int, aligned: bool) -> Configuration:
     chosen = _choose(tensor.dtype, _capability(tensor.get_device()), slots, experts, hidden, inter, aligned)
     if chosen.path == "torch":
@@ -86,7 +91,8 @@ def experts_forward(
     slots, experts = order.shape[0], w_gate_up.shape[0]
     hidden, pre_columns = x.shape[1], w_gate_up.shape[2 if transposed else 1]
     inter = pre_columns // 2 if ACTIVATIONS[activation].gated else pre_columns
-    chosen = _configuration(x, slots, experts, hidden, inter, _aligned(x, w_gate_up, w_down))
+    x = _copied(x)
+    chosen = _configuration(x, slots, experts, hidden, inter, _aligned(w_gate_up, w_down))
     if chosen.path == "torch" or not (slots and hidden and inter):
         return torch_path.experts_forward(
             x, scores, order, inverse, offsets, w_gate_up, w_down, b_gate_up, b_down,
@@ -102,7 +108,7 @@ def experts_forward(
 
 def prepare_inference(
     x: Tensor,
-    topk_ids: Tensor,
+    routed_by: Tensor,
     topk_weights: Tensor | None,
     w_gate_up: Tensor,
     w_down: Tensor,
@@ -112,18 +118,25 @@ def prepare_inference(
     activation: str,
     transposed: bool,
     interleaved: bool,
+    formula: tuple[str, bool, float] | None = None,
 ) -> Callable[..., Tensor | None] | None:
-    """A function of the tensors that plans and runs the forward pass at once; None where torch serves the call."""
-    slots, experts, hidden = topk_ids.numel(), w_gate_up.shape[0], x.shape[1]
+    """A function of the tensors that plans and runs the forward pass at once; None where torch serves the call.
+
+    `routed_by` are the chosen experts; or the router's logits, with the formula, ``norm_topk_prob`` and factor of
+    :func:`moekern.route`.
+    """
+    slots, experts, hidden = x.shape[0] * top_k, w_gate_up.shape[0], x.shape[1]
     inter = w_down.shape[1 if transposed else 2]
     chosen = _choose(x.dtype, _capability(x.get_device()), slots, experts, hidden, inter, True)
     if chosen.path == "torch" or slots == 0:
         return None
-    from moekern.backends.cuda import inference
+    from moekern.backends.cuda import inference, routing
 
+    if formula is not None and top_k > routing.MOST_TOP_K:
+        return None
     return inference.make(
-        x, topk_ids, topk_weights, w_gate_up, w_down, b_gate_up, b_down,
-        top_k, activation, transposed, interleaved, chosen,
+        x, routed_by, topk_weights, w_gate_up, w_down, b_gate_up, b_down, top_k, activation, transposed, interleaved,
+        None if formula is None else routing.formula(*formula), chosen,
     )  # fmt: skip
 
 
@@ -148,7 +161,8 @@ def experts_backward(
     """Gradients of x, scores, w_gate_up, w_down, b_gate_up, b_down; empty where ``needs`` says no."""
     slots, experts, hidden = order.shape[0], w_down.shape[0], x.shape[1]
     inter = w_down.shape[1 if transposed else 2]
-    chosen = _configuration(x, slots, experts, hidden, inter, _aligned(dout, x, pre, w_gate_up, w_down))
+    dout, x = _copied(dout), _copied(x)
+    chosen = _configuration(x, slots, experts, hidden, inter, _aligned(pre, w_gate_up, w_down))
     arguments = (
         dout, x, pre, scores, order, inverse, offsets, w_gate_up, w_down, b_gate_up, b_down,
         top_k, activation, transposed, interleaved, needs,
@@ -165,7 +179,8 @@ def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor, kind: str) -> Tensor:
     """Multiply each expert's rows by its matrix; see :func:`moekern.backends.reference.grouped_mm`."""
     features = b.shape[1 if kind in ("nt", "tn") else 2]
     experts = offsets.shape[0] - 1
-    chosen = _configuration(a, a.shape[0], experts, a.shape[1], features, _aligned(a, b))
+    a = _copied(a)
+    chosen = _configuration(a, a.shape[0], experts, a.shape[1], features, _aligned(b))
     if chosen.path == "torch":
         return torch_path.grouped_mm(a, b, offsets, kind)
     from moekern.backends.cuda import backward_kernels, kernels

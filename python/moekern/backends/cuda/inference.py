@@ -1,6 +1,7 @@
-"""Planner and forward pass of an eager inference call as one recorded program: two allocations, one call into Rust.
+"""Router's choice, planner and forward pass of an eager inference call as one recorded program.
 
-For a handful of tokens the host's time is all that counts, and a program of its own for plan and verb halves it.
+Two allocations and one call into Rust. For a handful of tokens the host's time is all that counts, and one program
+halves it.
 """
 
 from __future__ import annotations
@@ -12,20 +13,20 @@ import torch
 from torch import Tensor
 
 from moekern.activations import ACTIVATIONS
-from moekern.backends.cuda import forward, kernels
+from moekern.backends.cuda import forward, kernels, routing
 from moekern.backends.cuda.configuration import Configuration
 from moekern.backends.cuda.program import Placeholder, record
 from moekern.backends.cuda.torch_path import ALIGNMENT
 
 # Places of the addresses in a replay.
-X, IDS, SCORES, W_UP, W_DOWN, B_UP, B_DOWN, OUT, WORK = range(9)
+X, ROUTED_BY, SCORES, W_UP, W_DOWN, B_UP, B_DOWN, OUT, WORK = range(9)
 Inference = Callable[..., Tensor | None]
 _current_device = torch._C._cuda_getDevice if hasattr(torch._C, "_cuda_getDevice") else torch.cuda.current_device
 
 
 def make(
     x: Tensor,
-    topk_ids: Tensor,
+    routed_by: Tensor,
     topk_weights: Tensor | None,
     w_gate_up: Tensor,
     w_down: Tensor,
@@ -35,14 +36,18 @@ def make(
     activation: str,
     transposed: bool,
     interleaved: bool,
+    formula: routing.Formula | None,
     chosen: Configuration,
 ) -> Inference:
     """A function of the first seven arguments for all calls with tensors of these sizes, none of them empty.
 
-    It returns None where a tensor's memory is not as the kernels need it: the long way copies it, or says why not.
+    `routed_by` are the chosen experts ``[T, K]``; or, with a formula, the router's logits float32 ``[T, E]``, and there
+    are no weights. The function returns None where a tensor's memory is not as the kernels need it: the long way
+    copies it, or says why not.
     """
-    device, dtype, id_dtype = x.get_device(), x.dtype, topk_ids.dtype
-    (tokens, hidden), slots, experts = x.shape, topk_ids.numel(), w_gate_up.shape[0]
+    device, dtype = x.get_device(), x.dtype
+    (tokens, hidden), experts = x.shape, w_gate_up.shape[0]
+    slots = tokens * top_k
     columns = w_gate_up.shape[2 if transposed else 1]
     inter = columns // 2 if ACTIVATIONS[activation].gated else columns
     sizes = {
@@ -50,6 +55,8 @@ def make(
         "inverse": 4 * slots,
         "offsets": 4 * (experts + 1),
         "counts": 4 * kernels.plan_counts(slots, experts),
+        "ids": 4 * slots if formula is not None else 0,
+        "scores": 4 * slots if formula is not None else 0,
         "verb": forward.work_bytes(slots, hidden, inter, experts),
     }
     offset, size = {}, 0
@@ -64,11 +71,17 @@ def make(
         return place(WORK, (words,), torch.int32, offset[name])
 
     def verb() -> None:
+        ids = place(ROUTED_BY, (tokens, top_k), routed_by.dtype)
+        scores = None if topk_weights is None else place(SCORES, (tokens, top_k), torch.float32)
+        if formula is not None:
+            ids = place(WORK, (tokens, top_k), torch.int32, offset["ids"])
+            scores = place(WORK, (tokens, top_k), torch.float32, offset["scores"])
+            routing.route(place(ROUTED_BY, (tokens, experts), torch.float32), ids, scores, formula)
         order, inverse, offsets = buffer("order", slots), buffer("inverse", slots), buffer("offsets", experts + 1)
-        kernels.plan(place(IDS, (slots,), id_dtype), order, inverse, offsets, buffer("counts", sizes["counts"] // 4))
+        kernels.plan(ids, order, inverse, offsets, buffer("counts", sizes["counts"] // 4))
         forward.launch_all(
             place(X, (tokens, hidden)),
-            None if topk_weights is None else place(SCORES, (tokens, top_k), torch.float32),
+            scores,
             order, inverse, offsets,
             place(W_UP, w_gate_up.shape), place(W_DOWN, w_down.shape),
             None if b_gate_up is None else place(B_UP, b_gate_up.shape),
@@ -84,7 +97,7 @@ def make(
 
     def run(
         x: Tensor,
-        topk_ids: Tensor,
+        routed_by: Tensor,
         topk_weights: Tensor | None,
         w_gate_up: Tensor,
         w_down: Tensor,
@@ -92,17 +105,17 @@ def make(
         b_down: Tensor | None,
     ) -> Tensor | None:
         a, b, c = x.data_ptr(), w_gate_up.data_ptr(), w_down.data_ptr()
-        if (a | b | c) % ALIGNMENT or not topk_ids.is_contiguous():
+        if (a | b | c) % ALIGNMENT or not routed_by.is_contiguous():
             return None
         if _current_device() != device:
             with torch.cuda.device(device):
-                return run(x, topk_ids, topk_weights, w_gate_up, w_down, b_gate_up, b_down)
+                return run(x, routed_by, topk_weights, w_gate_up, w_down, b_gate_up, b_down)
         out = torch.empty_like(x)
         work = allocate(size)
         replay(
             stream_of(device),
             (
-                a, topk_ids.data_ptr(), 0 if topk_weights is None else topk_weights.data_ptr(), b, c,
+                a, routed_by.data_ptr(), 0 if topk_weights is None else topk_weights.data_ptr(), b, c,
                 0 if b_gate_up is None else b_gate_up.data_ptr(), 0 if b_down is None else b_down.data_ptr(),
                 out.data_ptr(), work.data_ptr(),
             ),

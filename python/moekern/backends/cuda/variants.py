@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 
 from moekern.activations import ACTIVATIONS
-from moekern.backends.cuda import backward_kernels, kernels
+from moekern.backends.cuda import backward_kernels, kernels, routing
 from moekern.backends.cuda.loader import KernelSource
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -22,7 +22,8 @@ def layer(
     """Every variant that training and inference of such a layer can launch, at any size."""
     element = kernels.ELEMENT[dtype]
     planners = [KernelSource.of(file, {}) for file in ("plan.cu", "host_plan.cu")]
-    found = [*planners, KernelSource.of("rows.cu", {"ELEMENT": element})]
+    routers = [KernelSource.of("route.cu", {"PER_LANE": n}) for n in routing.PER_LANE]
+    found = [*planners, *routers, KernelSource.of("rows.cu", {"ELEMENT": element})]
     for save, few_rows in ((True, False), (False, False), (False, True)):
         file, macros = kernels.up_variant(dtype, activation, transposed, interleaved, bias, save, few_rows)
         found.append(KernelSource.of(file, dict(macros)))
