@@ -273,11 +273,11 @@ class MoE(nn.Module):
 
     def _token_choice(self, tokens: Tensor, logits: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Every token chooses its experts; the routed part of the output ``[T, H]``."""
-        experts = self.experts
+
         if not self.training and self.capacity_factor is None and not self.scale_input and self._is_simple:
             formula = (router.METHODS[self.routing], self.norm_topk_prob, self.routed_scaling_factor)
             out = functional.routed_experts(
-                tokens, logits, self.top_k, formula, *experts.projections, self.activation
+                tokens, logits, self.top_k, formula, *self.experts.projections, self.activation
             )  # fmt: skip
             if out is not None:
                 return out
@@ -315,11 +315,13 @@ class MoE(nn.Module):
         """The experts' output ``[T, H]`` for chosen experts."""
         if not self.scale_input:
             return functional.experts(
-                tokens, None, weights, *experts.projections, activation=self.activation, plan=chosen
+                tokens, None, weights, *self.experts.projections, activation=self.activation, plan=chosen
             )
         # Each slot has an input of its own, so each becomes a token with one expert.
         scaled = (tokens.unsqueeze(1) * weights.unsqueeze(2).to(tokens.dtype)).flatten(0, 1)
-        out = functional.experts(scaled, ids.reshape(-1, 1), None, *experts.projections, activation=self.activation)
+        out = functional.experts(
+            scaled, ids.reshape(-1, 1), None, *self.experts.projections, activation=self.activation
+        )
         return out.unflatten(0, (-1, self.top_k)).sum(1) if self.top_k > 1 else out
 
     def _expert_choice(self, tokens: Tensor, logits: Tensor, shape: tuple[int, ...]) -> Tensor:
