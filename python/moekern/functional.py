@@ -188,49 +188,6 @@ def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
     return autograd.grouped_mm(a.contiguous(), b.contiguous(), offsets, "nn", backend)
 
 
-def routed_experts(
-    x: Tensor,
-    logits: Tensor,
-    top_k: int,
-    formula: tuple[str, bool, float],
-    w_gate_up: Tensor,
-    w_down: Tensor,
-    b_gate_up: Tensor | None,
-    b_down: Tensor | None,
-    activation: str,
-) -> Tensor | None:
-    """Router's choice and experts of an eager inference call at once, where the backend can do that; else None.
-
-    ``formula`` is one of :data:`moekern.router.FORMULAS`, ``norm_topk_prob`` and ``routed_scaling_factor``.
-
-    Raises:
-        TypeError, ValueError: As :func:`experts`.
-    """
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, logits, w_gate_up, w_down, b_gate_up, b_down)
-    ):
-        return None
-    signature = eager.signature(
-        x, logits, None, w_gate_up, w_down, b_gate_up, b_down, activation, False, False, None
-    )  # fmt: skip
-    if signature is None or not logits.is_contiguous():
-        return None
-    key = (signature, top_k, formula)
-    call = _accepted.get(key)
-    if call is None:
-        check_experts(x, w_gate_up, w_down, b_gate_up, b_down, activation, False, False)
-        prepare = getattr(ops.backend_module(dispatch.resolve(x.device.type)), "prepare_inference", None)
-        call = False
-        if prepare is not None and logits.dtype == torch.float32:
-            call = prepare(
-                x, logits, None, w_gate_up, w_down, b_gate_up, b_down, top_k, activation, False, False, formula
-            ) or False  # fmt: skip
-        _accepted.remember(key, call)
-    if call is False:
-        return None
-    return call(x, logits, None, w_gate_up, w_down, b_gate_up, b_down)  # type: ignore[no-any-return]
-
-
 _plan = plan  # the parameter of `experts` hides the function
 _accepted = eager.Accepted()
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from moekern import capacity, checks, functional, router
 from moekern.activations import ACTIVATIONS
 from moekern.expert_choice import expert_choice, run_chosen
+from moekern.layer_inference import infer
 from moekern.parts import Experts, Router, SharedExpert
 from moekern.plan import Plan, plan
 from moekern.rounding import MODES as ROUNDINGS
@@ -169,13 +170,6 @@ class MoE(nn.Module):
             self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False, device=device, dtype=dtype)
         self._latest_routing: Routing | None = None
 
-    @property
-    def _is_simple(self) -> bool:
-        """Whether the logits alone decide which experts are chosen."""
-        return self.gate.e_score_correction_bias is None and (
-            self.n_group == 1 or self.topk_group in (None, self.n_group)
-        )
-
     @classmethod
     def from_dense(
         cls, dense_mlp: nn.Module, num_experts: int, top_k: int, *, activation: str | None = None, **options: Any
@@ -248,20 +242,22 @@ class MoE(nn.Module):
             TypeError, ValueError: ``x`` is not a dense floating tensor with H features, on the layer's device and in
                 its dtype (or under autocast).
         """
+        if not self.training:
+            inferred = infer(self, x)
+            if inferred is not None:
+                return inferred
         checks.is_tensor("x", x)
         checks.has_dtype("x", x, checks.FLOATING)
         if x.ndim < 1 or x.shape[-1] != self.hidden_size:
             raise ValueError(f"x: got shape {tuple(x.shape)}, expected [..., {self.hidden_size}] (hidden_size)")
-        gate = self.gate  # half a microsecond each time
-        weight = gate.weight
-        checks.same_device("x", x, "the layer's parameters", weight)
-        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise TypeError(f"x: got dtype {x.dtype}, expected {weight.dtype}, the dtype of the layer")
-        tokens = x if x.ndim == 2 else x.reshape(-1, self.hidden_size)
+        checks.same_device("x", x, "the layer's parameters", self.gate.weight)
+        if x.dtype != self.gate.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"x: got dtype {x.dtype}, expected {self.gate.weight.dtype}, the dtype of the layer")
+        tokens = x.reshape(-1, self.hidden_size)
         if self.training and self.router_jitter_noise > 0:
             noise = self.router_jitter_noise
             tokens = tokens * torch.empty_like(tokens).uniform_(1 - noise, 1 + noise)
-        logits = gate(tokens)
+        logits = self.gate(tokens)
         choose = self._expert_choice if self._is_expert_choice else self._token_choice
         out = choose(tokens, logits, x.shape[:-1])
         if self.shared_expert is not None:
@@ -269,18 +265,10 @@ class MoE(nn.Module):
             if self.shared_expert_gate is not None:
                 shared = torch.sigmoid(self.shared_expert_gate(tokens)) * shared
             out = out + shared
-        return out if x.ndim == 2 else out.reshape(x.shape)
+        return out.reshape(x.shape)
 
     def _token_choice(self, tokens: Tensor, logits: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Every token chooses its experts; the routed part of the output ``[T, H]``."""
-
-        if not self.training and self.capacity_factor is None and not self.scale_input and self._is_simple:
-            formula = (router.METHODS[self.routing], self.norm_topk_prob, self.routed_scaling_factor)
-            out = functional.routed_experts(
-                tokens, logits, self.top_k, formula, *self.experts.projections, self.activation
-            )  # fmt: skip
-            if out is not None:
-                return out
         weights, ids = router.route(
             logits,
             self.top_k,

@@ -152,8 +152,9 @@ def _plan_eagerly(topk_ids: Tensor, num_experts: int, planner: str) -> Plan | No
     id_type = _ID_TYPE.get(topk_ids.dtype)
     if type(planner) is not str or planner not in PLANNERS:
         return None
-    if id_type is None or topk_ids.ndim != 2 or not topk_ids.is_contiguous() or not 0 < num_experts < _MOST_EXPERTS:
+    if id_type is None or topk_ids.ndim != 2 or not 0 < num_experts < _MOST_EXPERTS:
         return None
+    topk_ids = topk_ids.contiguous()
     slots = topk_ids.numel()
     address = topk_ids.data_ptr()
     if slots >= 2**31 or address % topk_ids.element_size():

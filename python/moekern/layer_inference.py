@@ -1,0 +1,83 @@
+"""The short way of a layer's eager inference: the router's product, then everything else as one program.
+
+A call whose signature has been accepted skips the layer's checks and runs choice, plan and experts at once, where the
+backend has a program for that. Anything else takes the layer's own way, which gives the same result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from moekern import dispatch, eager, functional, ops, router
+
+if TYPE_CHECKING:
+    from moekern.layer import MoE
+
+_accepted = eager.Accepted()
+
+
+def infer(layer: MoE, x: Tensor) -> Tensor | None:
+    """The layer's output for ``[..., H]``, or None if the call must take the long way: it may be wrong, or unusual."""
+    if torch.compiler.is_compiling():
+        return None
+    gate = layer.gate
+    weights = layer.experts.projections
+    router_weight = gate.weight
+    if torch.is_grad_enabled() and any(
+        t is not None and getattr(t, "requires_grad", True) for t in (x, router_weight, gate.bias, *weights)
+    ):
+        return None
+    signature = eager.signature(x, router_weight, None, *weights, layer.activation, False, False, None)
+    if signature is None:
+        return None
+    key = (
+        signature, layer.top_k, layer.routing, layer.norm_topk_prob, layer.routed_scaling_factor, layer.n_group,
+        layer.topk_group, layer.capacity_factor, layer.scale_input, layer.shared_expert is None,
+        gate._buffers.get("e_score_correction_bias") is None,
+    )  # fmt: skip
+    call = _accepted.get(key)
+    if call is None:
+        call = _prepare(layer, x) or False
+        _accepted.remember(key, call)
+    if call is False:
+        return None
+    tokens = x if x.ndim == 2 else x.view(-1, x.shape[-1])
+    logits = gate(tokens)
+    if logits.dtype != torch.float32 or not eager.plain(logits) or not logits.is_contiguous():  # a hook's doing
+        return None
+    out: Tensor | None = call(tokens, logits, None, *weights)
+    return out if out is None or x.ndim == 2 else out.view(x.shape)
+
+
+def _prepare(layer: MoE, x: Tensor) -> Callable[..., Tensor | None] | None:
+    """The program for calls like this one; None if there is none, or if the call is one that is refused."""
+    grouped = layer.topk_group is not None and layer.topk_group < layer.n_group
+    if (
+        layer.routing not in router.METHODS
+        or grouped
+        or layer.gate.e_score_correction_bias is not None
+        or layer.capacity_factor is not None
+        or layer.scale_input
+        or layer.shared_expert is not None
+    ):
+        return None
+    weight, weights = layer.gate.weight, layer.experts.projections
+    if x.ndim < 1 or x.shape[-1] != layer.hidden_size or x.dtype != weight.dtype or x.device != weight.device:
+        return None
+    tokens = x.view(-1, layer.hidden_size)
+    try:
+        functional.check_experts(tokens, *weights, layer.activation, False, False)
+        module = ops.backend_module(dispatch.resolve(x.device.type))
+    except (TypeError, ValueError):
+        return None
+    if not hasattr(module, "prepare_inference") or weight.shape[0] != weights[0].shape[0]:
+        return None
+    logits = torch.empty(tokens.shape[0], weight.shape[0], device=x.device)
+    formula = (router.METHODS[layer.routing], layer.norm_topk_prob, layer.routed_scaling_factor)
+    return module.prepare_inference(  # type: ignore[no-any-return]
+        tokens, logits, None, *weights, layer.top_k, layer.activation, False, False, formula
+    )
