@@ -154,7 +154,9 @@ def _plan_eagerly(topk_ids: Tensor, num_experts: int, planner: str) -> Plan | No
         return None
     if id_type is None or topk_ids.ndim != 2 or not 0 < num_experts < _MOST_EXPERTS:
         return None
-    topk_ids = topk_ids.contiguous()
+    if not (topk_ids.is_cuda or topk_ids.is_cpu) or topk_ids.layout != torch.strided:
+        return None
+    topk_ids = topk_ids.contiguous()  # a router's choice is a slice of the sorted experts
     slots = topk_ids.numel()
     address = topk_ids.data_ptr()
     if slots >= 2**31 or address % topk_ids.element_size():
