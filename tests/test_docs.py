@@ -44,6 +44,11 @@ def test_shared_experts() -> None:
     names = run_page("shared-experts")
     assert names["y"].shape == (2, 5, 32)
     assert {"shared_expert.gate_proj.weight", "shared_expert_gate.weight"} <= set(names["names"])
+    x, w_gate_up, w_down = names["x"], names["w_gate_up"], names["w_down"]
+    gate, up = (x @ w_gate_up[8].T).chunk(2, 1)
+    beside = mk.experts(x, names["ids"][:, :2], names["weights"][:, :2], w_gate_up[:8], w_down[:8])
+    beside = beside + (torch.nn.functional.silu(gate) * up) @ w_down[8].T
+    torch.testing.assert_close(names["fused"], beside, rtol=1e-4, atol=1e-2)
 
 
 def test_transformers() -> None:
