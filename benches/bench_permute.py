@@ -1,4 +1,4 @@
-"""Permute and combine, forward and backward, beside torch's indexing on as many threads."""
+"""Permute and combine, forward and backward, beside a copy of as many bytes and torch's indexing."""
 
 from __future__ import annotations
 
@@ -12,68 +12,77 @@ import torch
 from torch import Tensor
 
 import moekern as mk
-from moekern.permutation import combine, permute
-
-TOKENS, TOP_K, EXPERTS = 2048, 8, 64
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-shapes = pytest.mark.parametrize(("dtype", "hidden"), [(d, h) for d in DTYPES for h in (256, 2048)])
+from moekern.bench.problem import Problem, relative_error
+from suite import Case, run, streamed
 
 
-def case(dtype: str, hidden: int) -> tuple[mk.Plan, Tensor, Tensor, Tensor]:
-    torch.manual_seed(0)
-    plan = mk.plan(torch.randint(EXPERTS, (TOKENS, TOP_K)), EXPERTS)
-    x, y = torch.randn(TOKENS, hidden), torch.randn(TOKENS * TOP_K, hidden)
-    return plan, x.to(DTYPES[dtype]), y.to(DTYPES[dtype]), torch.rand(TOKENS, TOP_K)
+def inputs_of(case: Case) -> tuple[Problem, mk.Plan, Tensor, Tensor]:
+    """The problem, its plan, the token of each row, and random rows ``[S, H]``."""
+    problem, s = case.problem(), case.shape
+    plan = mk.plan(problem.ids, s.experts)
+    rows = torch.randn(s.slots, s.hidden, device=case.device).to(case.torch_dtype)
+    return problem, plan, plan.order.long() // s.top_k, rows
 
 
-def against(benchmark: Any, peer: Callable[[], object], moved: int) -> None:
-    """Adds the bytes that must move over the time, and torch's time."""
-    if benchmark.enabled:
-        times = []
-        for _ in range(9):
-            start = perf_counter()
-            peer()
-            times.append(perf_counter() - start)
-        ours, theirs = benchmark.stats.stats.median, median(times)
-        benchmark.extra_info["GB/s"] = moved / ours / 1e9
-        benchmark.extra_info["torch, ms"] = theirs * 1e3
-        benchmark.extra_info["times torch"] = theirs / ours
+def beside(benchmark: Any, case: Case, peer: Callable[[], object]) -> None:
+    """Adds torch's time; pytest-benchmark has the other one."""
+    if not benchmark.enabled:
+        return
+    times = []
+    for _ in range(9):
+        start = perf_counter()
+        peer()
+        if case.device == "cuda":
+            torch.cuda.synchronize()
+        times.append(perf_counter() - start)
+    ours, theirs = benchmark.stats.stats.median, median(times)
+    benchmark.extra_info.update({"torch, ms": theirs * 1e3, "times torch": theirs / ours})
 
 
 @pytest.mark.benchmark(group="permute")
-@shapes
-def bench_permute(benchmark: Any, dtype: str, hidden: int) -> None:
-    plan, x, y, _ = case(dtype, hidden)
-    token = plan.order // TOP_K
-    assert torch.equal(benchmark(permute, x, plan), x[token])
-    against(benchmark, lambda: x.index_select(0, token), x.nbytes + y.nbytes)
+def bench_permute(benchmark: Any, case: Case) -> None:
+    problem, plan, token, rows = inputs_of(case)
+    moved = float(problem.x.nbytes + rows.nbytes)
+    out = run(benchmark, case, lambda: mk.permute(problem.x, plan), lambda: streamed(case, moved), bytes=moved)
+    assert torch.equal(out, problem.x[token])
+    beside(benchmark, case, lambda: problem.x.index_select(0, token))
 
 
 @pytest.mark.benchmark(group="combine")
-@shapes
-def bench_combine(benchmark: Any, dtype: str, hidden: int) -> None:
-    plan, x, y, weights = case(dtype, hidden)
+def bench_combine(benchmark: Any, case: Case) -> None:
+    problem, plan, _, rows = inputs_of(case)
+    moved = float(problem.x.nbytes + rows.nbytes)
+    inverse = plan.inverse.long()
 
-    def peer() -> Tensor:
-        return (y[plan.inverse].view(TOKENS, TOP_K, -1).float() * weights.unsqueeze(2)).sum(1).to(y.dtype)
+    def peer(dtype: torch.dtype = case.torch_dtype) -> Tensor:
+        taken = rows[inverse].view(*problem.scores.shape, -1).float()
+        return (taken * problem.scores.unsqueeze(2)).sum(1).to(dtype)
 
-    torch.testing.assert_close(benchmark(combine, y, plan, weights), peer(), rtol=1e-2, atol=1e-2)
-    against(benchmark, peer, x.nbytes + y.nbytes)
+    run(
+        benchmark, case, lambda: mk.combine(rows, plan, problem.scores), lambda: streamed(case, moved), bytes=moved,
+        error=lambda out: relative_error(out, peer(torch.float32)),
+    )  # fmt: skip
+    beside(benchmark, case, peer)
 
 
-@pytest.mark.benchmark(group="combine")
-@shapes
-def bench_combine_backward(benchmark: Any, dtype: str, hidden: int) -> None:
-    plan, dout, y, weights = case(dtype, hidden)
-    args = (dout, y, weights, plan.inverse, plan.offsets, TOP_K, [True, True], "cpu")
-    token = plan.order // TOP_K
+@pytest.mark.benchmark(group="combine, backward")
+def bench_combine_backward(benchmark: Any, case: Case) -> None:
+    problem, plan, token, rows = inputs_of(case)
+    moved = float(problem.dout.nbytes + 2 * rows.nbytes)
+    y, weights = rows.requires_grad_(), problem.scores.requires_grad_()
+    out = mk.combine(y, plan, weights)
+    inverse, row_weights = plan.inverse.long(), weights.detach().flatten()[plan.order.long()].unsqueeze(1)
 
-    def peer() -> tuple[Tensor, Tensor]:
-        rows = dout[token].float()
-        dots = (rows * y).sum(1)
-        return (rows * weights.flatten()[plan.order].unsqueeze(1)).to(y.dtype), dots[plan.inverse].view(TOKENS, TOP_K)
+    def peer(dtype: torch.dtype = case.torch_dtype) -> tuple[Tensor, Tensor]:
+        grads = problem.dout[token].float()
+        dots = (grads * y.detach()).sum(1)
+        return (grads * row_weights).to(dtype), dots[inverse].view_as(weights)
 
-    dy, dweights = benchmark(torch.ops.moekern.combine_backward, *args)
-    for ours, theirs in zip((dy, dweights), peer(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-2)
-    against(benchmark, peer, dout.nbytes + 2 * y.nbytes)
+    def error(got: tuple[Tensor, ...]) -> float:
+        return max(relative_error(a, b) for a, b in zip(got, peer(torch.float32), strict=True))
+
+    run(
+        benchmark, case, lambda: torch.autograd.grad(out, (y, weights), problem.dout, retain_graph=True),
+        lambda: streamed(case, moved), bytes=moved, error=error,
+    )  # fmt: skip
+    beside(benchmark, case, peer)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import moekern as mk
 from moekern import _core
+from suite import Case, run, streamed
 
 
 @pytest.fixture
@@ -43,6 +44,16 @@ def ids_of(routing: str, slots: int, num_experts: int) -> Tensor:
     torch.manual_seed(0)
     ids = torch.full((slots,), 3) if routing == "one expert" else torch.randint(num_experts, (slots,))
     return ids.reshape(-1, 8)
+
+
+@pytest.mark.benchmark(group="plan, of the shapes")
+def bench_plan_of_shape(benchmark: Any, case: Case) -> None:
+    """The planner of each backend: ids of 8 bytes read, order, inverse and offsets of 4 written."""
+    ids, s = case.problem().ids, case.shape
+    order = sort_and_bincount(ids, s.experts)[0]
+    moved = 16.0 * s.slots + 4 * (s.experts + 1)
+    plan = run(benchmark, case, lambda: mk.plan(ids, s.experts), lambda: streamed(case, moved), bytes=moved)
+    assert torch.equal(plan.order.long(), order)
 
 
 @pytest.mark.benchmark(group="plan")

@@ -10,6 +10,7 @@ import torch
 
 import moekern as mk
 from moekern.router import choose
+from suite import Case, run, streamed
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SHAPES = [(1, 128, 8), (4096, 8, 2), (4096, 128, 8), (16384, 128, 8), (4096, 256, 8)]
@@ -73,3 +74,13 @@ def bench_route(benchmark: Any, method: str, device: str) -> None:
         return weights
 
     assert torch.isfinite(benchmark(run)).all()
+
+
+@pytest.mark.benchmark(group="route, of the shapes")
+def bench_route_of_shape(benchmark: Any, case: Case) -> None:
+    """Softmax over all experts, the best of them, renormalised; float32 logits read, weights and int64 ids written."""
+    s = case.shape
+    logits = logits_of(s.tokens, s.experts, case.device)
+    moved = 4.0 * logits.numel() + 12 * s.slots
+    _, ids = run(benchmark, case, lambda: mk.route(logits, s.top_k), lambda: streamed(case, moved), bytes=moved)
+    assert torch.equal(ids, stable_sort(logits, s.top_k))

@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import platform
 import shlex
-import subprocess
-from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
+import suite
 from moekern import _core, machine
+from moekern.bench.facts import commit
+from moekern.bench.shapes import SHAPES
+from moekern.doctor import driver_version
 
 PACKAGES = ("moekern", "torch", "numpy", "cupy-cuda12x", "cupy-cuda13x", "transformers")
-
-
-def commit() -> str:
-    """The checkout's commit, with "+" behind it if tracked files differ from it; empty outside a checkout."""
-    try:
-        folder = Path(__file__).parent
-        head = subprocess.check_output(["git", "rev-parse", "--short=12", "HEAD"], cwd=folder, text=True)
-        changed = subprocess.call(["git", "diff", "--quiet", "HEAD"], cwd=folder)
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return head.strip() + ("+" if changed else "")
 
 
 def facts() -> dict[str, Any]:
@@ -38,9 +30,30 @@ def facts() -> dict[str, Any]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "packages": {name: version for name, version in versions.items() if version},
-        "commit": commit(),
-        **({"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda} if torch.cuda.is_available() else {}),
+        "commit": commit(__file__),
+        **(gpu_facts() if torch.cuda.is_available() else {}),
     }
+
+
+def gpu_facts() -> dict[str, Any]:
+    return {"gpu": torch.cuda.get_device_name(), "driver": driver_version(), "cuda": torch.version.cuda}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--shapes", default="", help="benchmarks of the experts on these shapes of moekern.bench.shapes, with commas"
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every `case` of the suite; small ones where each benchmark runs once, as in `make test`."""
+    if "case" in metafunc.fixturenames:
+        names = [name for name in metafunc.config.getoption("--shapes").split(",") if name]
+        if unknown := [name for name in names if name not in SHAPES]:
+            raise pytest.UsageError(f"--shapes: got {unknown[0]!r}, expected of {', '.join(SHAPES)}")
+        once = bool(metafunc.config.getoption("--benchmark-disable"))
+        found = suite.cases(once, metafunc.function.__name__, names)
+        metafunc.parametrize("case", found)
 
 
 def pytest_benchmark_generate_machine_info(config: Any) -> dict[str, Any]:
@@ -49,10 +62,15 @@ def pytest_benchmark_generate_machine_info(config: Any) -> dict[str, Any]:
 
 
 def pytest_benchmark_update_json(config: Any, benchmarks: Any, output_json: dict[str, Any]) -> None:
-    """Drops every single timing, megabytes that the statistics sum up, and rounds the rest to four figures."""
+    """Drops every single timing, megabytes that the statistics sum up, and rounds the rest to four figures.
+
+    The sizes and names of a case of the suite, which pytest-benchmark cannot write, become the parameters.
+    """
     for local in ("project", "branch"):
         output_json["commit_info"].pop(local, None)
     for record in output_json["benchmarks"]:
+        if "case" in (record["params"] or {}):
+            record["params"] = {name: record["extra_info"].pop(name) for name in suite.PARAMETERS}
         stats = record["stats"]
         stats.pop("data", None)
         record["stats"] = {key: float(f"{v:.4g}") if isinstance(v, float) else v for key, v in stats.items()}

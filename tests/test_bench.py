@@ -25,7 +25,7 @@ TINY = shapes.SHAPES["tiny"]
 @pytest.fixture(autouse=True)
 def _small_and_quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Two rounds, little memory and one thread, which waits for no other: what is tested is not the figures."""
-    monkeypatch.setattr(ceiling, "SCANNED", 4 << 20)
+    monkeypatch.setattr(ceiling, "SCANNED", 2 << 20)
     monkeypatch.setattr(timing, "MOST_ROUNDS", 2)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

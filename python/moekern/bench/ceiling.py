@@ -23,7 +23,7 @@ from moekern.bench.record import BOTH, DECODE
 from moekern.bench.timing import Clock, Wait
 
 COPIED = 512 << 20  # bytes read, and as many written: ten times a large L2
-SCANNED = 256 << 20
+SCANNED = 192 << 20
 
 
 class Ceiling(Protocol):
@@ -43,16 +43,20 @@ class Copy:
     """Memory to measure rates with: a copy, and on a CPU reading and writing alone."""
 
     def __init__(self, device: str) -> None:
-        self.device = device
+        bytes = COPIED if device == "cuda" else SCANNED
         if device == "cuda":
-            self.source = torch.ones(COPIED, dtype=torch.uint8, device=device)
-            self.target = torch.ones_like(self.source)
+            self.memory = torch.ones(2 * bytes, dtype=torch.uint8, device=device)
         else:
             # On huge pages: what the memory can do, without the time in which page tables are walked.
-            pages: Any = _core.Pages(SCANNED)
-            self.source = torch.frombuffer(pages, dtype=torch.uint8).fill_(1)
-            self.target = self.source
+            pages: Any = _core.Pages(2 * bytes)
+            self.memory = torch.frombuffer(pages, dtype=torch.uint8).fill_(1)
+        self.source, self.target = self.memory.split(bytes)
         self.rates: dict[bool, list[float]] = {False: [], True: []}
+
+    @property
+    def moved(self) -> int:
+        """Bytes that a copy reads and writes."""
+        return self.memory.numel()
 
     def run(self) -> None:
         self.target.copy_(self.source)
@@ -65,15 +69,10 @@ class Copy:
 
     def gbps(self, clock: Clock) -> float:
         """10^9 bytes a second of a copy, read and written ones both counted; the best of some."""
-        if self.device == "cpu":
-            half = self.source.numel() // 2
-            moved, work = 2 * half, lambda: self.source[:half].copy_(self.source[half:])
-        else:
-            moved, work = 2 * self.source.numel(), self.run  # type: ignore[assignment]
-        work()
-        waits = [clock(work) for _ in range(5)]
+        self.run()
+        waits = [clock(self.run) for _ in range(5)]
         clock.wait()
-        return moved / min(wait() for wait in waits) / 1e9
+        return self.moved / min(wait() for wait in waits) / 1e9
 
 
 class Dense:
@@ -109,7 +108,7 @@ class Streamed:
     """The time in which a copy moves so many bytes, read and written ones counted."""
 
     def __init__(self, bytes: float, copy: Copy) -> None:
-        self.copy, self.scale = copy, bytes / (2 * copy.source.numel())
+        self.copy, self.scale = copy, bytes / copy.moved
 
     def __call__(self, clock: Clock) -> Wait:
         wait = clock(self.copy.run)
@@ -157,9 +156,12 @@ class Bound:
         return lambda: total
 
 
-def product(m: int, k: int, n: int, dtype: torch.dtype, gradient: bool) -> Callable[[], object]:
+def product(m: int, k: int, n: int, dtype: torch.dtype, gradient: bool, device: str = "cpu") -> Callable[[], object]:
     """A dense matmul with its operands laid out as the layer's: weights by output, gradients from rows."""
-    a = torch.randn(k, m).to(dtype).t() if gradient else torch.randn(m, k).to(dtype)
-    b = torch.randn(k, n).to(dtype) if gradient else torch.randn(n, k).to(dtype).t()
-    out = torch.empty(m, n, dtype=dtype)
+
+    def normal(rows: int, columns: int) -> Tensor:
+        return torch.randn(rows, columns, device=device).to(dtype)
+
+    a, b = (normal(k, m).t(), normal(k, n)) if gradient else (normal(m, k), normal(n, k).t())
+    out = torch.empty(m, n, dtype=dtype, device=device)
     return lambda: torch.mm(a, b, out=out)
