@@ -83,6 +83,17 @@ def test_sequence_loss_is_the_papers(device: str, method: str) -> None:
     assert float(even) == pytest.approx(1, rel=1e-6)
 
 
+def test_sentinels_are_not_counted(device: str) -> None:
+    logits = torch.randn(2, 9, E, device=device)
+    ids = mk.route(logits, K)[1]
+    mask = torch.ones(2, 9, device=device)
+    mask[:, 6:] = 0
+    dropped = torch.where(mask.unsqueeze(2) > 0, ids, torch.tensor([-1, E], device=device))
+    expected = mk.sequence_balancing_loss(logits, ids, mask=mask)
+    assert error(mk.sequence_balancing_loss(logits, dropped, mask=mask), expected) < 1e-6
+    assert error(mk.sequence_balancing_loss(logits, dropped), mk.sequence_balancing_loss(logits, ids)) > 1e-3
+
+
 def test_losses_of_all_layers_are_summed(device: str) -> None:
     model = nn.Sequential(layer(routing="deepseek_v3"), layer(), nn.Linear(H, H)).to(device)
     x = torch.randn(2, 9, H, device=device)

@@ -237,6 +237,25 @@ def test_scaler_autocast_and_fused_optimisers(device: str, optimizer_name: str) 
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
+def test_scaler_skips_a_step_that_overflows(device: str) -> None:
+    """Infinite gradients reach the scaler as such: weights stay, the scale falls, and the next step is taken."""
+    model = model_of().to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler(device, init_scale=2.0**40, backoff_factor=2.0**-30)
+    x = torch.randn(40, H, device=device)
+    before = [p.clone() for p in model.parameters()]
+    for step in range(2):
+        optimizer.zero_grad()
+        with torch.autocast(device, dtype=torch.float16):
+            loss = model(x).float().square().mean()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        moved = [not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True)]
+        assert all(moved) if step == 1 else not any(moved)
+    assert scaler.get_scale() == 2.0**10
+
+
 def test_safetensors(place: tuple[str, torch.dtype], tmp_path: Path) -> None:
     safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
     options = {"routing": "deepseek_v3", "selection_bias": True, "shared_intermediate_size": 8}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from moekern import checks, router
 from moekern.layer import MoE, Routing
+from moekern.parts import Router
 
 
 def load_balancing_loss(
@@ -31,11 +32,13 @@ def load_balancing_loss(
     Returns:
         A scalar in float32.
     """
-    checks.is_tensor("logits", logits)
-    checks.is_tensor("tokens_per_expert", tokens_per_expert)
-    checks.has_shape("logits", logits, ("tokens", "experts"))
+    _check_logits(logits, ("tokens", "experts"))
+    _check_group(group)
     num_experts = logits.shape[1]
+    checks.is_tensor("tokens_per_expert", tokens_per_expert)
+    checks.has_dtype("tokens_per_expert", tokens_per_expert, (*checks.OFFSETS, *checks.FLOATING))
     checks.has_shape("tokens_per_expert", tokens_per_expert, (num_experts,), "one count an expert")
+    checks.same_device("tokens_per_expert", tokens_per_expert, "logits", logits)
     weight = _token_weights(logits, mask)
     probability = (torch.softmax(logits.float(), dim=-1) * weight).sum(0) / weight.sum().clamp(min=1)
     counts, tokens = tokens_per_expert.float(), weight.sum()
@@ -55,8 +58,7 @@ def z_loss(logits: Tensor, *, mask: Tensor | None = None) -> Tensor:
         logits: ``[T, E]``.
         mask: As in :func:`load_balancing_loss`.
     """
-    checks.is_tensor("logits", logits)
-    checks.has_shape("logits", logits, ("tokens", "experts"))
+    _check_logits(logits, ("tokens", "experts"))
     weight = _token_weights(logits, mask)
     square = torch.logsumexp(logits.float(), dim=-1, keepdim=True).square()
     return (square * weight).sum() / weight.sum().clamp(min=1)
@@ -72,16 +74,17 @@ def sequence_balancing_loss(
 
     Args:
         logits: ``[B, N, E]``: B sequences of N tokens.
-        topk_ids: ``[B, N, K]``.
+        topk_ids: ``[B, N, K]`` int64, int32, uint8 or uint16; sentinels are not counted.
         method: The method of :func:`moekern.route`, for its scores.
         mask: ``[B, N]``, zero for padding, or None.
 
     Returns:
         The mean over the sequences, a scalar in float32.
     """
-    checks.is_tensor("logits", logits)
-    checks.has_shape("logits", logits, ("sequences", "tokens", "experts"))
+    _check_logits(logits, ("sequences", "tokens", "experts"))
     checks.is_tensor("topk_ids", topk_ids)
+    checks.has_dtype("topk_ids", topk_ids, checks.INTEGER)
+    checks.same_device("topk_ids", topk_ids, "logits", logits)
     sequences, length, num_experts = logits.shape
     checks.has_shape("topk_ids", topk_ids, (sequences, length, "top_k"), "as logits")
     checks.one_of("method", method, tuple(router.METHODS))
@@ -90,7 +93,9 @@ def sequence_balancing_loss(
     scores = router.scores(logits.float(), method)
     probability = (scores / (scores.sum(-1, keepdim=True) + 1e-20) * weight).sum(1) / tokens
     chosen = weight.expand(-1, -1, topk_ids.shape[2]).flatten(1)
-    counts = torch.zeros_like(probability).scatter_add(1, topk_ids.flatten(1).to(torch.int64), chosen)
+    ids = topk_ids.flatten(1).to(torch.int64)
+    ids = torch.where((ids >= 0) & (ids < num_experts), ids, num_experts)  # a column for sentinels
+    counts = probability.new_zeros(sequences, num_experts + 1).scatter_add(1, ids, chosen)[:, :-1]
     share = counts * num_experts / (topk_ids.shape[2] * tokens)
     return (share * probability).sum(1).mean()
 
@@ -124,6 +129,7 @@ def aux_loss(
     """
     for name, value in (("balance", balance), ("z", z), ("sequence", sequence)):
         checks.is_number(name, value, low=0)
+    _check_group(group)
     losses = []
     for name, layer in _layers(model):
         routing = layer.latest_routing
@@ -158,11 +164,9 @@ def update_selection_bias(model: nn.Module, rate: float = 0.001, group: Any = No
         TypeError, ValueError: An argument is of the wrong kind; the model has no such layer.
     """
     checks.is_number("rate", rate, low=0)
-    gates = [layer.gate for _, layer in _layers(model) if layer.gate.e_score_correction_bias is not None]
-    if not gates:
-        raise ValueError("model: has no moekern.MoE layer with selection_bias=True")
+    _check_group(group)
     with torch.no_grad():
-        for gate in gates:
+        for gate in _gates_with_bias(model):
             bias, tokens = gate.e_score_correction_bias, gate.tokens_since_update
             assert bias is not None
             assert tokens is not None
@@ -182,12 +186,14 @@ def bias_update_hook(
         A handle whose ``remove()`` ends it.
 
     Raises:
-        TypeError: ``optimizer`` is not a torch optimiser.
+        TypeError: ``optimizer`` is not a torch optimiser, or another argument is of the wrong kind.
+        ValueError: The model has no layer with a selection bias.
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer: got {type(optimizer).__name__}, expected a torch.optim.Optimizer")
     checks.is_number("rate", rate, low=0)
-    _layers(model)
+    _check_group(group)
+    _gates_with_bias(model)
     return optimizer.register_step_post_hook(lambda *_: update_selection_bias(model, rate, group))
 
 
@@ -198,6 +204,24 @@ def _layers(model: nn.Module) -> list[tuple[str, MoE]]:
     if not layers:
         raise ValueError(f"model: got a {type(model).__name__} without any moekern.MoE layer, expected at least one")
     return layers
+
+
+def _gates_with_bias(model: nn.Module) -> list[Router]:
+    gates = [layer.gate for _, layer in _layers(model) if layer.gate.e_score_correction_bias is not None]
+    if not gates:
+        raise ValueError("model: has no moekern.MoE layer with selection_bias=True")
+    return gates
+
+
+def _check_logits(logits: Tensor, shape: tuple[str, ...]) -> None:
+    checks.is_tensor("logits", logits)
+    checks.has_dtype("logits", logits, checks.FLOATING)
+    checks.has_shape("logits", logits, shape)
+
+
+def _check_group(group: object) -> None:
+    if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+        raise TypeError(f"group: got {type(group).__name__}, expected a torch.distributed process group or None")
 
 
 def _token_weights(logits: Tensor, mask: Tensor | None) -> Tensor:

@@ -44,13 +44,21 @@ class Rounded(NamedTuple):
 
         Returns:
             ``x`` ``[T + E * P, H]``, ids and weights ``[T + E * P, K]``.
+
+        Raises:
+            TypeError, ValueError: An argument is no floating tensor, or not of this shape.
         """
+        tokens, top_k = self.topk_ids.shape
+        for name, value, shape in (("x", x, (tokens, "hidden")), ("topk_weights", topk_weights, (tokens, top_k))):
+            checks.is_tensor(name, value)
+            checks.has_dtype(name, value, checks.FLOATING)
+            checks.has_shape(name, value, shape, "the tokens that were rounded")
         if self.extra_tokens.numel() == 0:
             return x, self.topk_ids, topk_weights
         used = self.extra_tokens >= 0
         rows = torch.nn.functional.embedding(self.extra_tokens.clamp(min=0).reshape(-1), x)
         experts = torch.arange(used.shape[0], device=x.device).unsqueeze(1)
-        others = (0, self.topk_ids.shape[1] - 1)  # the further slots of such a row
+        others = (0, top_k - 1)  # the further slots of such a row
         ids = torch.nn.functional.pad(torch.where(used, experts, -1).reshape(-1, 1), others, value=-1)
         weights = torch.nn.functional.pad(self.extra_weights.reshape(-1, 1), others)
         return (
@@ -67,10 +75,17 @@ class Rounded(NamedTuple):
 
         Returns:
             ``[T, H]``.
+
+        Raises:
+            TypeError, ValueError: ``y`` is no floating tensor, or not of this shape.
         """
+        checks.is_tensor("y", y)
+        checks.has_dtype("y", y, checks.FLOATING)
+        tokens = self.topk_ids.shape[0]
+        rows = tokens + self.extra_tokens.numel()
+        checks.has_shape("y", y, (rows, "hidden"), f"{tokens} tokens and {rows - tokens} extra rows")
         if self.extra_tokens.numel() == 0:
             return y
-        tokens = self.topk_ids.shape[0]
         # The transpose of an embedding lookup adds in a fixed order on every device.
         index = self.extra_tokens.clamp(min=0).reshape(-1)
         added = torch.ops.aten.embedding_dense_backward(y[tokens:], index, tokens, -1, False)
