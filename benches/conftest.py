@@ -45,6 +45,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """As in the tests: without a GPU its benchmarks are skipped, and with one torch may serve what kernels do not."""
+    quiet = pytest.mark.filterwarnings("ignore:moekern.*runs through torch:UserWarning")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(quiet if torch.cuda.is_available() else pytest.mark.skip(reason="no CUDA device"))
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Every `case` of the suite; small ones where each benchmark runs once, as in `make test`."""
     if "case" in metafunc.fixturenames:

@@ -70,7 +70,7 @@ def cases(once: bool, benchmark: str, names: Sequence[str] = ()) -> list[Any]:
         for name in chosen:
             base = Case(SHAPES[name], "uniform", "bf16", device)
             varied = [base, *(replace(base, routing=way) for way in ROUTINGS if way != "uniform" and not decides)]
-            varied.append(replace(base, dtype="fp32"))
+            varied.append(replace(base, dtype="fp32" if device == "cpu" else "fp16"))  # the dtypes that kernels serve
             if device == "cpu":
                 varied.append(replace(base, backend="reference"))
             marks = [pytest.mark.gpu] if device == "cuda" else []

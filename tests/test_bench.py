@@ -179,6 +179,20 @@ def test_after_the_time_limit_rows_are_skipped() -> None:
     assert set(rows) == {(verb, name) for verb in (FORWARD, BOTH) for name in (CEILING, "moekern")}
 
 
+def test_a_lost_gpu_costs_no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was measured stays, what follows says why it was not."""
+
+    def lose(session: runner.Session) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(runner.Session, "clean_up", lose)
+    options = runner.Options((TINY, shapes.SHAPES["tiny-decode"]), (), "cpu", ("fp32",), verbs=(FORWARD,), seconds=0.01)
+    first, second = runner.Session(options).run()
+    assert {row.status for row in first} == {OK}
+    assert {row.status for row in second} == {FAILED}
+    assert second[0].reason.startswith("the GPU was lost in tiny, forward: RuntimeError: an illegal memory access")
+
+
 def test_sweeps() -> None:
     """Each varies one size, keeps the name, and holds the shape's own size."""
     shape = shapes.SHAPES["olmoe-1b-7b"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -111,6 +111,7 @@ class Session:
     tick: Tick = lambda text: None
     began: float = field(default_factory=time.monotonic)
     gave_up: dict[str, str] = field(default_factory=dict)
+    broken: str = ""
 
     def __post_init__(self) -> None:
         self.clock = clock_of(self.options.device)
@@ -128,11 +129,32 @@ class Session:
         """The rows of one case after the other."""
         todo = cases(self.options)
         for done, case in enumerate(todo):
+            if self.broken:
+                yield [row for verb in case.verbs for row in self.unmeasured(case, verb, (), FAILED, self.broken)]
+                continue
             yield self.measure(case, self.left / (len(todo) - done))
+            try:
+                self.clean_up()
+            except RuntimeError as error:  # after an illegal access no call to the GPU succeeds in this process
+                self.broken = f"the GPU was lost in {case.shape.name}, {case.verbs[-1]}: {short(error)}"
+
+    def clean_up(self) -> None:
+        """Give back the memory of a case."""
+        self.layers.clear()
+        self.slow.clear()
+        gc.collect()
+        if self.options.device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+
+    def unmeasured(self, case: Case, verb: str, present: Collection[str], status: str, reason: str) -> list[Row]:
+        """A row for each implementation that has none."""
+        names = (CEILING, OURS.name, *(peer.name for peer in case.peers))
+        rows = [blank(case, verb, name, self.options.device) for name in names if name not in present]
+        return [replace(row, status=status, reason=reason) for row in rows]
 
     def measure(self, case: Case, share: float) -> list[Row]:
         """The rows of a case, whose share of the time left is `share` seconds."""
-        problem: Problem | None = None
         rows: list[Row] = []
         try:
             if self.left <= 0:
@@ -140,20 +162,11 @@ class Session:
             problem = Problem(case.shape, DTYPES[case.dtype], self.options.device, case.routing)
             for verb in case.verbs:
                 rows += self.verb(case, problem, verb, share)
-        except (TookTooLongError, torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        except (TookTooLongError, MemoryError, RuntimeError) as error:
             status = SKIPPED if isinstance(error, TookTooLongError) else FAILED
-            present = {(row.verb, row.implementation) for row in rows}
-            names = (CEILING, OURS.name, *(peer.name for peer in case.peers))
             for verb in case.verbs:
-                missing = [name for name in names if (verb, name) not in present]
-                rows += [replace(blank(case, verb, name, self.options.device), status=status, reason=short(error))
-                         for name in missing]  # fmt: skip
-        self.layers.clear()
-        self.slow.clear()
-        del problem
-        gc.collect()
-        if self.options.device == "cuda":
-            torch.cuda.empty_cache()
+                present = {row.implementation for row in rows if row.verb == verb}
+                rows += self.unmeasured(case, verb, present, status, short(error))
         return rows
 
     def verb(self, case: Case, problem: Problem, verb: str, share: float) -> list[Row]:
