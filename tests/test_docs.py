@@ -59,6 +59,14 @@ def test_transformers() -> None:
     assert names["model"](torch.tensor([[5, 6]])).logits.shape == (1, 2, 64)
 
 
+def test_benchmarks() -> None:
+    rows = run_page("benchmarks")["rows"]
+    assert {(row.verb, row.implementation) for row in rows} == {
+        (verb, name) for verb in ("forward", "forward+backward") for name in ("ceiling", "moekern", "grouped_mm")
+    }
+    assert {row.status for row in rows} == {"ok"}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_links_lead_to_files(page: Path) -> None:
     for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):
