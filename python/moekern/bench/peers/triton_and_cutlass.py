@@ -25,6 +25,8 @@ class ScatterMoE(Peer):
     name = "scattermoe"
     about = "ScatterMoE's Triton kernels"
     devices = usual = ("cuda",)
+    waits = True  # for torch.bincount; a capture that failed in it left an illegal access behind
+    compiles = True
 
     def missing(self, problem: Problem) -> str | None:
         return not_installed("scattermoe")
@@ -59,6 +61,7 @@ class SonicMoE(Peer):
     about = "SonicMoE's CuTe kernels; tunes each shape for 20 s to minutes"
     devices = ("cuda",)
     usual = ()
+    compiles = True
 
     def missing(self, problem: Problem) -> str | None:
         if problem.dtype == torch.float32:
