@@ -95,7 +95,7 @@ def test_bars_mark_what_is_wrong(page: str) -> None:
 
 def test_longer_bars_are_faster(page: str) -> None:
     svg = of_title(page, "qwen3-30b-a3b, forward")
-    widths = dict(zip(("moekern", "dense", "grouped_mm", "sonicmoe", "hasty"), svg.iter("rect"), strict=True))
+    widths = dict(zip(("moekern", "dense", "sonicmoe", "grouped_mm", "hasty"), svg.iter("rect"), strict=True))
     width = {name: float(rect.get("width") or 0) for name, rect in widths.items()}
     rows = {
         r.implementation: r for r in record().rows if (r.shape, r.verb) == ("qwen3-30b-a3b", FORWARD) and not r.sweep

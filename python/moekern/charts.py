@@ -84,7 +84,7 @@ def line_chart(
     if by_ratio:
         one = min(xs) == max(xs)
         x = LogAxis(min(xs) / (2 if one else 1), max(xs) * (2 if one else 1), LEFT + 12, WIDTH - right - 12)
-        drawn = frame(title, x, y, x_label, y_label, right, sorted(set(xs)))
+        drawn = frame(title, x, y, x_label, y_label, right, apart(x, sorted(set(xs))))
     else:
         x = Axis(min(0.0, *xs), max(*xs, 1e-9), LEFT, WIDTH - right)
         drawn = frame(title, x, y, x_label, y_label, right)
@@ -100,6 +100,15 @@ def line_chart(
         place = f'x="{WIDTH - right + 10}" y="{end + 4:.1f}"'
         parts.append(f'<text class="end" {fill} {place}>{escape(line.label)}</text>')
     return "".join([*parts, "</svg>"])
+
+
+def apart(x: Axis, values: Sequence[float]) -> list[float]:
+    """Those of ascending values whose numbers fit under the axis beside each other."""
+    kept: list[float] = []
+    for value in values:
+        if not kept or x(value) - x(kept[-1]) >= 8 + 3.6 * (len(f"{value:g}") + len(f"{kept[-1]:g}")):
+            kept.append(value)
+    return kept
 
 
 def frame(

@@ -18,6 +18,7 @@ HATCH = (
     'y2="7"/></pattern></defs></svg>'
 )
 Box = tuple[float, float, float, float]  # left, top, right, bottom
+PEERS = (2, 3, 4, 5, 7, 8, 9, 10)  # without the one that looks like the ceiling's
 LETTER = 6.9  # pixels of a letter at 12 px, a little too wide
 
 STYLE = """
@@ -33,7 +34,7 @@ STYLE = """
 def colours(implementations: Iterable[str]) -> dict[str, str]:
     """A CSS variable for every implementation, the same in all drawings of a page."""
     peers = [name for name in dict.fromkeys(implementations) if name not in (MOEKERN, CEILING)]
-    chosen = {name: f"series{2 + i % 7}" for i, name in enumerate(peers)}
+    chosen = {name: f"series{PEERS[i % len(PEERS)]}" for i, name in enumerate(peers)}
     return {MOEKERN: "series1", CEILING: "soft", **chosen}
 
 
@@ -178,7 +179,8 @@ class Bar:
 
 def bars(title: str, entries: Sequence[Bar], unit: str, limit: float | None = None) -> str:
     """Horizontal bars from 0, their notes in a column at the right; `limit` draws a dashed line across them."""
-    line, left, right, top = 26.0, 128.0, 150.0, 6.0
+    line, right, top = 26.0, 150.0, 6.0
+    left = max(128.0, 14 + 7.8 * max(len(bar.name) for bar in entries))
     height = top + line * len(entries) + 40
     bottom = height - 40
     most = max([bar.high or bar.value for bar in entries] + ([limit] if limit else []))

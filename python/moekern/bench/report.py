@@ -37,7 +37,8 @@ COLUMNS = ("", "median", "middle half", "FLOP/s", "GB/s", "of ceiling", "error",
 
 def render(record: Record) -> str:
     """The whole page of a record."""
-    colours = charts.colours(row.implementation for row in record.rows)
+    # Those with times first: colours repeat after eight peers.
+    colours = charts.colours(row.implementation for row in sorted(record.rows, key=lambda row: row.seconds is None))
     found = summary.cases(summary.singles(record))
     sections = [
         heading(record),
@@ -123,6 +124,7 @@ def comparison(found: dict[tuple[object, ...], dict[str, Row]], colours: dict[st
         measured = [row for name, row in of.items() if name != CEILING and row.seconds]
         if not measured:
             continue
+        measured.sort(key=lambda row: (row.implementation != MOEKERN, row.status == WRONG, row.seconds))
         factor, unit = unit_of_rates([of[CEILING]] if CEILING in of and of[CEILING].seconds else measured)
         entries = [bar(row, factor, colours) for row in measured]
         limit = (summary.rate_of(of[CEILING]) or 0.0) / factor if CEILING in of else None
@@ -189,7 +191,8 @@ def scaling(record: Record, colours: dict[str, str]) -> list[str]:
         what = {"tokens": "tokens", "experts": "experts", "top_k": "experts a token (top-k)"}[sweep]
         caption = f"{rows[0].shape}, {rows[0].verb}, over {what}"
         fixed = "; ".join([fixed_sizes(rows[0], sweep), summary.settings(rows[0])])
-        svg = line_chart(caption, lines, what, unit, floor=0.0, by_ratio=True, right=150)
+        margin = 24 + 8.5 * max(len(line.label) for line in lines)
+        svg = line_chart(caption, lines, what, unit, floor=0.0, by_ratio=True, right=margin)
         drawings.append(drawn(caption, f'<p class="soft">{escape(fixed)}</p>{svg}'))
     if not drawings:
         return []
