@@ -51,6 +51,21 @@ def test_shared_experts() -> None:
     torch.testing.assert_close(names["fused"], beside, rtol=1e-4, atol=1e-2)
 
 
+def test_dispatched_rows() -> None:
+    names = run_page("dispatched-rows")
+    assert not names["y"][9:].any()
+    assert not names["buffer"].grad[9:].any()
+    assert names["w_down"].grad.isfinite().all()
+    whole = mk.experts(names["x"], names["ids"], names["weights"], names["w_gate_up"], names["w_down"])
+    torch.testing.assert_close(names["out"], whole)
+
+
+def test_every_page_is_run() -> None:
+    """No page without a test of its own above."""
+    tested = {name.removeprefix("test_").replace("_", "-") for name in globals() if name.startswith("test_")}
+    assert {page.stem for page in PAGES if "```python" in page.read_text()} <= tested
+
+
 def test_transformers() -> None:
     pytest.importorskip("transformers", reason="transformers is not installed")
     names = run_page("transformers")
