@@ -148,6 +148,8 @@ def test_save_and_load(device: str, family: str, tmp_path: Path) -> None:
 def test_compile_fullgraph(device: str, family: str) -> None:
     if family == "Jamba" and transformers.__version__.startswith("5.0."):
         pytest.skip("Jamba's state space layer branches on data in transformers 5.0")
+    if device == "cuda" and family not in ("Mixtral", "GptOss"):
+        pytest.skip("compiled on the CPU; on the GPU one family without biases and one with them will do")
     torch.compiler.reset()
     one_layer: dict[str, Any] = {"num_hidden_layers": 2 if family == "Jamba" else 1}  # Jamba counts on attention
     if "first_k_dense_replace" in FAMILIES[family]:

@@ -152,6 +152,7 @@ def test_a_training_step_never_synchronises(options: dict[str, object]) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("default::UserWarning", "default::FutureWarning")  # of torch's own, release by release
 def test_fully_sharded_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One rank with NCCL, float32 weights that FSDP2 casts to bfloat16: the layer cast by hand gives the same."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
