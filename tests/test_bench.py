@@ -429,9 +429,12 @@ def test_names() -> None:
     assert peers.chosen(["none"], "cuda") == []
 
 
-def test_commit_is_that_of_tracked_files(tmp_path: Path) -> None:
+def test_commit_is_that_of_tracked_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
+    monkeypatch.delenv(facts.COMMIT_VARIABLE, raising=False)
     assert facts.commit(tmp_path / "file") == ""
+    monkeypatch.setenv(facts.COMMIT_VARIABLE, "abc")
+    assert facts.commit(tmp_path / "file") == "abc"
     assert facts.machine_of("cpu").python.startswith("3.")
 
 

@@ -24,6 +24,7 @@ from moekern.bench.timing import Clock, Wait
 
 COPIED = 512 << 20  # bytes read, and as many written: ten times a large L2
 SCANNED = 192 << 20
+RECENT = 5  # so many scans are of the same minute, and one that was disturbed does not count
 
 
 class Ceiling(Protocol):
@@ -62,10 +63,10 @@ class Copy:
         self.target.copy_(self.source)
 
     def rate(self, write: bool) -> float:
-        """Bytes a second of a CPU's memory: measured now, the median of all times so far."""
+        """Bytes a second of a CPU's memory: measured now, the median of this and the last few times."""
         start, bytes = self.source.data_ptr(), self.source.numel()
         self.rates[write].append(_core.memory_rate(start, bytes, torch.get_num_threads(), write))
-        return statistics.median(self.rates[write])
+        return statistics.median(self.rates[write][-RECENT:])
 
     def gbps(self, clock: Clock) -> float:
         """10^9 bytes a second of a copy, read and written ones both counted; the best of some."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -13,11 +14,14 @@ from moekern import _core, machine
 from moekern.bench.record import Machine
 from moekern.doctor import driver_version
 
+COMMIT_VARIABLE = "MOEKERN_COMMIT"
+
 
 def commit(file: str | Path = __file__) -> str:
     """The commit of the checkout that holds this file, "+" behind it if tracked files differ; else empty.
 
-    A file that git does not track, such as an installed package in a project's folder, has no commit.
+    A file that git does not track, such as an installed package in a project's folder, has no commit, unless the
+    environment variable MOEKERN_COMMIT says which: for a copy of the sources on another machine.
     """
     path = Path(file).resolve()
 
@@ -26,11 +30,11 @@ def commit(file: str | Path = __file__) -> str:
 
     try:
         if git("ls-files", "--error-unmatch", path.name).returncode != 0:
-            return ""
+            return os.environ.get(COMMIT_VARIABLE, "")
         head = git("rev-parse", "--short=12", "HEAD").stdout.strip()
         return head + ("+" if git("diff", "--quiet", "HEAD").returncode else "")
     except (OSError, subprocess.SubprocessError):
-        return ""
+        return os.environ.get(COMMIT_VARIABLE, "")
 
 
 def machine_of(device: str) -> Machine:

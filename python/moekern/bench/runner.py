@@ -30,7 +30,11 @@ SWEPT_PEERS = ("grouped_mm", "scattermoe", "sonicmoe")  # of the peers, those wh
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure. seconds: for each figure, about; minutes: for everything, after which the rest is skipped."""
+    """What to measure.
+
+    seconds: For each figure, about; or `rounds` runs of each. minutes: For everything; what would begin later is
+    skipped.
+    """
 
     shapes: tuple[Shape, ...]
     peers: tuple[Peer, ...]
@@ -42,6 +46,7 @@ class Options:
     swept: tuple[Shape, ...] = ()
     seconds: float = 1.0
     minutes: float = 7.0
+    rounds: int | None = None
 
 
 @dataclass(frozen=True)
@@ -183,7 +188,7 @@ class Session:
             self.tick(f"{case.shape.name} {verb} {peer.name}")
         self.tick(f"{case.shape.name} {verb}: timing")
         runs = {e.peer.name: (e.work, e.repeats) for e in entries if e.work is not None}
-        pairs = in_turns(runs, ceiling, self.clock, self.options.seconds)
+        pairs = in_turns(runs, ceiling, self.clock, self.options.seconds, self.options.rounds)
         for entry in entries:
             if entry.once:
                 wait = ceiling(self.clock)

@@ -100,9 +100,13 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def in_turns(
-    runs: dict[str, tuple[Work, int]], ceiling: Callable[[Clock], Wait], clock: Clock, seconds: float
+    runs: dict[str, tuple[Work, int]],
+    ceiling: Callable[[Clock], Wait],
+    clock: Clock,
+    seconds: float,
+    rounds: int | None = None,
 ) -> dict[str, Pairs]:
-    """Time every run for about `seconds`, three to forty times; slow ones less often, at least once.
+    """Time every run for about `seconds`, three to forty times; slow ones less often, at least once. Or `rounds` times.
 
     All of it, ceilings and rests too, takes about four times `seconds` a run at most, where three rounds take no more.
 
@@ -111,8 +115,8 @@ def in_turns(
     """
     pairs = {name: Pairs() for name in runs}
     waiting, began = list(runs), time.perf_counter()
-    for round_ in range(MOST_ROUNDS):
-        if round_ >= FEWEST_ROUNDS and time.perf_counter() - began > 4 * seconds * len(runs):
+    for round_ in range(rounds or MOST_ROUNDS):
+        if not rounds and round_ >= FEWEST_ROUNDS and time.perf_counter() - began > 4 * seconds * len(runs):
             break
         begun = []
         for name in random.sample(waiting, len(waiting)):
@@ -122,7 +126,7 @@ def in_turns(
         for name, base, own in begun:
             pairs[name].base.append(base())
             pairs[name].own.append(own() / runs[name][1])
-        waiting = [name for name in waiting if unfinished(pairs[name], seconds)]
+        waiting = [name for name in waiting if rounds or unfinished(pairs[name], seconds)]
         if not waiting:
             break
     return pairs
