@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import made_up_records
 from moekern import cli
-from moekern.bench import ceiling, decode, facts, limits, peers, record, routing, runner, shapes, timing
+from moekern.bench import ceiling, decode, facts, limits, peers, record, report, routing, runner, shapes, timing
 from moekern.bench.peers import Layer, Peer, base
 from moekern.bench.problem import ALLOWED, Problem, Results, relative_error
 from moekern.bench.record import BOTH, CEILING, DECODE, FAILED, FORWARD, OK, SKIPPED, VERBS, WRONG, Row
@@ -366,9 +367,21 @@ def test_a_regression_is_an_exit_code(call: Call, tmp_path: Path) -> None:
         if row.implementation == "moekern":
             row.seconds, row.low, row.high = 1e-9, 1e-9, 1e-9
     record.save(read, tmp_path / "old.json")
-    code, out, _ = call("--compare", "old.json", "--verbs", "forward")
+    code, out, _ = call("--compare", "old.json", "--verbs", "forward", "--json", "new.json")
     assert code == 1
     assert "1 regressed" in out
+    assert call("--from", "new.json", "--compare", "old.json")[0] == 1
+
+
+def test_figures_of_a_file(call: Call, tmp_path: Path) -> None:
+    """`--from` measures nothing: table, page and comparison are of the file."""
+    made = made_up_records.record()
+    record.save(made, tmp_path / "a.json")
+    code, out, err = call("--from", "a.json", "--report", "a.html", "--compare", "a.json")
+    assert (code, err) == (0, "")
+    assert "forward, mixtral-8x7b" in out
+    assert "0 regressed, 0 faster" in out
+    assert (tmp_path / "a.html").read_text(encoding="utf-8") == report.render(record.load(tmp_path / "a.json"))
 
 
 BAD = {
@@ -386,6 +399,8 @@ BAD = {
     "unknown device": (["--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
     "no threads": (["--threads", "0"], "argument --threads: got '0', expected a whole number from 1"),
     "no time": (["--minutes", "0"], "argument --minutes: got '0', expected a number above 0"),
+    "nothing to measure": (["--from", "a.json", "--shape", "tiny"], "--from: measures nothing, but --shape says what"),
+    "nothing to show": (["--from", "none.json"], "No such file or directory: none.json"),
     "no folder": (["--json", "nowhere/a.json"], "--json: got nowhere/a.json, but the folder nowhere does not exist"),
 }
 

@@ -17,8 +17,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from moekern.bench import shapes
-from moekern.bench.record import BOTH, DECODE, FORWARD, Record, load, save
+from moekern.bench.record import BOTH, DECODE, FORWARD, Record, Row, load, save
 from moekern.bench.routing import ROUTINGS
+from moekern.bench.table import LEGEND, tables
 from moekern.cli import HelpFormat
 from moekern.demo import check_writable, whole_number
 
@@ -41,6 +42,7 @@ examples:
   moekern bench --peers grouped_mm,transformers      only these beside it; "all" takes those that tune for minutes too
   moekern bench --json new.json --report new.html    keep the figures; a page with charts and scaling
   moekern bench --compare old.json                   what became faster or slower since then
+  moekern bench --from new.json --compare old.json   the same of two files, measuring nothing; --report works too
 
 shapes: {shapes}
 peers:  {peers}
@@ -86,6 +88,8 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--report", metavar="FILE.html", help="write one page with charts")
     parser.add_argument("--compare", metavar="OLD.json", help="measure the same again and say what changed; "
                         "exit code 1 if moekern became slower or wrong")  # fmt: skip
+    parser.add_argument("--from", dest="source", metavar="FILE.json", help="measure nothing: take the figures of this "
+                        "file, for the table, for --report and for --compare")  # fmt: skip
     parser.set_defaults(run=run)
 
 
@@ -109,18 +113,21 @@ def run(args: argparse.Namespace) -> int:
     from moekern.bench.report import render
 
     old = load(args.compare) if args.compare else None
-    options = options_of(args, old)
+    options = options_of(args, old) if args.source is None else None
     for option, path in (("--json", args.json), ("--report", args.report)):
         if path is not None:
             check_writable(option, Path(path))
-    threads = torch.get_num_threads()
-    if args.threads:
-        torch.set_num_threads(args.threads)
     console = Console(highlight=False)
-    try:
-        record = measured(options, console, command_line())
-    finally:
-        torch.set_num_threads(threads)
+    if options is None:
+        record = of_file(args, console)
+    else:
+        threads = torch.get_num_threads()
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        try:
+            record = measured(options, console, command_line())
+        finally:
+            torch.set_num_threads(threads)
     if args.json:
         save(record, args.json)
         console.print(f"figures: {escape(args.json)}", soft_wrap=True)
@@ -209,7 +216,6 @@ def measured(options: Options, console: Console, command: str) -> Record:
     """Measure, and show each case's table as soon as it is there."""
     from moekern.bench.facts import machine_of
     from moekern.bench.runner import Session, cases
-    from moekern.bench.table import LEGEND, tables
 
     machine = machine_of(options.device)
     record = Record(datetime.now(UTC).isoformat(timespec="seconds"), command, machine)
@@ -224,11 +230,32 @@ def measured(options: Options, console: Console, command: str) -> Record:
         console.print(f"memory: {session.copy_gbps:.0f} GB/s in a copy, bytes read and written\n")
         for rows in session.run():
             record.rows += rows
-            for each in tables(rows):
-                console.print(each, soft_wrap=isinstance(each, str))
-            console.print()
+            show(rows, console)
     console.print(LEGEND, soft_wrap=True)
     return record
+
+
+def of_file(args: argparse.Namespace, console: Console) -> Record:
+    """The record that --from names, shown as if it had just been measured.
+
+    Raises:
+        OSError, ValueError: The file cannot be read, or an option says what to measure; the message names it.
+    """
+    measuring = ("shape", "thiek", "peers", "routing", "dtype", "verbs", "threads", "sweep", "quick", "minutes")
+    for option in measuring:
+        if getattr(args, option):
+            raise ValueError(f"--from: measures nothing, but --{option} says what to measure")
+    record = load(args.source)
+    show(record.rows, console)
+    console.print(LEGEND, soft_wrap=True)
+    return record
+
+
+def show(rows: list[Row], console: Console) -> None:
+    """Tables of some rows."""
+    for each in tables(rows):
+        console.print(each, soft_wrap=isinstance(each, str))
+    console.print()
 
 
 @contextmanager
