@@ -3,6 +3,7 @@
 
 use super::scratch::{Scratch, with_scratch};
 use crate::pool::parallel;
+use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Independent pieces of work, numbered.
@@ -22,13 +23,21 @@ pub struct Worker<'a> {
     pub scratch: &'a mut Scratch,
     /// What the job left packed in them, [`Worker::NOTHING`] when the thread comes from another job.
     pub packed: usize,
-    /// The piece of the same job that this thread is likely to draw next, if there is one.
-    pub upcoming: Option<usize>,
+    next: &'a AtomicUsize,
+    /// Where the pieces of the job lie among those of all jobs.
+    range: Range<usize>,
 }
 
 impl Worker<'_> {
     /// No operand is packed.
     pub const NOTHING: usize = usize::MAX;
+
+    /// The piece of the same job that this thread would draw now, if there is one: best asked towards the end of a
+    /// piece, when the other threads have drawn theirs.
+    pub fn upcoming(&self) -> Option<usize> {
+        let next = self.next.load(Ordering::Relaxed);
+        self.range.contains(&next).then(|| next - self.range.start)
+    }
 }
 
 /// Runs all tickets of all jobs on up to `threads` threads. Tickets are drawn in order, jobs in order.
@@ -37,21 +46,20 @@ pub fn run_jobs(threads: usize, jobs: &[&dyn Job]) {
     let next = AtomicUsize::new(0);
     let work = |_| {
         with_scratch(|scratch| {
-            let (mut job, mut start) = (0, 0);
-            let mut worker = Worker { scratch, packed: Worker::NOTHING, upcoming: None };
+            let mut job = 0;
+            let range = 0..jobs[0].tickets();
+            let mut worker = Worker { scratch, packed: Worker::NOTHING, next: &next, range };
             loop {
                 let ticket = next.fetch_add(1, Ordering::Relaxed);
                 if ticket >= total {
                     return;
                 }
-                while ticket - start >= jobs[job].tickets() {
-                    start += jobs[job].tickets();
+                while ticket >= worker.range.end {
                     job += 1;
+                    worker.range = worker.range.end..worker.range.end + jobs[job].tickets();
                     worker.packed = Worker::NOTHING;
                 }
-                let upcoming = next.load(Ordering::Relaxed) - start;
-                worker.upcoming = (upcoming < jobs[job].tickets()).then_some(upcoming);
-                jobs[job].run(ticket - start, &mut worker);
+                jobs[job].run(ticket - worker.range.start, &mut worker);
             }
         });
     };
@@ -96,7 +104,7 @@ mod tests {
             self.0.len()
         }
         fn run(&self, ticket: usize, worker: &mut Worker) {
-            assert!(worker.upcoming.is_none_or(|t| t > ticket && t < self.0.len()));
+            assert!(worker.upcoming().is_none_or(|t| t > ticket && t < self.0.len()));
             self.0[ticket].fetch_add(1, Ordering::Relaxed);
         }
     }

@@ -7,7 +7,7 @@
 //! | rows of the expert | form                                                                     |
 //! |--------------------|--------------------------------------------------------------------------|
 //! | few                | [`super::axpy`]: weight rows as they lie in memory                       |
-//! | more               | [`super::tile`]: blocks of 256 x 256 weights are packed, the next one being prefetched |
+//! | more               | [`super::tile`]: blocks of weights are packed a few columns at a time, the next one being prefetched |
 
 #![allow(unsafe_op_in_unsafe_fn)]
 
@@ -20,20 +20,42 @@ use super::pack::PackTransposed;
 use super::panels::PackPanels;
 use super::round::RoundRows;
 use super::simd::Simd;
-use super::tile::{Prefetch, Store, Tiles, tile_rows};
+use super::tile::{Prefetch, Source, Store, Tiles, tile_rows};
 use std::marker::PhantomData;
 
 /// Tickets start at multiples of this many columns.
 pub const COLUMN_BLOCK: usize = 256;
 
-/// Elements of the summed index in a packed block.
-const DEPTH: usize = 256;
-
-/// Rows of a ticket: their sums, their share of a packed block and the block itself share the second-level cache.
+/// Rows of a ticket: their sums, their share of a block of weights and two such blocks share the second-level cache.
 const TICKET_ROWS: usize = 512;
 
-/// Rows packed ahead of the copy; only the first block of a thread is not yet prefetched by the tiles.
-const PACK_AHEAD: usize = 8;
+/// Up to so many rows the blocks of weights are wide and shallow.
+const WIDE_ROWS: usize = 64;
+
+/// Bytes of packed weights: they and a strip of rows share the first-level cache.
+const PACKED_BYTES: usize = 16 << 10;
+
+/// A block of weights: what is prefetched while the one before is multiplied.
+///
+/// Weight rows lie a power of two apart, so the lines of a block fall into as few sets of the second-level cache as
+/// a row of it has lines (times the pages that happen to lie differently): shallow blocks leave room there. Deep ones
+/// load and store the sums less often, which counts more where there are many.
+struct BlockShape {
+    /// Elements of the summed index.
+    depth: usize,
+    /// Columns, a multiple of [`COLUMN_BLOCK`].
+    columns: usize,
+}
+
+impl BlockShape {
+    const fn new<F: Format>(rows: usize) -> Self {
+        if rows <= WIDE_ROWS {
+            Self { depth: 128, columns: 1024 / F::BYTES }
+        } else {
+            Self { depth: 256, columns: COLUMN_BLOCK }
+        }
+    }
+}
 
 /// Elements of the summed index for which all rows are done before the next ones, if few rows need several calls:
 /// their weights stay in the first-level cache or near it.
@@ -45,8 +67,9 @@ const SUMMED: usize = 512;
 
 /// Up to how many rows weights are read in place.
 pub(super) const fn few_rows<S: Simd, F: Format>() -> usize {
-    // Without bf16 units AVX-512 has registers to spare, and packing costs more than it saves for longer.
-    if S::LANES == 16 && !matches!(F::KIND, Kind::Bf16Pairs) { 24 } else { 8 }
+    // Measured on Zen 4. Packing on the way costs few rows little, except where AVX-512 multiplies fp32: there it is a
+    // fifth slower up to eight rows, and level from twelve on.
+    if S::LANES == 16 && !matches!(F::KIND, Kind::Bf16Pairs) { 24 } else { 4 }
 }
 
 /// Finished sums of some rows and columns.
@@ -151,7 +174,9 @@ impl<S: Simd, F: Format, E: Finish> NnJob<S, F, E> {
                     let cuts = (2 * args.threads).div_ceil(busy).min(args.n.div_ceil(2 * COLUMN_BLOCK)).max(1);
                     args.n.div_ceil(cuts).next_multiple_of(COLUMN_BLOCK)
                 } else {
-                    COLUMN_BLOCK
+                    let columns = BlockShape::new::<F>(rows).columns;
+                    // Unless threads would wait for the last ones.
+                    if busy * args.n.div_ceil(columns) < 8 * args.threads { COLUMN_BLOCK } else { columns }
                 };
                 let group = tickets.len();
                 for column in (0..args.n).step_by(width) {
@@ -241,51 +266,74 @@ impl<S: Simd, F: Format, E: Finish> NnJob<S, F, E> {
         let (k, words) = (self.args.k, F::words(self.args.k));
         let left = self.pack_rows(ticket, tile_rows::<S>(), worker);
         let strips = even_parts(ticket.rows, tile_rows::<S>());
+        let block = BlockShape::new::<F>(ticket.rows).depth;
         let width = 2 * S::LANES;
         let panels = ticket.columns.div_ceil(width);
         let stride = sums_stride(panels * width);
         let sums = worker.scratch.results.words(ticket.rows * stride);
-        let packed = worker.scratch.weights.words(F::words(DEPTH) * panels * width);
+        // Panels that are packed, and then multiplied with all rows, together.
+        let together = (PACKED_BYTES / (F::words(block) * width * 4)).max(1);
+        let packed = worker.scratch.weights.words(F::words(block) * together * width);
         let weight_stride = self.args.n * F::BYTES;
         let weights = self.weights(ticket);
-        for from in (0..k).step_by(DEPTH) {
-            let depth = DEPTH.min(k - from);
-            let list = &mut worker.scratch.rows;
-            list.clear();
-            list.extend((from..from + depth).map(|row| weights.add(row * weight_stride)));
-            S::enter(PackPanels::<F> {
-                rows: list,
-                column: 0,
-                columns: ticket.columns,
-                prefetch_rows: PACK_AHEAD,
-                to: packed,
-                format: PhantomData,
-            });
+        for from in (0..k).step_by(block) {
+            let depth = block.min(k - from);
             let steps = strips.clone().count() * panels * F::words(depth);
             let mut ahead = if from + depth < k {
                 let next = weights.add((from + depth) * weight_stride);
-                Prefetch::new(next, weight_stride, DEPTH.min(k - from - depth), ticket.columns * F::BYTES, steps)
-            } else if let Some(next) = worker.upcoming.map(|i| &self.tickets[i]) {
+                Prefetch::new(next, weight_stride, block.min(k - from - depth), ticket.columns * F::BYTES, steps)
+            } else if let Some(next) = worker.upcoming().map(|i| &self.tickets[i]) {
                 // Weights read in place are prefetched as they are read: only their beginning is needed.
-                let rows = if Self::in_place(&self.args, next.rows) { 2 * AXPY_ELEMENTS } else { DEPTH.min(k) };
+                let rows = if Self::in_place(&self.args, next.rows) {
+                    2 * AXPY_ELEMENTS
+                } else {
+                    BlockShape::new::<F>(next.rows).depth.min(k)
+                };
                 Prefetch::new(self.weights(next), weight_stride, rows, next.columns * F::BYTES, steps)
             } else {
                 Prefetch::none()
             };
-            for (start, count) in strips.clone() {
-                let tiles = Tiles {
-                    words: F::words(depth),
-                    left: left.add(start * words + from / F::PER_WORD * count),
-                    right: packed,
-                    panels,
-                    panel_stride: F::words(depth) * width,
-                    out: sums.add(start * stride).cast(),
-                    out_stride: stride * 4,
-                    out_step: width * 4,
-                    store: if from == 0 { Store::Set } else { Store::Add },
-                };
-                tiles.run::<S, F>(count, &mut ahead);
+            for first in (0..panels).step_by(together) {
+                let (column, panels) = (first * width, together.min(panels - first));
+                let columns = (panels * width).min(ticket.columns - column);
+                // The first strip packs what it multiplies with, unless ends of rows or of the sum are ragged.
+                let mut unpacked = Source::NONE;
+                if columns == panels * width && depth.is_multiple_of(F::PER_WORD) {
+                    unpacked = Source {
+                        start: weights.add(from * weight_stride + column * F::BYTES),
+                        row_bytes: weight_stride,
+                    };
+                } else {
+                    let list = &mut worker.scratch.rows;
+                    list.clear();
+                    list.extend((from..from + depth).map(|row| weights.add(row * weight_stride)));
+                    S::enter(PackPanels::<F> {
+                        rows: list,
+                        column,
+                        columns,
+                        in_order: false,
+                        to: packed,
+                        format: PhantomData,
+                    });
+                }
+                for (start, count) in strips.clone() {
+                    let tiles = Tiles {
+                        words: F::words(depth),
+                        left: left.add(start * words + from / F::PER_WORD * count),
+                        right: packed,
+                        panels,
+                        panel_stride: F::words(depth) * width,
+                        out: sums.add(start * stride + column).cast(),
+                        out_stride: stride * 4,
+                        out_step: width * 4,
+                        store: if from == 0 { Store::Set } else { Store::Add },
+                    };
+                    tiles.run::<S, F>(count, std::mem::replace(&mut unpacked, Source::NONE), &mut ahead);
+                }
             }
+        }
+        if matches!(F::KIND, Kind::Bf16Pairs) {
+            S::enter(InOrder { sums, stride, rows: ticket.rows, columns: ticket.columns / width * width });
         }
         self.finish.finish::<S>(&ticket.block(sums, stride));
     }

@@ -5,7 +5,7 @@
 #![allow(unsafe_op_in_unsafe_fn)]
 
 use super::format::{Format, Kind};
-use super::simd::{Kernel, Simd, prefetch};
+use super::simd::{Kernel, Simd};
 use std::marker::PhantomData;
 
 /// Words that a band may be written beyond its end; the next one starts no earlier.
@@ -74,8 +74,9 @@ pub struct PackPanels<'a, F> {
     pub column: usize,
     /// How many.
     pub columns: usize,
-    /// How many rows ahead of the copy to prefetch; 0 for none.
-    pub prefetch_rows: usize,
+    /// Whether columns keep their order. Otherwise those of a whole panel are as `Simd::interleave` leaves them where
+    /// words are pairs, and `InOrder` puts the results right.
+    pub in_order: bool,
     /// `F::words(rows) * 2 * LANES` for each panel.
     pub to: *mut f32,
     pub format: PhantomData<F>,
@@ -89,23 +90,13 @@ impl<F: Format> Kernel for PackPanels<'_, F> {
         let width = 2 * S::LANES;
         let words = F::words(self.rows.len());
         let whole = self.columns / width;
-        let lines = (self.columns * F::BYTES).div_ceil(64);
         for word in 0..words {
-            if self.prefetch_rows > 0 {
-                for i in 0..F::PER_WORD {
-                    if let Some(row) = self.rows.get(word * F::PER_WORD + self.prefetch_rows + i) {
-                        for line in 0..lines {
-                            prefetch(row.wrapping_add(self.column * F::BYTES + line * 64));
-                        }
-                    }
-                }
-            }
             let (first, second) = rows_of_word::<F>(self.rows, word);
             let mut to = self.to.add(word * width);
             for panel in 0..whole {
                 let at = (self.column + panel * width) * F::BYTES;
                 let second = if second.is_null() { second } else { second.add(at) };
-                let (a, b) = two_vectors::<S, F>(first.add(at), second);
+                let (a, b) = two_vectors::<S, F>(first.add(at), second, self.in_order);
                 S::store(to, a);
                 S::store(to.add(S::LANES), b);
                 to = to.add(words * width);
@@ -130,22 +121,26 @@ unsafe fn rows_of_word<F: Format>(rows: &[*const u8], word: usize) -> (*const u8
     (rows[2 * word], rows.get(2 * word + 1).copied().unwrap_or(std::ptr::null()))
 }
 
-/// The words of `2 * LANES` columns, in order. A null second row reads as zeros.
+/// The words of `2 * LANES` columns, pairs in order only if asked for. A null second row reads as zeros.
 #[inline(always)]
-unsafe fn two_vectors<S: Simd, F: Format>(first: *const u8, second: *const u8) -> (S::V, S::V) {
+pub(super) unsafe fn two_vectors<S: Simd, F: Format>(
+    first: *const u8,
+    second: *const u8,
+    in_order: bool,
+) -> (S::V, S::V) {
     if !matches!(F::KIND, Kind::Bf16Pairs) {
         return (F::load_widened::<S>(first), F::load_widened::<S>(first.add(S::LANES * F::BYTES)));
     }
     let below = if second.is_null() { S::zero() } else { S::load(second.cast()) };
     let (a, b) = S::interleave(S::load(first.cast()), below);
-    S::deinterleave(a, b)
+    if in_order { S::deinterleave(a, b) } else { (a, b) }
 }
 
 /// The words of `LANES` columns. Where words are pairs, `2 * LANES` elements are read.
 #[inline(always)]
 unsafe fn one_vector<S: Simd, F: Format>(first: *const u8, second: *const u8) -> S::V {
     match F::KIND {
-        Kind::Bf16Pairs => two_vectors::<S, F>(first, second).0,
+        Kind::Bf16Pairs => two_vectors::<S, F>(first, second, true).0,
         _ => F::load_widened::<S>(first),
     }
 }

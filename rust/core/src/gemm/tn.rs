@@ -16,7 +16,7 @@ use super::panels::{PackBands, PackPanels, band_words};
 use super::round::RoundRows;
 use super::scratch::advise_huge_pages;
 use super::simd::{Simd, fence};
-use super::tile::{Prefetch, Store, Tiles, tile_rows};
+use super::tile::{Prefetch, Source, Store, Tiles, tile_rows};
 use crate::dtype::DType;
 use std::marker::PhantomData;
 
@@ -132,21 +132,14 @@ impl<S: Simd, F: Format> TnJob<S, F> {
     }
 
     /// Packs all columns of `b` in rows `first..first + depth`.
-    unsafe fn pack_right(&self, first: usize, depth: usize, worker: &mut Worker) -> *const f32 {
+    unsafe fn pack_right(&self, first: usize, depth: usize, worker: &mut Worker) -> *mut f32 {
         let a = &self.args;
         let to = worker.scratch.panels.words(F::words(depth) * a.n.next_multiple_of(2 * S::LANES));
         // No two experts with rows start at the same one.
         if depth > 0 && worker.packed != first {
             let list = &mut worker.scratch.rows;
             a.gather_b.addresses(first..first + depth, a.b, a.n * F::BYTES, list);
-            S::enter(PackPanels::<F> {
-                rows: list,
-                column: 0,
-                columns: a.n,
-                prefetch_rows: 0,
-                to,
-                format: PhantomData,
-            });
+            S::enter(PackPanels::<F> { rows: list, column: 0, columns: a.n, in_order: true, to, format: PhantomData });
             worker.packed = first;
         }
         to
@@ -204,7 +197,7 @@ impl<S: Simd, F: Format> TnJob<S, F> {
                             store => store,
                         },
                     };
-                    tiles.run::<S, F>(rows, &mut Prefetch::none());
+                    tiles.run::<S, F>(rows, Source::NONE, &mut Prefetch::none());
                     from = end.max(1);
                 }
             }
@@ -223,7 +216,7 @@ impl<S: Simd, F: Format> TnJob<S, F> {
                     out_step: 0,
                     store: Store::Set,
                 };
-                tiles.run::<S, F>(tile_rows::<S>().min(part.height - row), &mut Prefetch::none());
+                tiles.run::<S, F>(tile_rows::<S>().min(part.height - row), Source::NONE, &mut Prefetch::none());
             }
         }
     }
