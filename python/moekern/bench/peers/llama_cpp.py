@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import weakref
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,9 @@ FUNCTIONS = {
     "ggml_backend_dev_by_type": ("p", "i"),
     "ggml_backend_init_by_type": ("p", "is"),
     "ggml_backend_load_all_from_path": ("", "s"),
+    "ggml_backend_buffer_free": ("", "p"),
+    "ggml_gallocr_free": ("", "p"),
+    "ggml_free": ("", "p"),
 }
 C_TYPES = {"p": ctypes.c_void_p, "q": ctypes.c_int64, "i": ctypes.c_int, "s": ctypes.c_char_p, "": None}
 
@@ -116,6 +121,9 @@ class Experts:
         use_threads(torch.get_num_threads())
         self.context = g["ggml_init"](InitParams(METADATA, None, True))
         self.kept: list[Tensor] = []
+        self.freed = ExitStack()
+        weakref.finalize(self, self.freed.close)
+        self.freed.callback(g["ggml_free"], self.context)
         self.x = torch.empty(s.tokens, s.hidden)
         self.scores = torch.empty(s.tokens, s.top_k)
         self.out = torch.empty(s.tokens, s.hidden)
@@ -137,6 +145,7 @@ class Experts:
         self.graph = g["ggml_new_graph"](self.context)
         g["ggml_build_forward_expand"](self.graph, self.result)
         allocator = g["ggml_gallocr_new"](g["ggml_backend_get_default_buffer_type"](g["backend"]))
+        self.freed.callback(g["ggml_gallocr_free"], allocator)
         if not g["ggml_gallocr_alloc_graph"](allocator, self.graph):
             raise MemoryError("ggml has no memory for the graph")
 
@@ -146,6 +155,7 @@ class Experts:
         self.kept.append(tensor)
         placed = g["ggml_new_tensor_3d"](self.context, TYPES[tensor.dtype], *sizes)
         buffer = g["ggml_backend_cpu_buffer_from_ptr"](tensor.data_ptr(), tensor.nbytes)
+        self.freed.callback(g["ggml_backend_buffer_free"], buffer)
         g["ggml_backend_tensor_alloc"](buffer, placed, tensor.data_ptr())
         return placed
 
