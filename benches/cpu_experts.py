@@ -1,11 +1,12 @@
 """A grid over experts, tokens and dtypes of what `moekern bench` measures on a CPU, as one table.
 
     python benches/cpu_experts.py [--experts 8,64,128] [--tokens 64,256,2048] [--dtypes bf16,fp32]
-        [--passes forward,both] [--peers loop,grouped_mm] [--rounds 5] [--out FILE.md]
+        [--passes forward,both] [--peers loop,grouped_mm] [--rounds 5] [--json FILE.json] [--out FILE.md]
 
 H = 2048, I = 1024, SwiGLU, top-8 (top-2 with 8 experts), uniform routing, all threads. "of bound" is the share of the
 ceiling of moekern.bench.ceiling; loop (transformers' own) and grouped_mm are in multiples of moekern's time. A round
-runs each once; times are medians of the rounds. GB/s: memory read and, with the backward pass, written.
+runs each once; times are medians of the rounds. GB/s: memory read and, with the backward pass, written. --json writes
+the record, of which `python benches/figures.py` makes the page and the blocks `figures:NAME grid`.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
 from moekern import _core, machine
+from moekern.bench.facts import machine_of
 from moekern.bench.peers import PEERS
-from moekern.bench.record import BOTH, FORWARD, MOEKERN, Row
+from moekern.bench.record import BOTH, FORWARD, MOEKERN, Record, Row, save
 from moekern.bench.runner import Options, Session
 from moekern.bench.shapes import Shape
 
@@ -57,6 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--passes", type=words, default=list(VERBS))
     parser.add_argument("--peers", type=words, default=list(NAMES))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
 
@@ -73,10 +77,16 @@ def main(arguments: list[str] | None = None) -> None:
         peers=tuple(PEERS[NAMES[name]] for name in options.peers), device="cpu", dtypes=tuple(options.dtypes),
         verbs=tuple(VERBS[name] for name in options.passes), minutes=24 * 60, rounds=options.rounds,
     ))  # fmt: skip
+    command = " ".join(["python benches/cpu_experts.py", *(sys.argv[1:] if arguments is None else arguments)])
+    record = Record(datetime.now(UTC).isoformat(timespec="seconds"), command, machine_of("cpu"))
+    record.machine.copy_gbps = session.copy_gbps
     for rows in session.run():
+        record.rows += rows
         for verb in dict.fromkeys(row.verb for row in rows):
             lines.append(line({row.implementation: row for row in rows if row.verb == verb}, session))
             print(lines[-1], flush=True)
+        if options.json:  # after every case, since a long run may be cut short
+            save(record, options.json)
     if options.out:
         options.out.write_text("\n".join(lines) + "\n")
 

@@ -4,11 +4,16 @@ Each record benches/results/NAME.json gets its page NAME.md. In README.md, docs/
 
     <!-- figures:NAME VIEW … -->anything<!-- /figures -->
 
-is filled anew from the record NAME. Views of a record of `moekern bench`: `shapes` (a row a shape and verb), `wide` (a
-row a shape), `memory`, `series tokens` (or experts, top_k), `summary` (sentences), `machine`, `command`. Of one of
-pytest-benchmark: `table GROUP`; `range GROUP COLUMN [PARAMETER=VALUE …]`, the smallest and largest value of a column,
-where COLUMN may be `median`. Of one of benches/gpu_*.py: `columns NAME …`. Of a page without a record: `match PATTERN`,
-the first group of a regular expression. Tables stand on lines of their own, everything else in its sentence.
+is filled anew from the record NAME. Views:
+
+- of a record of `moekern bench`: `shapes` (a row a shape and verb), `wide` (a row a shape), `grid` (sizes in place of
+  names), `memory`, `series tokens` (or experts, top_k), `summary` (sentences), `machine`, `command`;
+- of one of pytest-benchmark: `table GROUP`; `range GROUP COLUMN [PARAMETER=VALUE …]`, the smallest and largest value of
+  a column, where COLUMN may be `median`;
+- of one of benches/gpu_*.py: `columns NAME …`;
+- of a page without a record: `match PATTERN`, the first group of a regular expression.
+
+Tables stand on lines of their own, everything else in its sentence.
 
 `--check` writes nothing and exits with 1 if anything would change.
 """
@@ -108,6 +113,7 @@ def view_of_bench(record: records.Record, what: str, rest: list[str]) -> str:
     views = {
         "shapes": lambda: tables.shapes(record),
         "wide": lambda: tables.wide(record),
+        "grid": lambda: tables.grid(record),
         "memory": lambda: tables.memory(record),
         "series": lambda: tables.series(record, *rest),
         "summary": lambda: " ".join(summary.sentences(record)),

@@ -86,12 +86,12 @@ def series(record: Record, sweep: str) -> str:
     return case_table([row for row in record.rows if row.sweep == sweep], (sweep,))
 
 
-def case_table(rows: list[Row], sizes: Cells) -> str:
+def case_table(rows: list[Row], sizes: Cells, *, named: bool = True) -> str:
     found = summary.cases(rows)
     varying = [what for what in ("dtype", "routing", "device") if len({getattr(row, what) for row in rows}) > 1]
     peers = [name for name in dict.fromkeys(r.implementation for r in rows) if name not in (MOEKERN, CEILING)]
     factor, unit = unit_of(max((row.tflops or 0.0 for row in rows), default=1.0), RATES)
-    header = ["shape", *sizes, *varying, "verb", "time", unit, "GB/s", "of ceiling", *peers]
+    header = ["shape" if named else "", *sizes, *varying, "verb", "time", unit, "GB/s", "of ceiling", *peers]
     lines = []
     for of in found.values():
         if MOEKERN not in of:
@@ -99,7 +99,7 @@ def case_table(rows: list[Row], sizes: Cells) -> str:
         ours = of[MOEKERN]
         decode = ours.verb == DECODE
         lines.append([
-            ours.shape, *(str(getattr(ours, what)) for what in (*sizes, *varying)), ours.verb,
+            ours.shape if named else "", *(str(getattr(ours, what)) for what in (*sizes, *varying)), ours.verb,
             duration(ours.seconds) if ours.seconds else ours.status,
             figure(ours.tflops / factor) if ours.tflops and not decode else "",
             figure(ours.gbps) if ours.gbps and decode else "",
@@ -107,6 +107,16 @@ def case_table(rows: list[Row], sizes: Cells) -> str:
             *(times_ours(of.get(name), ours) for name in peers),
         ])  # fmt: skip
     return markdown(header, lines)
+
+
+def grid(record: Record) -> str:
+    """The same for shapes that differ in few sizes, which stand in place of their names."""
+    rows = summary.singles(record)
+    sizes = {"experts": "E", "top_k": "K", "tokens": "T", "hidden": "H", "intermediate": "I"}
+    varying = [what for what in sizes if len({getattr(row, what) for row in rows}) > 1]
+    lines = case_table(rows, varying, named=False).splitlines()
+    head = [sizes.get(cell, cell) for cell in lines[0].strip("| ").split(" | ")]
+    return "\n".join([f"| {' | '.join(head)} |", *lines[1:]])
 
 
 def times_ours(peer: Row | None, ours: Row) -> str:

@@ -164,6 +164,7 @@ VIEWS = {
     "summary": ("layers summary", "Forward: 0."),
     "table": ("plan table plan", "| 8 | 1.23 ms"),
     "columns": ("kernels columns 'moekern: forward' plan", "| shape | forward | ms | ms |\n"),
+    "grid": ("layers grid", "| E | K | T | H | I | verb | time | TFLOP/s | GB/s | of ceiling | dense |"),
     "shapes": ("layers shapes", "| shape | verb |"),
     "series": ("layers series experts", "| qwen3-30b-a3b | 128 | forward |"),
     "memory": ("layers memory", "| qwen3-30b-a3b | bf16 | forward+backward | moekern | 940 MB |"),
