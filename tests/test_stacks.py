@@ -63,7 +63,7 @@ def fsdp2(rank: int) -> None:
 
 
 def dtensor(rank: int) -> None:
-    from torch.distributed.tensor import Replicate, distribute_tensor
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     mesh = dist.init_device_mesh("cpu", (RANKS,))
     plain, moe = (mk.MoE(H, I, E, K, bias=True, router_bias=True) for _ in range(2))
@@ -76,6 +76,12 @@ def dtensor(rank: int) -> None:
         module(x).square().sum().backward()
     for p, expected in zip(moe.parameters(), plain.parameters(), strict=True):
         assert error(p.grad.to_local(), expected.grad) < 1e-6
+    for name, dimension in (("gate_up_proj", 0), ("gate_up_proj", 1), ("down_proj", 2)):
+        split = mk.MoE(H, I, E, K)
+        weight = distribute_tensor(getattr(split.experts, name).detach(), mesh, [Shard(dimension)])
+        setattr(split.experts, name, nn.Parameter(weight))
+        with pytest.raises(ValueError, match=rf"experts.{name}: got a DTensor placed as S.*{dimension}.*replicated"):
+            split(x)
 
 
 def balance_over_ranks(rank: int) -> None:

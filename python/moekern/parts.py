@@ -32,6 +32,25 @@ def local(weight: Tensor) -> Tensor:
     return weight.to_local() if hasattr(weight, "to_local") else weight  # type: ignore[no-any-return]
 
 
+def whole(weight: Tensor, name: str) -> Tensor:
+    """A replicated DTensor as this rank's tensor, differentiably; any other tensor as it is.
+
+    Raises:
+        ValueError: It is sharded: the layer would compute with a part as if it were everything.
+    """
+    if not hasattr(weight, "to_local"):
+        return weight
+    mine = local(weight)
+    placements: Any = getattr(weight, "placements", ())
+    if mine.shape != weight.shape or any(p.is_partial() for p in placements):
+        raise ValueError(
+            f"{name}: got a DTensor placed as {', '.join(map(str, placements))}, this rank's part of which has shape "
+            f"{tuple(mine.shape)}; expected a replicated one, {tuple(weight.shape)}: fully_shard gathers weights, "
+            "moekern.grouped_mlp computes experts that are split over ranks"
+        )
+    return mine
+
+
 class _WideLinear(torch.autograd.Function):
     """``x @ weight.T`` of half-precision CUDA tensors in float32: exact products, and no wide copies of x."""
 
@@ -113,8 +132,8 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``[T, E]`` of tokens ``[T, H]``, computed in float32 under autocast too (float64 for float64)."""
-        weight, own_bias = local(self.weight), self.bias
-        bias = None if own_bias is None else local(own_bias)
+        weight, own_bias = whole(self.weight, "gate.weight"), self.bias
+        bias = None if own_bias is None else whole(own_bias, "gate.bias")
         if x.is_cuda and x.dtype in _HALF and weight.dtype == x.dtype and not torch.compiler.is_compiling():
             differentiable = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
             if not differentiable:
@@ -174,9 +193,11 @@ class Experts(nn.Module):
         """The weights and biases in the order of :func:`moekern.experts`."""
         b_up, b_down = self.gate_up_proj_bias, self.down_proj_bias
         return (
-            local(self.gate_up_proj), local(self.down_proj),
-            None if b_up is None else local(b_up), None if b_down is None else local(b_down),
-        )  # fmt: skip
+            whole(self.gate_up_proj, "experts.gate_up_proj"),
+            whole(self.down_proj, "experts.down_proj"),
+            None if b_up is None else whole(b_up, "experts.gate_up_proj_bias"),
+            None if b_down is None else whole(b_down, "experts.down_proj_bias"),
+        )
 
     def extra_repr(self) -> str:
         """Sizes and activation."""
