@@ -8,7 +8,7 @@
 // Macros: ELEMENT, ACTIVATION (activation.cuh), INTERLEAVED (gate and up features alternate), TRANSPOSED (W_down is
 // [E, I, H] instead of [E, H, I]).
 //
-// A cluster of two blocks computes 256 features x up to 256 rows; the blocks split the rows and share the weights: each
+// A cluster of two blocks computes 256 features x up to 272 rows; the blocks split the rows and share the weights: each
 // loads half of them and multicasts, each gathers its own rows. Splitting the features instead would make either block
 // gather all rows.
 //
@@ -16,9 +16,9 @@
 // tile i while tile i + 1 is multiplied. The accumulators cross through shared memory as 16-bit values.
 //
 // Roles (512 threads)                                                                                registers
-//   warp 0         one thread: TMA of W_down and, in block 0, the tickets                               72
-//   warps 1-3      gather: 96 threads copy rows of dO with cp.async and do nothing else                 72
-//   warps 4-11     two consumer warpgroups, 128 features each: wgmma 2 x m64nNk16, hand-off             160
+//   warp 0         one thread: TMA of W_down and, in block 0, the tickets                               56
+//   warps 1-3      gather: 96 threads copy rows of dO with cp.async and do nothing else                 56
+//   warps 4-11     two consumer warpgroups, 128 features each: wgmma 2 x m64nNk16, hand-off             168
 //   warps 12-15    epilogue                                                                             120
 //
 // Barriers         arrivals                            who releases it
@@ -33,19 +33,20 @@
 #include "tickets.cuh"
 
 constexpr u32 BOX = 64 * 128;  // bytes of 64 weight rows or features, 64 wide: one swizzle atom
-constexpr int ROWS = 128;      // of a block
+constexpr int ROWS = 136;      // of a block
 constexpr int GATHER_THREADS = 96;
 
 struct Shape {
   typedef ELEMENT Element;
   static constexpr int STAGES = 3;
   static constexpr u32 B_OFFSET = 4 * BOX, STAGE_BYTES = B_OFFSET + ROWS * 128;
-  static constexpr int BLOCKS = 2, WIDTH = ROWS, STEP = 8;
+  static constexpr int BLOCKS = 2, WIDTH = ROWS, NARROWEST = 16;
+  static DEVICE constexpr int wider(int n) { return n < 64 ? n + 16 : n + 8; }  // up.cuh
   static constexpr bool A_MN_MAJOR = !TRANSPOSED, B_MN_MAJOR = false, GATHERED = true;
 };
 
-constexpr u32 TILE_BYTES = ROWS * 128;            // a tile of the hand-off: [128 rows][64 features], swizzled; four of them
-constexpr u32 SLOTS = 4, SLOT_BYTES = 128 * 32;   // pre on its way to the epilogue: 32 bytes a thread and slot
+constexpr u32 TILE_BYTES = ROWS * 128;            // a tile of the hand-off: [136 rows][64 features], swizzled; four of them
+constexpr u32 SLOTS = 2, SLOT_BYTES = 128 * 32;   // pre on its way to the epilogue: 32 bytes a thread and slot
 constexpr u32 HAND_OFF = Shape::STAGES * Shape::STAGE_BYTES, PRE = HAND_OFF + 4 * TILE_BYTES, FULL = PRE + SLOTS * SLOT_BYTES;
 constexpr u32 EMPTY = FULL + Shape::STAGES * 8, HANDED = EMPTY + Shape::STAGES * 8, TAKEN = HANDED + 8;
 constexpr u32 RING_AT = (TAKEN + 8 + 15) / 16 * 16;
@@ -77,46 +78,44 @@ DEVICE Share share_of(const Tile& tile, u32 rank) {
   return {tile.expert, tile.row + before, min(max(tile.rows - before, 0), half), half, tile.column * 256, tile.column};
 }
 
-// One gathering thread: chunk `chunk` (8 of the 64 k) of the rows first + 12 i, i = 0..10 (i = 10 for first < 8 only).
-// Rows step by 12 = 4 mod 8, so odd i have bit 6 of the swizzled address flipped: see wgrad.cu. Rows past the share repeat
-// its first row: their columns of the product are computed and never stored, so they need no zeros.
-#define COPY "cp.async.cg.shared.global.L2::256B "
+// One gathering thread: chunk `chunk` (8 of the 64 k) of the rows first + 12 i, i = 0..11 (i = 11 for first < 4 only, which
+// is warp 1). Rows step by 12 = 4 mod 8, so odd i have bit 6 of the swizzled address flipped: see wgrad.cu. Rows past the
+// share repeat its first row: their columns of the product are computed and never stored, so they need no zeros.
+//
+// The copies leave back to back in groups of three, 36 rows: as many groups as hold the share's width.
 DEVICE void gather_rows(const Params& p, Pipeline pipe, TileReader tiles, u32 rank, int thread) {
-  constexpr int STEPS = 11, STRIDE = 12;
+  constexpr int STEPS = 12, STRIDE = 12, GROUP = 3;
   const int chunk = thread & 7, first = thread >> 3;
-  const bool eleventh = first < 8;
+  const bool twelfth = first < 4;
   const u32 inside = Shape::B_OFFSET + swizzled(first, chunk);
-  const int k_blocks = (p.hidden + 63) / 64;
-  const u8* end = p.source + p.hidden * 2;
+  const int whole_blocks = p.hidden / 64, k_blocks = (p.hidden + 63) / 64;
   Tile tile;
   while (tiles.next(tile)) {
     const Share share = share_of(tile, rank);
-    u32 offset[STEPS];  // 32 bits each: eleven live pointers would spill
+    const u8* row[STEPS];  // all made before the first wait, and advanced in place: see up.cuh
 #pragma unroll
     for (int i = 0; i < STEPS; i++) {
-      const int row = first + i * STRIDE;
-      offset[i] = share.rows > 0 ? (u32)__ldg(p.row_token + share.row + (row < share.rows ? row : 0)) * p.source_pitch_16 : 0;
+      const int r = first + i * STRIDE;
+      const u32 token = share.rows > 0 ? __ldg(p.row_token + share.row + (r < share.rows ? r : 0)) : 0;
+      row[i] = p.source + (u64)(token * p.source_pitch_16 + chunk) * 16;
     }
-    const u8* column = p.source + chunk * 16;
-    auto copy = [&](bool all) {  // `all`: 128 rows and no end of hidden
-      const u8* row[STEPS];
-#pragma unroll
-      for (int i = 0; i < STEPS; i++) {  // in registers of their own before the wait: see wgrad.cu
-        row[i] = column + (u64)offset[i] * 16;
-        asm volatile("" : "+l"(row[i]));
-      }
+    for (int block = 0; block < k_blocks; block++) {
       pipe.wait_empty();
       const u32 even = pipe.address<Shape>() + inside, odd = even ^ 64;
-      if (all) {
-        asm volatile(COPY "[%0], [%2], 16;\n" COPY "[%1+1536], [%3], 16;\n" COPY "[%0+3072], [%4], 16;\n"
-                     COPY "[%1+4608], [%5], 16;\n" COPY "[%0+6144], [%6], 16;\n" COPY "[%1+7680], [%7], 16;\n"
-                     COPY "[%0+9216], [%8], 16;\n" COPY "[%1+10752], [%9], 16;\n" COPY "[%0+12288], [%10], 16;\n"
-                     COPY "[%1+13824], [%11], 16;" ::"r"(even), "r"(odd), "l"(row[0]), "l"(row[1]), "l"(row[2]),
-                     "l"(row[3]), "l"(row[4]), "l"(row[5]), "l"(row[6]), "l"(row[7]), "l"(row[8]), "l"(row[9])
-                     : "memory");
-        if (eleventh) asm volatile(COPY "[%0+15360], [%1], 16;" ::"r"(even), "l"(row[10]) : "memory");
+      if (block < whole_blocks) {
+#pragma unroll
+        for (int i = 0; i + GROUP < STEPS; i += GROUP)
+          if (share.width > i * STRIDE)
+            copy_rows((i & 1 ? odd : even) + i * 1536, (i & 1 ? even : odd) + (i + 1) * 1536, (i & 1 ? odd : even) + (i + 2) * 1536,
+                      row[i], row[i + 1], row[i + 2]);
+        if (share.width > 9 * STRIDE) {
+          copy_rows(odd + 13824, even + 15360, row[9], row[10]);
+          if (twelfth) copy_16(odd + 16896, row[11]);
+        }
+#pragma unroll
+        for (int i = 0; i < STEPS; i++) row[i] += 128;
       } else {  // where hidden ends: zeros, as TMA writes zeros of W
-        const bool exists = column < end;
+        const bool exists = block * 64 + chunk * 8 < p.hidden;
 #pragma unroll
         for (int i = 0; i < STEPS; i++)
           if (first + i * STRIDE < share.width)
@@ -124,12 +123,7 @@ DEVICE void gather_rows(const Params& p, Pipeline pipe, TileReader tiles, u32 ra
       }
       barrier_arrive_after_copies(pipe.full_barrier());
       pipe.advance<Shape>();
-      column += 128;
-    };
-    const int whole = share.width == ROWS ? p.hidden / 64 : 0;
-#pragma unroll 4
-    for (int k = 0; k < whole; k++) copy(true);
-    for (int k = whole; k < k_blocks; k++) copy(false);
+    }
   }
 }
 
@@ -137,7 +131,7 @@ DEVICE void gather_rows(const Params& p, Pipeline pipe, TileReader tiles, u32 ra
 // 64-feature tiles, the 8 features of chunk lane % 8, so that eight lanes move 128 bytes of one row. An item is one tile
 // of a step: 16 bytes of dA, 32 of pre, 32 of dH, 16 of A'.
 //
-// pre comes through a ring of cp.async private to the thread, four items ahead: loads into registers would all wait on
+// pre comes through a ring of cp.async private to the thread, two items ahead: loads into registers would all wait on
 // one scoreboard and not overlap. A slot is refilled after its values have been consumed.
 struct Epilogue {
   const Params& p;
@@ -161,7 +155,7 @@ struct Epilogue {
     auto fetch = [&](int tile, int step) {
       if (exists(tile, step)) {
         const u8* from = pre + (u64)(u32)(step * STEP_ROWS) * pre_pitch + tile * PRE_TILE;
-        const u32 to = own + tile * SLOT_BYTES;
+        const u32 to = own + tile % SLOTS * SLOT_BYTES;
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
         if (GATED) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + SLOT_BYTES / 2), "l"(from + second) : "memory");
       }
@@ -174,7 +168,7 @@ struct Epilogue {
 
     float next_score = score_of(0);
 #pragma unroll
-    for (int tile = 0; tile < TILES; tile++) fetch(tile, 0);
+    for (int tile = 0; tile < (int)SLOTS; tile++) fetch(tile, 0);
     barrier_wait(handed, parity);
     const int steps = (share.rows + STEP_ROWS - 1) / STEP_ROWS;
 #pragma unroll 1
@@ -186,7 +180,7 @@ struct Epilogue {
         if (tile == TILES - 1) next_score = score_of(step + 1);
         copy_wait<SLOTS - 1>();
         if (exists(tile, step)) {
-          const u32 from = own + tile * SLOT_BYTES, row = step * STEP_ROWS + local;
+          const u32 from = own + tile % SLOTS * SLOT_BYTES, row = step * STEP_ROWS + local;
           const uint4 da4 = load_shared(hand_off + tile * TILE_BYTES + swizzled(row, lane & 7));
           const uint4 x4 = load_shared(from), y4 = GATED ? load_shared(from + SLOT_BYTES / 2) : x4;
           const u32 da[4] = {da4.x, da4.y, da4.z, da4.w};
@@ -218,7 +212,7 @@ struct Epilogue {
           if (p.scaled)
             store_streamed(scaled + (u64)(u32)(step * STEP_ROWS) * (u32)(inter * 2) + tile * 128, make_uint4(a[0], a[1], a[2], a[3]));
         }
-        fetch(tile, step + 1);
+        fetch((tile + SLOTS) % TILES, step + (tile + SLOTS) / TILES);
       }
       dot += __shfl_xor_sync(~0u, dot, 1);
       dot += __shfl_xor_sync(~0u, dot, 2);
@@ -304,10 +298,8 @@ DEVICE void consume(const Params& p, Pipeline pipe, TileReader tiles, u32 rank, 
 #pragma unroll
       for (int row = 0; row < ROWS; row += 16)
         if (row < share.rows) {
-          const float* s = sums[m] + row / 2;
-          const u32 at = row + (lane & 7) + (lane >> 4) * 8, chunk = warp * 2 + ((lane >> 3) & 1);
-          store_matrices_transposed(own_tiles + m * TILE_BYTES + swizzled(at, chunk), ELEMENT::pack(s[0], s[1]), ELEMENT::pack(s[2], s[3]),
-                                    ELEMENT::pack(s[4], s[5]), ELEMENT::pack(s[6], s[7]));
+          const u32 to = own_tiles + m * TILE_BYTES;
+          store_token_columns<ELEMENT, ROWS>(to, row, warp, lane, &sums[m][row / 2], 0.0f, 0.0f);
         }
     __syncwarp();
     if (lane == 0) barrier_arrive(handed);
@@ -344,7 +336,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(512, 1)
   }
   cluster_sync();
   if (warpgroup == 0) {
-    give_registers<72>();
+    give_registers<56>();
     if (threadIdx.x == 0)
       load(p, &weights, pipe, tiles, rank, base + RING_AT);
     else if (threadIdx.x >= 32)
@@ -353,7 +345,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(512, 1)
     give_registers<120>();
     finish(p, tiles, rank, base + HAND_OFF, base + PRE, base + HANDED, base + TAKEN);
   } else {
-    take_registers<160>();
+    take_registers<168>();
     consume(p, pipe, tiles, rank, warpgroup - 1, base + HAND_OFF, base + HANDED, base + TAKEN);
   }
   __syncwarp();

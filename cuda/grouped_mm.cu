@@ -40,10 +40,9 @@ struct Shape {
   typedef ELEMENT Element;
   static constexpr int STAGES = RING_STAGES;
   static constexpr u32 STAGE_BYTES = WEIGHT_BYTES + ROWS * 128, B_OFFSET = WEIGHT_BYTES;
-  static constexpr int BLOCKS = 1, WIDTH = ROWS, STEP = TAIL_ROWS;
-  // 32, 64, 128, 160, 176 … 256: an expert split evenly has tiles of 129 rows and more, near 256 if it has many; each class
-  // takes half a second to compile.
-  static DEVICE constexpr int wider(int n) { return n == 32 ? 64 : n == 64 ? 128 : n == 128 ? 160 : n + 16; }
+  static constexpr int BLOCKS = 1, WIDTH = ROWS, NARROWEST = 32;
+  // 32, 64, 96, 128, 144, 160 … 256: an expert split over several tiles has 144 rows in each and more, near 256 if it has many.
+  static DEVICE constexpr int wider(int n) { return n < 128 ? n + 32 : n + 16; }
   static constexpr bool A_MN_MAJOR = TRANSPOSED, B_MN_MAJOR = false, GATHERED = false;
 };
 

@@ -230,16 +230,17 @@ struct F16 {
 
 #define COPY_16 "cp.async.cg.shared.global.L2::256B "
 
-// Eight 16-byte copies back to back, destinations `Step` bytes apart. One asm block, because a copy keeps its address
-// registers busy until the memory pipe has read them: with eight register pairs, computed before the slot is waited for,
-// the eight issue in a row; written one by one the compiler recycles a few pairs and each copy waits (8-11 % of the up
-// projection). Look at the SASS after every change near a use of it: the LDGSTS must name distinct registers.
-template <int Step> DEVICE void copy_8_rows(u32 target, const u8* const (&row)[8]) {
-  asm volatile(COPY_16 "[%0], [%1], 16;\n" COPY_16 "[%0+%9], [%2], 16;\n" COPY_16 "[%0+%10], [%3], 16;\n" COPY_16
-                       "[%0+%11], [%4], 16;\n" COPY_16 "[%0+%12], [%5], 16;\n" COPY_16 "[%0+%13], [%6], 16;\n" COPY_16
-                       "[%0+%14], [%7], 16;\n" COPY_16 "[%0+%15], [%8], 16;" ::"r"(target),
-               "l"(row[0]), "l"(row[1]), "l"(row[2]), "l"(row[3]), "l"(row[4]), "l"(row[5]), "l"(row[6]), "l"(row[7]), "n"(Step),
-               "n"(2 * Step), "n"(3 * Step), "n"(4 * Step), "n"(5 * Step), "n"(6 * Step), "n"(7 * Step)
+// Two or three 16-byte copies back to back. One asm block, because a copy keeps its address registers busy until the memory
+// pipe has read them: with a register pair for each row, made before the slot is waited for and advanced in place, all
+// copies of a k-block issue in a row; written one by one the compiler recycles a few pairs and each copy waits (8-11 % of
+// the up projection). Blocks of eight operands make it recycle them too. Look at the SASS after every change near a use
+// of these: the LDGSTS of the common path must name distinct registers.
+DEVICE void copy_rows(u32 a, u32 b, const u8* first, const u8* second) {
+  asm volatile(COPY_16 "[%0], [%2], 16;\n" COPY_16 "[%1], [%3], 16;" ::"r"(a), "r"(b), "l"(first), "l"(second) : "memory");
+}
+DEVICE void copy_rows(u32 a, u32 b, u32 c, const u8* first, const u8* second, const u8* third) {
+  asm volatile(COPY_16 "[%0], [%3], 16;\n" COPY_16 "[%1], [%4], 16;\n" COPY_16 "[%2], [%5], 16;" ::"r"(a), "r"(b), "r"(c), "l"(first),
+               "l"(second), "l"(third)
                : "memory");
 }
 
@@ -269,6 +270,10 @@ DEVICE void store_matrices(u32 address, u32 a, u32 b, u32 c, u32 d) {
 DEVICE void store_matrices_transposed(u32 address, u32 a, u32 b, u32 c, u32 d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d)
                : "memory");
+}
+// Two of them: lanes 0 to 15 supply the addresses.
+DEVICE void store_two_matrices_transposed(u32 address, u32 a, u32 b) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(a), "r"(b) : "memory");
 }
 
 DEVICE uint4 load_shared(u32 address) {

@@ -7,9 +7,9 @@
 //   STAGE_BYTES        bytes of a stage: operand A (features, wgmma's M), then operand B (tokens, wgmma's N)
 //   B_OFFSET           bytes of operand A
 //   BLOCKS             m64 tiles of a consumer warpgroup; each is 8192 bytes of operand A
-//   WIDTH              most tokens (N) of a tile
-//   STEP               N classes are STEP, 2 STEP … WIDTH: a short tile runs the narrowest class that holds it
-//   wider(n)           optional: the class after n, where equal steps would be too many to compile
+//   WIDTH              most tokens (N) of a tile, at most 256
+//   NARROWEST          the first N class: a short tile runs the narrowest class that holds it
+//   wider(n)           the class after n, the last one is WIDTH; each costs a tenth of a second to compile
 //   A_MN_MAJOR, B_MN_MAJOR   operand rows run along k in memory (imm-trans 1) instead of along features / tokens
 //   GATHERED           part of a stage is written by cp.async, so a proxy fence precedes the wgmma that reads it
 //
@@ -40,39 +40,53 @@ struct Pipeline {
 
 template <class Shape> using Accumulators = float[Shape::BLOCKS][Shape::WIDTH / 2];
 
-// One tile with N token columns: all of a consumer warpgroup. The result overwrites the accumulators.
-template <class Shape, int N>
-DEVICE void multiply(Accumulators<Shape>& sums, Pipeline& pipe, u32 a_offset, int k_blocks) {
+// `Steps` times 16 k of the stage that comes next, for N token columns; `first`: the old sums do not count.
+template <class Shape, int N, int Steps> DEVICE void multiply_block(Accumulators<Shape>& sums, Pipeline& pipe, u32 a_offset, bool first) {
   constexpr int A_STEP = Shape::A_MN_MAJOR ? MN_MAJOR_STEP : K_MAJOR_STEP;
   constexpr int B_STEP = Shape::B_MN_MAJOR ? MN_MAJOR_STEP : K_MAJOR_STEP;
-#ifdef ROLLED_MAIN_LOOP  // a sixth of the time to compile, a third of the code; not the form that was measured
-#pragma unroll 1
-#endif
-  for (int block = 0; block < k_blocks; block++) {
-    pipe.wait_full();
-    if (Shape::GATHERED) fence_async_shared();
-    wgmma_fence();
-    const u32 at = pipe.address<Shape>() + a_offset, bt = pipe.address<Shape>() + Shape::B_OFFSET;
-    const u64 a = Shape::A_MN_MAJOR ? descriptor_mn_major(at) : descriptor_k_major(at);
-    const u64 b = Shape::B_MN_MAJOR ? descriptor_mn_major(bt) : descriptor_k_major(bt);
+  pipe.wait_full();
+  if (Shape::GATHERED) fence_async_shared();
+  wgmma_fence();
+  const u32 at = pipe.address<Shape>() + a_offset, bt = pipe.address<Shape>() + Shape::B_OFFSET;
+  const u64 a = Shape::A_MN_MAJOR ? descriptor_mn_major(at) : descriptor_k_major(at);
+  const u64 b = Shape::B_MN_MAJOR ? descriptor_mn_major(bt) : descriptor_k_major(bt);
 #pragma unroll
-    for (int k = 0; k < 4; k++)
+  for (int k = 0; k < Steps; k++)
 #pragma unroll
-      for (int m = 0; m < Shape::BLOCKS; m++)
-        Wgmma<N, typename Shape::Element, Shape::A_MN_MAJOR, Shape::B_MN_MAJOR>::issue(sums[m], a + m * BLOCK_8192 + k * A_STEP,
-                                                                                       b + k * B_STEP, (block | k) != 0);
-    wgmma_commit();
-    wgmma_wait<0>();
-    pipe.release();
-    pipe.advance<Shape>();
-  }
+    for (int m = 0; m < Shape::BLOCKS; m++)
+      Wgmma<N, typename Shape::Element, Shape::A_MN_MAJOR, Shape::B_MN_MAJOR>::issue(sums[m], a + m * BLOCK_8192 + k * A_STEP,
+                                                                                     b + k * B_STEP, !first || k != 0);
+  wgmma_commit();
+  wgmma_wait<0>();
+  pipe.release();
+  pipe.advance<Shape>();
 }
 
-template <class Shape> DEVICE constexpr auto next_class(int n, int) -> decltype(Shape::wider(n)) { return Shape::wider(n); }
-template <class Shape> DEVICE constexpr int next_class(int n, long) { return n + Shape::STEP; }
+// One tile with N token columns: all of a consumer warpgroup. The result overwrites the accumulators.
+// The loop stays rolled: unrolled by the compiler it takes five times as long to compile and is no faster.
+template <class Shape, int N> DEVICE void multiply(Accumulators<Shape>& sums, Pipeline& pipe, u32 a_offset, int k_blocks) {
+#pragma unroll 1
+  for (int block = 0; block < k_blocks; block++) multiply_block<Shape, N, 4>(sums, pipe, a_offset, block == 0);
+}
+
+// The same for `rows` of k, of which the last block has only as many steps of 16 as hold any; at least one block.
+template <class Shape, int N> DEVICE void multiply_ragged(Accumulators<Shape>& sums, Pipeline& pipe, u32 a_offset, int rows) {
+  const int whole = rows / 64, steps = (rows % 64 + 15) / 16;
+#pragma unroll 1
+  for (int block = 0; block < whole; block++) multiply_block<Shape, N, 4>(sums, pipe, a_offset, block == 0);
+  const bool first = whole == 0;
+  if (steps == 4)
+    multiply_block<Shape, N, 4>(sums, pipe, a_offset, first);
+  else if (steps == 3)
+    multiply_block<Shape, N, 3>(sums, pipe, a_offset, first);
+  else if (steps == 2)
+    multiply_block<Shape, N, 2>(sums, pipe, a_offset, first);
+  else if (steps == 1 || first)
+    multiply_block<Shape, N, 1>(sums, pipe, a_offset, first);
+}
 
 // The same for a run-time number of columns: the whole k loop is inside the class, so the choice costs one branch a tile.
-template <class Shape, int N = Shape::STEP>
+template <class Shape, int N = Shape::NARROWEST>
 DEVICE void multiply_class(int columns, Accumulators<Shape>& sums, Pipeline& pipe, u32 a_offset, int k_blocks) {
   if constexpr (N >= Shape::WIDTH) {
     multiply<Shape, Shape::WIDTH>(sums, pipe, a_offset, k_blocks);
@@ -80,7 +94,7 @@ DEVICE void multiply_class(int columns, Accumulators<Shape>& sums, Pipeline& pip
     if (columns <= N)
       multiply<Shape, N>(sums, pipe, a_offset, k_blocks);
     else
-      multiply_class<Shape, next_class<Shape>(N, 0)>(columns, sums, pipe, a_offset, k_blocks);
+      multiply_class<Shape, Shape::wider(N)>(columns, sums, pipe, a_offset, k_blocks);
   }
 }
 
@@ -102,4 +116,16 @@ template <class Element> DEVICE void store_token_rows(u32 tile, int column, u32 
   store_matrices_transposed(tile + swizzled(token, chunk), Element::pack(biased(s[0], low), biased(s[1], low)),
                             Element::pack(biased(s[2], high), biased(s[3], high)), Element::pack(biased(s[4], low), biased(s[5], low)),
                             Element::pack(biased(s[6], high), biased(s[7], high)));
+}
+
+// The same in a tile of `Width` rows that may end after eight of the sixteen.
+template <class Element, int Width>
+DEVICE void store_token_columns(u32 tile, int column, u32 warp, u32 lane, const float* s, float low, float high) {
+  if (column + 16 <= Width) {
+    store_token_rows<Element>(tile, column, warp, lane, s, low, high);
+  } else {
+    const u32 token = column + (lane & 7), chunk = warp * 2 + ((lane >> 3) & 1);
+    store_two_matrices_transposed(tile + swizzled(token, chunk), Element::pack(biased(s[0], low), biased(s[1], low)),
+                                  Element::pack(biased(s[2], high), biased(s[3], high)));
+  }
 }

@@ -13,7 +13,7 @@
 //   taken               4 (lane 0 of each epilogue warp)       the buffer may be overwritten
 //   ring[16]            1 + 16 bytes                           a tile was drawn (tickets.cuh)
 //
-// Shared memory: 3 stages of 49152, the hand-off of 65536 = 4 blocks of [128 tokens][64 weight rows] in 16 bits, 128-byte
+// Shared memory: 3 stages of 50176, the hand-off of 69632 = 4 blocks of [136 tokens][64 weight rows] in 16 bits, 128-byte
 // swizzled, then barriers. The hand-off rounds gate and up before the activation: the activation is exactly that of the
 // pre-activation a backward pass will read.
 #include "up.cuh"
@@ -44,7 +44,8 @@ DEVICE void consume(const Params& p, Pipeline pipe, TileReader tiles, u32 rank, 
       if (column < own.rows) {
 #pragma unroll
         for (int m = 0; m < 2; m++)
-          store_token_rows<ELEMENT>(own_blocks + m * TILE_BYTES, column, warp, lane, &sums[m][column / 2], bias.value[m][0], bias.value[m][1]);
+          store_token_columns<ELEMENT, TOKENS>(own_blocks + m * TILE_BYTES, column, warp, lane, &sums[m][column / 2], bias.value[m][0],
+                                               bias.value[m][1]);
       }
     fence_async_shared();
     __syncwarp();
@@ -52,7 +53,7 @@ DEVICE void consume(const Params& p, Pipeline pipe, TileReader tiles, u32 rank, 
   }
 }
 
-// The pre-activation leaves as it lies: four boxes of [128 tokens][64 weight rows], clipped at the expert's last row.
+// The pre-activation leaves as it lies: four boxes of [136 tokens][64 weight rows], clipped at the expert's last row.
 DEVICE void store_pre_activation(const TensorMap* map, u32 hand_off, const UpTile& own, int inter) {
 #pragma unroll
   for (int block = 0; block < 4; block++) {
@@ -109,7 +110,7 @@ DEVICE void finish(const Params& p, const TensorMap* pre, TileReader tiles, u32 
       const int feature = own.feature + part * 64 + chunk * 8;
       u8* target = p.activated + (u64)(own.row + (int)first_token) * row_bytes + (u64)feature * 2;
 #pragma unroll 4
-      for (int step = 0; step < TOKENS / 16; step++) {
+      for (int step = 0; step < (TOKENS + 15) / 16; step++) {
         const u32 token = step * 16 + first_token;
         if ((int)token < own.rows && feature < p.inter)
           store_global(target + (u64)step * 16 * row_bytes, activate_chunk(hand_off, part, token, chunk));

@@ -1,7 +1,7 @@
 // What both forms of the up projection share: the tile of the weights, the gather of token rows, the parameters.
 //
-// A cluster of two blocks computes 256 weight rows x up to 256 tokens of one expert, split along the *tokens*: each block
-// multiplies all 256 weight rows with its own at most 128 tokens, loads half of the weights and multicasts it, and gathers
+// A cluster of two blocks computes 256 weight rows x up to 272 tokens of one expert, split along the *tokens*: each block
+// multiplies all 256 weight rows with its own at most 136 tokens, loads half of the weights and multicasts it, and gathers
 // its own token rows with cp.async (the copy engine cannot gather rows on Hopper).
 //
 // Weight rows of a tile, as four blocks of 64 (8192 bytes each); consumer warpgroup w multiplies blocks 2w and 2w + 1:
@@ -19,7 +19,7 @@
 
 constexpr bool HALVES = GATED && !INTERLEAVED;
 constexpr int FEATURES = GATED ? 128 : 256;  // of the activation, in a tile
-constexpr int TOKENS = 128;                  // of a block
+constexpr int TOKENS = 136;                  // of a block
 constexpr u32 WEIGHT_BYTES = 256 * 128;
 constexpr u32 STAGE_BYTES = WEIGHT_BYTES + TOKENS * 128;
 constexpr u32 BLOCK_BYTES = 8192;
@@ -41,7 +41,9 @@ template <int Stages> struct UpShape {
   typedef ELEMENT Element;
   static constexpr int STAGES = Stages;
   static constexpr u32 STAGE_BYTES = ::STAGE_BYTES, B_OFFSET = WEIGHT_BYTES;
-  static constexpr int BLOCKS = 2, WIDTH = TOKENS, STEP = 8;
+  static constexpr int BLOCKS = 2, WIDTH = TOKENS, NARROWEST = 16;
+  // 16, 32, 48, 64, 72, 80 … 136: an expert split over several tiles has 72 tokens a block and more.
+  static DEVICE constexpr int wider(int n) { return n < 64 ? n + 16 : n + 8; }
   static constexpr bool A_MN_MAJOR = TRANSPOSED, B_MN_MAJOR = false, GATHERED = true;
 };
 
@@ -83,70 +85,51 @@ DEVICE void load_weights(u32 stage, const TensorMap* map, u32 barrier, const UpT
   }
 }
 
-// A gathering thread copies 16-byte chunk `chunk` of the rows lane_row + 16 i: eight lanes read 128 consecutive bytes of
-// a token. All addresses of a tile are made before its first stage is waited for (see copy_8_rows).
-struct Gather {
-  const u8* row[8];
-  u32 target;  // within the stage
-  int chunk, groups, whole_blocks, tail_bytes;
-
-  DEVICE void begin(const Params& p, u32 thread) {
-    chunk = thread & 7;
-    target = WEIGHT_BYTES + swizzled(thread >> 3, chunk);
-    whole_blocks = p.hidden / 64;
-    tail_bytes = whole_blocks * 64 + chunk * 8 < p.hidden ? 16 : 0;  // H is a multiple of 8: a chunk is in or out
-  }
-
-  // Rows past the tile's last repeat it: their columns are never stored, so they need no zeros.
-  DEVICE void begin_tile(const Params& p, const UpTile& tile, u32 thread) {
-    groups = (tile.width + 15) / 16;
-    const u32 lane_row = thread >> 3;
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-      const int own = min((int)lane_row + i * 16, max(tile.rows - 1, 0));
-      const u32 token = (u32)__ldg(p.order + tile.any_row + own) / (u32)p.top_k;
-      row[i] = p.x + (u64)token * (u32)(p.hidden * 2) + chunk * 16;
-    }
-  }
-
-  // The pointers advance in place after the copies: a sum made for each copy would go through recycled registers.
-  DEVICE void copy(u32 stage, int block) {
-    const u32 to = stage + target;
-    if (block < whole_blocks) {
-      if (groups == 8) {
-        copy_8_rows<2048>(to, row);
-      } else {
-#pragma unroll
-        for (int i = 0; i < 8; i++)
-          if (i < groups) copy_16(to + i * 2048, row[i]);
-      }
-#pragma unroll
-      for (int i = 0; i < 8; i++) row[i] += 128;
-    } else {  // the last k block of an H that is no multiple of 64: zeros, whatever follows the row in memory
-      const int back = tail_bytes ? 0 : chunk * 16;
-#pragma unroll
-      for (int i = 0; i < 8; i++)
-        if (i < groups) copy_16_or_zero(to + i * 2048, row[i] - back, tail_bytes);
-    }
-  }
-};
-
 // The gathering warpgroup; where LoadsWeights, thread 0 starts the weights' copies too.
+//
+// A thread copies 16-byte chunk `chunk` of the rows first + 16 i: eight lanes read 128 consecutive bytes of a token. Rows past
+// the tile's last repeat it: their columns are never stored, so they need no zeros. The pointers of a tile are made before
+// its first stage is waited for and advance in place (see copy_rows). Each is made by one wide multiply-add, base + 16 * a
+// 32-bit number, which reaches 64 GiB: pointers from 64-bit arithmetic end up in halves that every copy has to move
+// together again. Rows leave in groups of 48, as many as hold the width.
 template <class Shape, bool LoadsWeights>
 DEVICE void gather_rows(const Params& p, const TensorMap* weights, Pipeline pipe, TileReader tiles, u32 rank) {
-  const u32 thread = threadIdx.x;
-  const int k_blocks = (p.hidden + 63) / 64;
-  Gather gather;
-  gather.begin(p, thread);
+  constexpr int STEPS = (TOKENS + 15) / 16, STRIDE = 16, GROUP = 3;
+  static_assert(STEPS == 3 * GROUP);
+  const int chunk = threadIdx.x & 7, first = threadIdx.x >> 3;
+  const u32 inside = WEIGHT_BYTES + swizzled(first, chunk);
+  const int whole_blocks = p.hidden / 64, k_blocks = (p.hidden + 63) / 64;
   Tile tile;
   while (tiles.next(tile)) {
     const UpTile own = own_part(tile, rank);
-    gather.begin_tile(p, own, thread);
+    const u8* row[STEPS];
+#pragma unroll
+    for (int i = 0; i < STEPS; i++) {
+      const int r = min(first + i * STRIDE, max(own.rows - 1, 0));
+      const u32 token = (u32)__ldg(p.order + own.any_row + r) / (u32)p.top_k;
+      row[i] = p.x + (u64)(token * (u32)(p.hidden / 8) + chunk) * 16;
+    }
     for (int block = 0; block < k_blocks; block++) {
       pipe.wait_empty();
-      const u32 stage = pipe.address<Shape>(), full = pipe.full_barrier();
-      gather.copy(stage, block);
-      if (LoadsWeights && thread == 0) load_weights(stage, weights, full, own, block * 64, rank);
+      const u32 stage = pipe.address<Shape>(), full = pipe.full_barrier(), to = stage + inside;
+      if (block < whole_blocks) {
+#pragma unroll
+        for (int i = 0; i + GROUP < STEPS; i += GROUP)
+          if (own.width > i * STRIDE)
+            copy_rows(to + i * 2048, to + (i + 1) * 2048, to + (i + 2) * 2048, row[i], row[i + 1], row[i + 2]);
+        if (own.width > 6 * STRIDE) {
+          copy_rows(to + 6 * 2048, to + 7 * 2048, row[6], row[7]);
+          if (first < TOKENS - 8 * STRIDE) copy_16(to + 8 * 2048, row[8]);
+        }
+#pragma unroll
+        for (int i = 0; i < STEPS; i++) row[i] += 128;
+      } else {  // the last k-block of an H that is no multiple of 64: zeros, whatever follows the row in memory
+        const bool exists = block * 64 + chunk * 8 < p.hidden;  // H is a multiple of 8: a chunk is in or out
+#pragma unroll
+        for (int i = 0; i < STEPS; i++)
+          if (first + i * STRIDE < own.width) copy_16_or_zero(to + i * 2048, exists ? row[i] : p.x, exists ? 16 : 0);
+      }
+      if (LoadsWeights && threadIdx.x == 0) load_weights(stage, weights, full, own, block * 64, rank);
       barrier_arrive_after_copies(full);
       pipe.advance<Shape>();
     }

@@ -12,13 +12,15 @@
 //   begun               1                                      the copies of another tile have begun: publish the next
 //   ring[16]            1 + 16 bytes                           a tile was drawn (tickets.cuh)
 //
-// Shared memory: 4 stages of 49152, for each consumer warpgroup [128 tokens][64 features] to store from, then barriers.
+// Shared memory: 4 stages of 50176, for each consumer warpgroup [112 tokens][64 features] to store from, then barriers. There
+// is no room for all 136 tokens: the last of a wide tile leave in a second store.
 #include "up.cuh"
 
 static_assert(HALVES && !SAVE, "other layouts and training use up.cu");
 
 typedef UpShape<4> Shape;
-constexpr u32 STORE_BYTES = TOKENS * 128;
+constexpr int STORE_TOKENS = 112;
+constexpr u32 STORE_BYTES = STORE_TOKENS * 128;
 constexpr u32 STORES = Shape::STAGES * STAGE_BYTES, BARRIERS = STORES + 2 * STORE_BYTES;
 constexpr u32 FULL = BARRIERS, EMPTY = FULL + Shape::STAGES * 8, BEGUN = EMPTY + Shape::STAGES * 8;
 constexpr u32 RING_AT = (BEGUN + 8 + 15) / 16 * 16;
@@ -39,18 +41,22 @@ DEVICE void load(const Params& p, const TensorMap* weights, Pipeline pipe, TileR
   }
 }
 
-// 16 token columns of gate and up sums as 16 rows of a [tokens][64 features] tile.
+// Token columns of gate and up sums, 16 or 8 of them, as rows of a [tokens][64 features] tile.
+template <int Columns>
 DEVICE void store_activated(u32 tile, int column, u32 warp, u32 lane, const float* gate, const float* up, const BiasRows& bias) {
-  u32 out[4];
+  u32 out[Columns / 4];
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
+  for (int i = 0; i < Columns / 4; i++) {
     const float g = bias.value[0][i & 1], u = bias.value[1][i & 1];
     float first, second;
     activate_two(biased(gate[2 * i], g), biased(up[2 * i], u), biased(gate[2 * i + 1], g), biased(up[2 * i + 1], u), first, second);
     out[i] = ELEMENT::pack(first, second);
   }
-  const u32 token = column + (lane & 7) + ((lane >> 4) << 3), chunk = warp * 2 + ((lane >> 3) & 1);
-  store_matrices_transposed(tile + swizzled(token, chunk), out[0], out[1], out[2], out[3]);
+  const u32 chunk = warp * 2 + ((lane >> 3) & 1);
+  if constexpr (Columns == 16)
+    store_matrices_transposed(tile + swizzled(column + (lane & 7) + ((lane >> 4) << 3), chunk), out[0], out[1], out[2], out[3]);
+  else
+    store_two_matrices_transposed(tile + swizzled(column + (lane & 7), chunk), out[0], out[1]);
 }
 
 DEVICE void sync_consumers(u32 warpgroup) {
@@ -72,17 +78,27 @@ DEVICE void consume(const Params& p, const TensorMap* activated, Pipeline pipe, 
     multiply_class<Shape>(own.width, sums, pipe, warpgroup * 2 * BLOCK_BYTES, k_blocks);
     BiasRows bias;
     bias.load(p, own, warpgroup, warp, lane);
-    if (storing) tma_store_wait_read<0>();  // the buffer's last store has left
-    sync_consumers(warpgroup);
 #pragma unroll
-    for (int column = 0; column < TOKENS; column += 16)
-      if (column < own.rows) store_activated(buffer, column, warp, lane, &sums[0][column / 2], &sums[1][column / 2], bias);
-    fence_async_shared();
-    sync_consumers(warpgroup);
-    if (storing) {
-      if (own.rows > 0) tma_store_3d(activated, buffer, own.feature + warpgroup * 64, RAGGED - own.rows, own.row + own.rows);
-      tma_store_commit();
-    }
+    for (int first = 0; first < TOKENS; first += STORE_TOKENS)
+      if (first < own.rows) {
+        if (storing) tma_store_wait_read<0>();  // the buffer's last store has left
+        sync_consumers(warpgroup);
+#pragma unroll
+        for (int column = first; column < (first ? TOKENS : STORE_TOKENS); column += 16)
+          if (column < own.rows) {
+            const float *gate = &sums[0][column / 2], *up = &sums[1][column / 2];
+            if (column + 16 <= TOKENS)
+              store_activated<16>(buffer, column - first, warp, lane, gate, up, bias);
+            else
+              store_activated<8>(buffer, column - first, warp, lane, gate, up, bias);
+          }
+        fence_async_shared();
+        sync_consumers(warpgroup);
+        if (storing) {
+          tma_store_3d(activated, buffer, own.feature + warpgroup * 64, RAGGED - own.rows + first, own.row + own.rows);
+          tma_store_commit();
+        }
+      }
   }
   if (storing) tma_store_wait<0>();
 }

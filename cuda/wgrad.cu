@@ -9,6 +9,7 @@
 // through cp.async as through TMA.
 //
 // Macros: ELEMENT; GATHER (P by token index, or as it is); P_INNERMOST (which feature is contiguous in the result);
+// RING_STAGES and STORE_FEATURES: 3 and 256, a tile leaves in one store, or 4 and 128 where experts have few rows;
 // LAUNCH_REGISTERS (168 a thread, or 160: that leaves every SM room for four warps of 32 registers, the combine that runs
 // beside this kernel).
 //
@@ -28,8 +29,9 @@
 //   named 1, 2     128                                                   a consumer warpgroup around its store buffer
 //
 // Ragged k without padding: rows past the expert's end must count as exact zeros in both operands (a neighbour's Inf
-// times zero is NaN). TMA clips through the ragged load map (hopper.cuh), cp.async through its source size. An expert
-// without rows runs one k-block of zeros and so stores zeros: no special case.
+// times zero is NaN). TMA clips through the ragged load map (hopper.cuh), cp.async through its source size. Of the last
+// k-block only the steps of 16 rows that hold any are multiplied: at 256 rows an expert half of the experts have a fifth
+// k-block that is nearly empty. An expert without rows runs one step of zeros and so stores zeros: no special case.
 #include "mainloop.cuh"
 #include "tickets.cuh"
 
@@ -39,13 +41,13 @@ constexpr int GATHER_THREADS = 96;
 
 struct Shape {
   typedef ELEMENT Element;
-  static constexpr int STAGES = 3;
+  static constexpr int STAGES = RING_STAGES;
   static constexpr u32 B_OFFSET = 2 * BOX, STAGE_BYTES = 6 * BOX;  // 128 features of P, 256 of Q
-  static constexpr int BLOCKS = 1, WIDTH = 256, STEP = 256;
+  static constexpr int BLOCKS = 1, WIDTH = 256;
   static constexpr bool A_MN_MAJOR = true, B_MN_MAJOR = true, GATHERED = GATHER;
 };
 
-constexpr u32 STORE_BYTES = 64 * 256 * 2;  // a consumer warpgroup's result
+constexpr u32 STORE_BYTES = 64 * STORE_FEATURES * 2;  // of a consumer warpgroup: 64 P x STORE_FEATURES of Q
 constexpr u32 STORES = Shape::STAGES * Shape::STAGE_BYTES, FULL = STORES + 2 * STORE_BYTES;
 constexpr u32 EMPTY = FULL + Shape::STAGES * 8, RING_AT = (EMPTY + Shape::STAGES * 8 + 15) / 16 * 16;
 static_assert(RING_AT + RING_BYTES + 1024 <= SHARED_BYTES, "the launch reserves SHARED_BYTES");
@@ -73,14 +75,15 @@ static_assert(sizeof(Params) == 56, "filled by the launcher");
 // Ticket -> tile: experts by rows, most first (the short ones fill the gaps at the end); of an expert Q tiles outer, P tiles
 // inner, so that neighbours share Q in the L2. A tile's column is q tile << 16 | p tile.
 // No warp is free to wait for the atomic and for the two dependent loads: they are begun at successive k-blocks, each used
-// at the next.
+// at the next; the last one is used at the first k-block of the tile that follows, because a tile may have only a few.
 struct ExpertScheduler : TileScheduler {
   const int* offsets;
   const int* expert_order;
   int p_tiles, tiles_each, experts;
+  bool ready;  // a tile is looked up and not yet published
 
   DEVICE ExpertScheduler(const Params& p, u32 ring_) {
-    ring = ring_, published = 0, counter = p.counter, more = true;
+    ring = ring_, published = 0, counter = p.counter, more = true, ready = false;
     offsets = p.offsets, expert_order = p.expert_order, experts = p.experts;
     p_tiles = (p.p_features + 255) / 256;
     tiles_each = p_tiles * ((p.q_features + 255) / 256);
@@ -103,12 +106,12 @@ struct ExpertScheduler : TileScheduler {
       publish<2>();
     }
   }
-  DEVICE void step(int block, int blocks) {  // publishes the tile after next
+  DEVICE void step(int block, int blocks) {  // publishes the next tile, and looks up the one after it
+    if (block == 0 && ready) publish<2>(), ready = false;
     if (!more) return;
     if (block == 0) draw();
-    if (block == min(2, blocks - 1)) look_up_expert();
-    if (block == min(3, blocks - 1)) look_up_rows();
-    if (block == min(4, blocks - 1)) publish<2>();
+    if (block == min(1, blocks - 1)) look_up_expert();
+    if (block == min(2, blocks - 1)) look_up_rows(), ready = true;
   }
 };
 
@@ -197,7 +200,8 @@ class RowGather {
                    "l"(row[0]), "l"(row[1]), "l"(row[2]), "l"(row[3]), "l"(row[4])
                    : "memory");
       if (sixth) asm volatile(COPY "[%0+7680], [%1], 16;\n" COPY "[%0+15872], [%1+128], 16;" ::"r"(odd), "l"(row[5]) : "memory");
-    } else {  // the last k-block of an expert, or the last features: what does not exist is filled with zeros
+    } else {  // the last k-block of an expert, or the last features: what is multiplied and does not exist becomes zeros
+      const int multiplied = max((left + 15) & ~15, 16);
       u32 bytes_0[STEPS], bytes_1[STEPS];
 #pragma unroll
       for (int i = 0; i < STEPS; i++) {
@@ -211,7 +215,7 @@ class RowGather {
       pipe.wait_empty();
 #pragma unroll
       for (int i = 0; i < STEPS; i++)
-        if (i < 5 || sixth) {
+        if ((i < 5 || sixth) && first + i * STRIDE < multiplied) {
           const u32 target = (i & 1 ? odd : even) + i * 1536;
           copy_16_or_zero(target, row[i], bytes_0[i]);
           copy_16_or_zero(target + BOX, row[i] + 128, bytes_1[i]);
@@ -292,36 +296,39 @@ DEVICE void consume(const TensorMap* result, Pipeline pipe, TileReader tiles, u3
   Tile tile;
   while (tiles.next(tile)) {
     Accumulators<Shape> sums;
-    multiply<Shape, 256>(sums, pipe, warpgroup * BOX, k_blocks(tile));
+    multiply_ragged<Shape, 256>(sums, pipe, warpgroup * BOX, tile.rows);
 
     // The store runs on while the next tile is multiplied; it is waited for only when its buffer is written again.
-    if (storing) tma_store_wait_read<0>();
-    sync_consumers(warpgroup);
 #pragma unroll
-    for (int j = 0; j < 256; j += 16) {  // sixteen Q features
-      // a, b: P features 0-7 and 8-15 of the warp's sixteen at the first eight of Q; c, d: at the other eight.
-      const float* s = sums[0] + j / 2;
-      const u32 a = ELEMENT::pack(s[0], s[1]), b = ELEMENT::pack(s[2], s[3]);
-      const u32 c = ELEMENT::pack(s[4], s[5]), d = ELEMENT::pack(s[6], s[7]);
-      if constexpr (P_INNERMOST) {  // buffer [256 q][64 p]
-        const u32 q = j + (lane & 7) + (lane >> 4) * 8, chunk = warp * 2 + ((lane >> 3) & 1);
-        store_matrices_transposed(buffer + swizzled(q, chunk), a, b, c, d);
-      } else {                      // four buffers [64 p][64 q]
-        const u32 p = warp * 16 + (lane & 7) + ((lane >> 3) & 1) * 8, chunk = j / 8 + (lane >> 4);
-        store_matrices(buffer + (chunk >> 3) * BOX + swizzled(p, chunk & 7), a, b, c, d);
-      }
-    }
-    fence_async_shared();
-    sync_consumers(warpgroup);
-    if (storing) {
-      const int p = p_begin(tile, rank) + (int)warpgroup * 64, q = q_begin(tile);
-      if constexpr (P_INNERMOST) {
-        tma_store_3d(result, buffer, p, q, tile.expert);
-      } else {
+    for (int begin = 0; begin < 256; begin += STORE_FEATURES) {
+      if (storing) tma_store_wait_read<0>();
+      sync_consumers(warpgroup);
 #pragma unroll
-        for (int i = 0; i < 4; i++) tma_store_3d(result, buffer + i * BOX, q + i * 64, p, tile.expert);
+      for (int j = 0; j < STORE_FEATURES; j += 16) {  // sixteen Q features
+        // a, b: P features 0-7 and 8-15 of the warp's sixteen at the first eight of Q; c, d: at the other eight.
+        const float* s = sums[0] + (begin + j) / 2;
+        const u32 a = ELEMENT::pack(s[0], s[1]), b = ELEMENT::pack(s[2], s[3]);
+        const u32 c = ELEMENT::pack(s[4], s[5]), d = ELEMENT::pack(s[6], s[7]);
+        if constexpr (P_INNERMOST) {  // buffer [STORE_FEATURES q][64 p]
+          const u32 q = j + (lane & 7) + (lane >> 4) * 8, chunk = warp * 2 + ((lane >> 3) & 1);
+          store_matrices_transposed(buffer + swizzled(q, chunk), a, b, c, d);
+        } else {                      // STORE_FEATURES / 64 buffers [64 p][64 q]
+          const u32 p = warp * 16 + (lane & 7) + ((lane >> 3) & 1) * 8, chunk = j / 8 + (lane >> 4);
+          store_matrices(buffer + (chunk >> 3) * BOX + swizzled(p, chunk & 7), a, b, c, d);
+        }
       }
-      tma_store_commit();
+      fence_async_shared();
+      sync_consumers(warpgroup);
+      if (storing) {
+        const int p = p_begin(tile, rank) + (int)warpgroup * 64, q = q_begin(tile) + begin;
+        if constexpr (P_INNERMOST) {
+          tma_store_3d(result, buffer, p, q, tile.expert);
+        } else {
+#pragma unroll
+          for (int i = 0; i < STORE_FEATURES / 64; i++) tma_store_3d(result, buffer + i * BOX, q + i * 64, p, tile.expert);
+        }
+        tma_store_commit();
+      }
     }
   }
   if (storing) tma_store_wait<0>();

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from problems import forbid_torch_path
+
+# Workers of pytest-xdist share the cores: each with threads for all of them would mostly wait.
+if WORKERS := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // WORKERS))
 
 NEEDS_GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 

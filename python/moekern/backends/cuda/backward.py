@@ -19,12 +19,11 @@ from torch import Tensor
 from moekern.activations import ACTIVATIONS, split
 from moekern.backends import address
 from moekern.backends.cuda import backward_kernels as own
-from moekern.backends.cuda import kernels, torch_path
+from moekern.backends.cuda import kernels
 from moekern.backends.cuda.configuration import Configuration
 from moekern.backends.cuda.forward import PROGRAMS, _stream, round_up
 from moekern.backends.cuda.loader import KernelSource
 from moekern.backends.cuda.program import Placeholder, record_parts, sources_of
-from moekern.backends.cuda.torch_path import warn_once
 
 # Places of the addresses in a replay.
 DOUT, X, PRE, SCORES, ORDER, INVERSE, OFFSETS, W_UP, W_DOWN, B_DOWN, WORK = range(11)
@@ -144,7 +143,10 @@ class _Launches:
             bias = self._place(B_DOWN, (z.experts, z.hidden)) if z.has_down_bias else None
             own.score_gradient(partials, self.inverse, self.offsets, self.dout, bias, z.top_k, self.grads[1])
         if scaled is not None:
-            own.wgrad(self.dout, scaled, self.token, self.offsets, self.tables, self.grads[3], z.transposed)
+            own.wgrad(
+                self.dout, scaled, self.token, self.offsets, self.tables, self.grads[3], z.transposed,
+                stages=z.chosen.wgrad_stages,
+            )  # fmt: skip
         if wanted[5]:
             own.bias_gradient(self.dout, self.token, self.score, self.offsets, self.grads[5])
         if wanted[0]:
@@ -161,7 +163,7 @@ class _Launches:
         if z.wanted[2]:
             own.wgrad(
                 self.x, self.grad_pre, self.token, self.offsets, tables, self.grads[2], not z.transposed,
-                160 if self.beside else 168,
+                160 if self.beside else 168, z.chosen.wgrad_stages,
             )  # fmt: skip
         if z.wanted[4]:
             own.bias_gradient(self.grad_pre, None, None, self.offsets, self.grads[4])
@@ -256,12 +258,6 @@ def experts_backward(
     Arguments are those of :func:`moekern.backends.reference.experts_backward`, and the configuration. The tensors are
     not empty and their device is current.
     """
-    if dout.numel() >= own.DH_ELEMENTS:
-        warn_once(f"the Hopper backward needs fewer than 2^35 elements of x, not {dout.numel()}")
-        return torch_path.experts_backward(
-            dout, x, pre, scores, order, inverse, offsets, w_gate_up, w_down, b_gate_up, b_down,
-            top_k, activation, transposed, interleaved, needs,
-        )  # fmt: skip
     inputs = (x, scores, w_gate_up, w_down, b_gate_up, b_down)
     wanted = tuple(t is not None and need for t, need in zip(inputs, needs, strict=True))
     empty = x.new_empty(0)

@@ -26,9 +26,9 @@ from moekern.backends.cuda.kernels import (
 from moekern.backends.cuda.program import Map, launch
 
 DH_SHARED = 230912
-WGRAD_SHARED = 214528
+WGRAD_SHARED = {3: 214528, 4: 230912}  # by stages
+WGRAD_STORE_FEATURES = {3: 256, 4: 128}
 DH_FEATURES = 256  # of a tile, and of one partial sum of dS
-DH_ELEMENTS = 1 << 35  # fewer than this in dO: its rows are addressed by 32 bits in units of 16 bytes
 BESIDE_TOP_K = (1, 2, 4, 8)
 BESIDE_FEATURES = 512  # of a block
 
@@ -42,11 +42,12 @@ def dh_variant(dtype: torch.dtype, activation: str, transposed: bool, interleave
     )  # fmt: skip
 
 
-def wgrad_variant(dtype: torch.dtype, gather: bool, p_innermost: bool, launch_registers: int) -> Macros:
+def wgrad_variant(dtype: torch.dtype, gather: bool, p_innermost: bool, launch_registers: int, stages: int) -> Macros:
     """Macros of the weight gradient."""
     return (
         ("ELEMENT", ELEMENT[dtype]), ("GATHER", int(gather)), ("LAUNCH_REGISTERS", launch_registers),
-        ("P_INNERMOST", int(p_innermost)), ("SHARED_BYTES", WGRAD_SHARED),
+        ("P_INNERMOST", int(p_innermost)), ("RING_STAGES", stages), ("SHARED_BYTES", WGRAD_SHARED[stages]),
+        ("STORE_FEATURES", WGRAD_STORE_FEATURES[stages]),
     )  # fmt: skip
 
 
@@ -95,7 +96,7 @@ def dh(
         MAP_ELEMENT[dout.dtype], w_down.data_ptr(), (inner, outer, experts), (2 * inner, 2 * inner * outer), (64, 64, 1)
     )  # fmt: skip
     params = struct.pack(
-        "<9Q3iI", tables.table, tables.counter(), dout.data_ptr(), rows.token.data_ptr(), rows.score.data_ptr(),
+        "<9Q3iI", tables.tall, tables.counter(), dout.data_ptr(), rows.token.data_ptr(), rows.score.data_ptr(),
         pre.data_ptr(), grad_pre.data_ptr(), address(scaled), address(partials),
         hidden, inter, -(-inter // DH_FEATURES), hidden // 8,
     )  # fmt: skip
@@ -119,6 +120,7 @@ def wgrad(
     out: Tensor,
     p_innermost: bool,
     launch_registers: int = 168,
+    stages: int = 3,
 ) -> None:
     """``out[e] = sum over the rows of e of p_r^T q_r``: ``[E, p, q]``, or ``[E, q, p]`` with `p_innermost`.
 
@@ -126,20 +128,22 @@ def wgrad(
     """
     device, experts = q.get_device(), out.shape[0]
     gather = row_token is not None
-    macros = wgrad_variant(q.dtype, gather, p_innermost, launch_registers)
+    macros = wgrad_variant(q.dtype, gather, p_innermost, launch_registers, stages)
     q_map = _ragged_rows(q)
     p_map = q_map if gather else _ragged_rows(p)
+    lines = WGRAD_STORE_FEATURES[stages] if p_innermost else 64
     result: Map = (
         MAP_ELEMENT[q.dtype], out.data_ptr(), (out.shape[2], out.shape[1], experts),
-        (2 * out.shape[2], 2 * out.shape[2] * out.shape[1]), (64, 256 if p_innermost else 64, 1),
+        (2 * out.shape[2], 2 * out.shape[2] * out.shape[1]), (64, lines, 1),
     )  # fmt: skip
     params = struct.pack(
         "<5Q3iI", offsets.data_ptr(), tables.expert_order, tables.counter(), p.data_ptr(), address(row_token),
         experts, p.shape[1], q.shape[1], 2 * p.shape[1],
     )  # fmt: skip
-    function = _function(device, "wgrad.cu", "wgrad", WGRAD_SHARED, macros)
+    shared = WGRAD_SHARED[stages]
+    function = _function(device, "wgrad.cu", "wgrad", shared, macros)
     maps = [p_map, q_map, result]
-    launch(function, device, multiprocessors(device), 384, WGRAD_SHARED, maps, params)
+    launch(function, device, multiprocessors(device), 384, shared, maps, params)
 
 
 def score_gradient(

@@ -23,6 +23,7 @@ class Configuration:
     few_rows: bool = False  # an expert has few rows on average: the up projection's form for that, in inference
     stages: int = 3  # of the down projection's pipeline
     store_rows: int = 256  # rows of one of its stores
+    wgrad_stages: int = 3  # of the weight gradients' pipeline
     combine_beside: bool = True  # the backward's combine beside the weight gradient, where that pays (backward.py)
     reason: str = ""
 
@@ -30,7 +31,8 @@ class Configuration:
         if self.path == "torch":
             return f"torch ({self.reason})"
         up = "the consumers' epilogue unless it saves" if self.few_rows else "an epilogue warpgroup"
-        return f"hopper: up with {up}; down with {self.stages} stages, stores of {self.store_rows} rows"
+        down = f"down with {self.stages} stages, stores of {self.store_rows} rows"
+        return f"hopper: up with {up}; {down}; weight gradients with {self.wgrad_stages} stages"
 
 
 def choose(
@@ -65,5 +67,5 @@ def choose(
     if not aligned:
         return Configuration("torch", reason="the Hopper kernels need tensors that start at multiples of 16 bytes")
     if slots < FEW_ROWS * experts:
-        return Configuration("hopper", few_rows=True, stages=4, store_rows=128)
+        return Configuration("hopper", few_rows=True, stages=4, store_rows=128, wgrad_stages=4)
     return Configuration("hopper")

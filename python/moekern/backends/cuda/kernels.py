@@ -21,9 +21,10 @@ MAP_ELEMENT = {torch.bfloat16: 9, torch.float16: 6}  # CU_TENSOR_MAP_DATA_TYPE_*
 ID_TYPE = {torch.uint8: 0, torch.uint16: 1, torch.int32: 2, torch.int64: 3}
 RAGGED = 1 << 30  # hopper.cuh
 MOST_ROWS = (1 << 31) - 1
-UP_SHARED, UP_FEW_SHARED = 214528, 230912
+UP_SHARED, UP_FEW_SHARED = 221696, 230912
 GROUPED_SHARED = {3: 214528, 4: 230912}
-TILE_ROWS = 256
+TILE_ROWS = 256  # of the lower tiles: plan.cu
+UP_TOKENS, UP_FEW_STORE_TOKENS = 136, 112  # of a block; of one store of a consumer warpgroup
 COUNTERS = 8
 COMBINE_TOP_K = (1, 2, 4, 8)
 
@@ -125,12 +126,15 @@ def plan(topk_ids: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor, coun
 
 
 class Tables:
-    """The tile table of a verb, its experts by rows, and its ticket counters, all in one small piece of memory."""
+    """The tile tables of a verb, its experts by rows, and its ticket counters, all in one small piece of memory.
+
+    `table` is of tiles of up to 256 rows, `tall` of up to 272.
+    """
 
     @staticmethod
     def size(rows: int, experts: int) -> int:
         """Bytes it needs."""
-        return 16 * Tables._entries(rows, experts) + 4 * experts + 4 * COUNTERS
+        return 2 * 16 * Tables._entries(rows, experts) + 4 * experts + 4 * COUNTERS
 
     @staticmethod
     def _entries(rows: int, experts: int) -> int:
@@ -143,11 +147,12 @@ class Tables:
             memory = torch.empty(self.size(rows, experts), dtype=torch.uint8, device=offsets.device)
         self.memory = memory
         self.table = memory.data_ptr()
-        self.expert_order = self.table + 16 * self._entries(rows, experts)
+        self.tall = self.table + 16 * self._entries(rows, experts)
+        self.expert_order = self.tall + 16 * self._entries(rows, experts)
         self._next_counter = self.expert_order + 4 * experts
-        addresses = offsets.data_ptr(), self.table, self.expert_order if ordered else 0, self._next_counter
-        params = struct.pack("<4Q2i", *addresses, experts, COUNTERS)
-        launch(_function(device, "plan.cu", "tiles", 0, ()), device, 1, 1024, 0, [], params)
+        addresses = offsets.data_ptr(), self.table, self.tall, self.expert_order if ordered else 0, self._next_counter
+        params = struct.pack("<5Q2i", *addresses, experts, COUNTERS)
+        launch(_function(device, "plan.cu", "tiles", 0, ()), device, 2, 1024, 0, [], params)
 
     def counter(self) -> int:
         """The address of a ticket counter that no other kernel of the verb uses."""
@@ -182,9 +187,9 @@ def _ragged_rows(rows: Tensor, box_rows: int) -> Map:
 def _pre_activation(pre: Tensor, inter: int, halves: bool) -> Map:
     element, columns = MAP_ELEMENT[pre.dtype], pre.shape[1]
     if not halves:
-        return _ragged_rows(pre, 128)
+        return _ragged_rows(pre, UP_TOKENS)
     base, strides = _ragged(pre.data_ptr(), 2 * columns), (2 * inter, 4 * inter, 4 * inter)
-    return element, base, (inter, 2, RAGGED, MOST_ROWS), strides, (64, 1, 128, 1)
+    return element, base, (inter, 2, RAGGED, MOST_ROWS), strides, (64, 1, UP_TOKENS, 1)
 
 
 def up(
@@ -215,13 +220,13 @@ def up(
     few_rows = file == "up_few.cu"
     shared = UP_FEW_SHARED if few_rows else UP_SHARED
     params = struct.pack(
-        "<6Q4i", tables.table, tables.counter(), x.data_ptr(), order.data_ptr(), activated.data_ptr(),
+        "<6Q4i", tables.tall, tables.counter(), x.data_ptr(), order.data_ptr(), activated.data_ptr(),
         0 if bias is None else bias.data_ptr(), -(-inter // (128 if act.gated else 256)), hidden, inter, top_k,
     )  # fmt: skip
     weight_map = _up_weights(weights, hidden, inter, halves, transposed)
     function = _function(device, file, file.removesuffix(".cu"), shared, macros)
     if few_rows:
-        second_map = _ragged_rows(activated, 128)
+        second_map = _ragged_rows(activated, UP_FEW_STORE_TOKENS)
     else:
         second_map = weight_map if pre is None else _pre_activation(pre, inter, halves)
     maps = [weight_map, second_map]

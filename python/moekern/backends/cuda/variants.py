@@ -14,6 +14,7 @@ from moekern.backends.cuda.loader import KernelSource
 DTYPES = (torch.bfloat16, torch.float16)
 DOWN_FORMS = ((3, 256), (4, 128))  # stages, rows of a store: configuration.py
 LAUNCH_REGISTERS = (168, 160)  # of the weight gradient: alone, and beside the combine
+WGRAD_STAGES = (3, 4)
 
 
 def layer(
@@ -42,8 +43,8 @@ def layer(
     ]
     macros = backward_kernels.dh_variant(dtype, activation, transposed, interleaved)
     found.append(KernelSource.of("dh.cu", dict(macros)))
-    for innermost, registers in itertools.product((False, True), LAUNCH_REGISTERS):
-        macros = backward_kernels.wgrad_variant(dtype, True, innermost, registers)
+    for innermost, registers, stages in itertools.product((False, True), LAUNCH_REGISTERS, WGRAD_STAGES):
+        macros = backward_kernels.wgrad_variant(dtype, True, innermost, registers, stages)
         found.append(KernelSource.of("wgrad.cu", dict(macros)))
     return found
 
@@ -53,8 +54,9 @@ def products(dtype: torch.dtype) -> list[KernelSource]:
     kinds = itertools.product((False, True), DOWN_FORMS)
     found = [kernels.grouped_mm_variant(dtype, False, transposed, *form) for transposed, form in kinds]
     sources = [KernelSource.of("grouped_mm.cu", dict(macros)) for macros in found]
-    gradient = backward_kernels.wgrad_variant(dtype, False, False, LAUNCH_REGISTERS[0])
-    return [KernelSource.of("plan.cu", {}), *sources, KernelSource.of("wgrad.cu", dict(gradient))]
+    found = [backward_kernels.wgrad_variant(dtype, False, False, LAUNCH_REGISTERS[0], s) for s in WGRAD_STAGES]
+    gradients = [KernelSource.of("wgrad.cu", dict(macros)) for macros in found]
+    return [KernelSource.of("plan.cu", {}), *sources, *gradients]
 
 
 def _distinct(groups: Iterable[list[KernelSource]]) -> list[KernelSource]:
