@@ -7,30 +7,29 @@ all rows: no gather, no activation) that streams more than the L2 holds; order i
 the paired ratios. The whole backward counts every launch, and the four cuBLAS matmuls are its ceiling; "serial" is the
 same with the combine of the input gradient on the same stream.
 
-`--without-copies` builds the gathering kernels with their cp.async commented out: their results are wrong, their times
-are the bound that the gather has to reach.
+`--without-copies` builds the gathering kernels without their cp.async: the bound that their gather has to reach.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
-import shutil
+import shlex
 import statistics
-import tempfile
+import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from bounds import without_copies
 from moekern.backends import reference
-from moekern.backends.cuda import backward, backward_kernels, kernels, loader
-from moekern.backends.cuda.configuration import Configuration
+from moekern.backends.cuda import backward, backward_kernels, kernels
+from moekern.backends.cuda.configuration import choose
 
 SHAPES = {  # tokens, hidden, inter, experts, top_k
     "qwen3-30b-a3b": (32768, 2048, 768, 128, 8),
@@ -79,8 +78,7 @@ def items_of(shape: tuple[int, int, int, int, int], routing: str) -> list[Item]:
         normal(experts, 2 * inter, hidden, scale=hidden**-0.5),
         normal(experts, hidden, inter, scale=inter**-0.5),
     )
-    few = slots < 600 * experts
-    chosen = Configuration("hopper", few_rows=True, stages=4, store_rows=128) if few else Configuration("hopper")
+    chosen = choose(torch.bfloat16, (9, 0), slots, experts, hidden, inter)
     alone = replace(chosen, combine_beside=False)
     settings = (top_k, "swiglu", False, False)
     arguments = (dout, x, pre, scores, order, inverse, offsets, w_gate_up, w_down, None, None, *settings, [True] * 6)
@@ -117,11 +115,11 @@ def items_of(shape: tuple[int, int, int, int, int], routing: str) -> list[Item]:
     def run_dgrad(t: kernels.Tables) -> None:
         kernels.grouped_mm(dh, w_gate_up, None, grad_rows, t, True, chosen.stages, chosen.store_rows)
 
-    def run_dw_down(t: kernels.Tables) -> None:
-        backward_kernels.wgrad(dout, scaled, rows.token, offsets, t, dw_down, p_innermost=False)
+    def run_dw_down(t: kernels.Tables, stages: int) -> None:
+        backward_kernels.wgrad(dout, scaled, rows.token, offsets, t, dw_down, False, stages=stages)
 
-    def run_dw_gate_up(t: kernels.Tables) -> None:
-        backward_kernels.wgrad(x, dh, rows.token, offsets, t, dw_gate_up, p_innermost=True)
+    def run_dw_gate_up(t: kernels.Tables, stages: int) -> None:
+        backward_kernels.wgrad(x, dh, rows.token, offsets, t, dw_gate_up, True, stages=stages)
 
     def run_combine(_: object) -> None:
         kernels.combine(grad_rows, None, inverse, offsets, dx, top_k)
@@ -139,23 +137,18 @@ def items_of(shape: tuple[int, int, int, int, int], routing: str) -> list[Item]:
     return [
         Item("dh", flops, tables, run_dh, base_dh),
         Item("dgrad", 2 * flops, tables, run_dgrad, base_dgrad),
-        Item("dw_down", flops, tables, run_dw_down, base_dw_down),
-        Item("dw_gate_up", 2 * flops, tables, run_dw_gate_up, base_dw_gate_up),
+        *(
+            item
+            for s in (3, 4)
+            for item in (
+                Item(f"dw_down, {s} stages", flops, tables, partial(run_dw_down, stages=s), base_dw_down),
+                Item(f"dw_gate_up, {s} stages", 2 * flops, tables, partial(run_dw_gate_up, stages=s), base_dw_gate_up),
+            )
+        ),
         Item("combine", 0.0, tables, run_combine, base_dh),
         Item("serial", 6 * flops, tables, run_backward_serially, base_backward),
         Item("backward", 6 * flops, tables, run_backward, base_backward),
     ]
-
-
-def without_copies(directory: Path) -> None:
-    """Put the CUDA sources into a directory, the gathers' copies as comments, and have kernels built from there."""
-    shutil.copytree(loader.cuda_directory(), directory, dirs_exist_ok=True)
-    for file in ("dh.cu", "wgrad.cu"):
-        text = (directory / file).read_text()
-        copies = '#define COPY "cp.async.cg.shared.global.L2::256B "'
-        assert text.count(copies) == 1
-        (directory / file).write_text(text.replace(copies, '#define COPY "// "'))
-    os.environ["MOEKERN_CUDA_DIR"] = str(directory)
 
 
 def measure(items: list[Item], rounds: int) -> dict[str, dict[str, float]]:
@@ -198,24 +191,27 @@ def main() -> None:
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--routing", choices=("uniform", "zipf"), default="uniform")
-    parser.add_argument("--only", default="", help="names of the items to measure, all by default")
+    parser.add_argument(
+        "--only", default="", help="names of the items to measure, separated by semicolons; all by default"
+    )
     parser.add_argument("--without-copies", action="store_true")
     parser.add_argument("--json")
     options = parser.parse_args()
     if options.without_copies:
-        without_copies(Path(tempfile.mkdtemp()))
+        without_copies()
     torch.manual_seed(0)
     results = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "routing": options.routing,
+        "command": shlex.join(["python", *sys.argv]),
         "shapes": {},
     }
     print(f"{results['device']}, torch {results['torch']}, {options.routing} routing, bf16; % = cuBLAS time / own time")
     for name in options.shapes.split(","):
         items = items_of(SHAPES[name], options.routing)
         if options.only:
-            items = [item for item in items if item.name in options.only.split(",")]
+            items = [item for item in items if item.name in options.only.split(";")]
         measured = measure(items, options.rounds)
         del items
         torch.cuda.empty_cache()

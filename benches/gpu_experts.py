@@ -14,7 +14,9 @@ import argparse
 import json
 import os
 import random
+import shlex
 import statistics
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -23,6 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bounds import without_copies
 from moekern.backends import cuda, reference
 from moekern.backends.cuda import torch_path
 
@@ -212,7 +215,10 @@ def main() -> None:
     parser.add_argument("--parts", action="store_true", help="each kernel alone too")
     parser.add_argument("--forward-only", action="store_true")
     parser.add_argument("--only-moekern", action="store_true", help="no peers")
+    parser.add_argument("--without-copies", action="store_true", help="the gather's bound: wrong results")
     arguments = parser.parse_args()
+    if arguments.without_copies:
+        without_copies()
     names = list(SHAPES) if arguments.shapes == "all" else arguments.shapes.split(";")
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
@@ -226,7 +232,13 @@ def main() -> None:
         torch.cuda.empty_cache()
     card, routing = torch.cuda.get_device_name(), "Zipf-1" if arguments.zipf else "uniform"
     target = Path(os.environ.get("OUT", "."))
-    record = {"card": card, "torch": torch.__version__, "routing": routing, "figures": [asdict(f) for f in figures]}
+    record = {
+        "card": card,
+        "torch": torch.__version__,
+        "routing": routing,
+        "command": shlex.join(["python", *sys.argv]),
+        "figures": [asdict(f) for f in figures],
+    }
     (target / "gpu_experts.json").write_text(json.dumps(record, indent=1))
     print(f"\n{card}, torch {torch.__version__}, {routing} routing, bfloat16; share of cuBLAS at the same FLOPs")
     print(f"{'shape':<18} {'what':<38} {'ms':>9} {'TFLOP/s':>8} {'share':>6}")

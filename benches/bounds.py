@@ -1,0 +1,26 @@
+"""Builds of the gathering kernels without their gather: wrong results, whose times are what the gather has to reach."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from moekern.backends.cuda import loader
+
+# Every cp.async of a gather is written with one of these; as a comment it still takes its operands.
+COPIES = {"hopper.cuh": "COPY_16", "wgrad.cu": "COPY"}
+INSTRUCTION = '"cp.async.cg.shared.global.L2::256B "'
+
+
+def without_copies() -> None:
+    """Put the CUDA sources into a directory, the gathers' copies as comments, and have kernels built from there."""
+    directory = Path(tempfile.mkdtemp())
+    shutil.copytree(loader.cuda_directory(), directory, dirs_exist_ok=True)
+    for file, name in COPIES.items():
+        text = (directory / file).read_text()
+        copies = f"#define {name} {INSTRUCTION}"
+        assert text.count(copies) == 1
+        (directory / file).write_text(text.replace(copies, f'#define {name} "// "'))
+    os.environ["MOEKERN_CUDA_DIR"] = str(directory)
