@@ -48,7 +48,7 @@ class Row:
     shape: the name of the shape, with a sweep's value applied to tokens, experts or top_k.
     verb: one of VERBS. implementation: "moekern", "ceiling" or a peer's name.
     status: "ok"; "wrong": measured, but the result is off by ``error``; "skipped": not available here, or not for this
-        shape; "failed": it raised. ``reason`` says why for all but "ok".
+        shape; "failed": it raised. ``reason`` says why, for "ok" it is a remark or empty.
     seconds, low, high: median and quartiles of ``runs`` runs.
     flops: of the verb, 6TKHI forward and 18TKHI with the backward pass. bytes: the fewest it must move.
     share: the ceiling's time over this one's, the median of pairs run one after the other; 1 for the ceiling itself.
