@@ -16,6 +16,7 @@ from moekern.cli import main
 
 pytest.importorskip("cupy")
 
+from moekern import _core
 from moekern.backends.cuda import kernels, loader, program, variants
 from moekern.backends.cuda.loader import KernelError, KernelSource
 
@@ -164,6 +165,41 @@ def test_old_compilers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
             loader._nvrtc()
     finally:
         loader._nvrtc.cache_clear()
+
+
+def test_a_missing_cupy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("cupy", "cupy.cuda"):
+        monkeypatch.setitem(sys.modules, module, None)
+    loader._nvrtc.cache_clear()
+    try:
+        for use in (lambda: loader.check("sm_90a"), lambda: loader.cubin_path(SMALLEST)):
+            with pytest.raises(KernelError, match=r"need CuPy.*install moekern\[cuda13\] or moekern\[cuda12\]"):
+                use()
+    finally:
+        loader._nvrtc.cache_clear()
+
+
+def test_a_missing_nvrtc_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cupy.cuda import nvrtc
+
+    def fail() -> None:
+        raise RuntimeError("libnvrtc.so.13: cannot open shared object file")
+
+    monkeypatch.setattr(nvrtc, "getVersion", fail)
+    loader._nvrtc.cache_clear()
+    try:
+        with pytest.raises(KernelError, match=r"no NVRTC library.*libnvrtc\.so\.13.*install nvidia-cuda-nvrtc"):
+            loader._nvrtc()
+    finally:
+        loader._nvrtc.cache_clear()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver")
+def test_a_missing_driver_is_named() -> None:
+    with pytest.raises(KernelError, match=r"cannot load combine\.cu.*on device 0: .*driver"):
+        loader.load(SMALLEST, "combine", 0)
+    with pytest.raises(RuntimeError, match="libcuda"):
+        _core.cuda_launch(0, 0, 1, 1, 0, 0, [], b"")
 
 
 def test_compile_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
