@@ -15,6 +15,14 @@ def plan(
     ``id_type``: 0 uint8, 1 uint16, 2 int32, 3 int64.
     """
 
+def half_plan(
+    ids: int, id_type: int, slots: int, experts: int, inverse: int, offsets: int, threads: int
+) -> None:
+    """As :func:`plan` without ``order``, which follows: ``order[inverse[slot]] = slot``."""
+
+def wake_planner(slots: int, threads: int) -> None:
+    """Wake sleeping threads for a :func:`half_plan` of so many slots within the next 50 us."""
+
 def tiles(offsets: int, experts: int, height: int, longest_first: bool, out: int, capacity: int) -> int:
     """Write int32 ``out[capacity, 3]``, rows of (expert, first row, rows); return how many."""
 

@@ -6,6 +6,7 @@
 pub mod bandwidth;
 pub mod dtype;
 pub mod gemm;
+pub mod half_plan;
 pub mod pages;
 pub mod permute;
 pub mod plan;

@@ -1,7 +1,7 @@
 """The plan of ids on the GPU, made by Rust on the host: one synchronisation, then everything on its way again.
 
-The ids come over in the narrowest type, Rust sorts them with all threads, and of the result half goes back: a kernel
-makes the other half of it. Both kernels work on pinned memory in place (cuda/host_plan.cu).
+The ids come over in the narrowest type, meanwhile Rust's threads wake, they sort, and of the plan half goes back: a
+kernel makes the other half of it. Both kernels work on pinned memory in place (cuda/host_plan.cu).
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ class _Staging:
         self.ids = torch.empty(4 * slots, dtype=torch.uint8, pin_memory=True, device="cpu")
         self.inverse = torch.empty(slots, dtype=torch.int32, pin_memory=True, device="cpu")
         self.offsets = torch.empty(num_experts + 1, dtype=torch.int32, pin_memory=True, device="cpu")
-        self.order = torch.empty(slots, dtype=torch.int32, device="cpu")  # stays here
 
 
 _staging: OrderedDict[tuple[int, int], _Staging] = OrderedDict()
@@ -85,10 +84,12 @@ def plan(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
         narrow = kernels._function(device, "host_plan.cu", "narrow_ids", 0, ())
         spread = kernels._function(device, "host_plan.cu", "spread_plan", 0, ())
         launch(narrow, device, -(-slots * width // (16 * THREADS)), THREADS, 0, [], params)
+        threads = torch.get_num_threads()
+        _core.wake_planner(slots, threads)
         stream.synchronize()
-        _core.plan(
-            memory.ids.data_ptr(), _ID_TYPE[width], slots, num_experts, memory.order.data_ptr(),
-            memory.inverse.data_ptr(), memory.offsets.data_ptr(), torch.get_num_threads(),
+        _core.half_plan(
+            memory.ids.data_ptr(), _ID_TYPE[width], slots, num_experts, memory.inverse.data_ptr(),
+            memory.offsets.data_ptr(), threads,
         )  # fmt: skip
         params = struct.pack(
             "<5Q2i", memory.inverse.data_ptr(), memory.offsets.data_ptr(), order.data_ptr(), inverse.data_ptr(),
