@@ -77,7 +77,7 @@ class _EagerWideLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         return _WideLinear.forward(x, weight)
 
-    backward = _WideLinear.backward
+    backward = staticmethod(_WideLinear.backward)
 
 
 class Router(nn.Module):
