@@ -248,6 +248,7 @@ def test_the_layer_in_a_cuda_graph_follows_the_routing(grad: bool) -> None:
             assert torch.equal(a, b)
 
 
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # inductor's advice on the router's product
 def test_reduce_overhead() -> None:
     torch.compiler.reset()
     torch.manual_seed(0)
@@ -355,8 +356,8 @@ def test_gradients_agree_between_planners() -> None:
     p = problem(bias=True)
     wanted = train(p)
     planned = mk.plan(p.ids, E, planner="host")
-    w = p.w_down.clone().requires_grad_()
-    out = mk.experts(p.x, None, p.weights, p.w_gate_up, w, p.b_gate_up, p.b_down, plan=planned)
+    w = p.w_gate_up.clone().requires_grad_()
+    out = mk.experts(p.x, None, p.weights, w, p.w_down, p.b_gate_up, p.b_down, plan=planned)
     (grad,) = torch.autograd.grad(out, w, torch.ones_like(out))
     assert torch.equal(out, wanted[0])
-    assert torch.equal(grad, wanted[4])
+    assert torch.equal(grad, wanted[3])

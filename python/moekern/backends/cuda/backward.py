@@ -206,16 +206,7 @@ def sources(
 
 @cache
 def _side_stream(device: int) -> torch.cuda.Stream:
-    """A stream of our own: torch's first one brings 128 others with it, which takes seconds where streams are dear."""
-    import cupy
-
-    with cupy.cuda.Device(device):
-        stream = cupy.cuda.Stream(non_blocking=True)
-    _kept.append(stream)
-    return torch.cuda.ExternalStream(stream.ptr, device)  # type: ignore[no-untyped-call]
-
-
-_kept: list[Any] = []
+    return torch.cuda.Stream(device)
 
 
 def _only_down_projection(
