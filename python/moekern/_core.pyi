@@ -15,9 +15,7 @@ def plan(
     ``id_type``: 0 uint8, 1 uint16, 2 int32, 3 int64.
     """
 
-def half_plan(
-    ids: int, id_type: int, slots: int, experts: int, inverse: int, offsets: int, threads: int
-) -> None:
+def half_plan(ids: int, id_type: int, slots: int, experts: int, inverse: int, offsets: int, threads: int) -> None:
     """As :func:`plan` without ``order``, which follows: ``order[inverse[slot]] = slot``."""
 
 def wake_planner(slots: int, threads: int) -> None:
