@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 import moekern as mk
-from moekern.bench.ceiling import Clock, product
+from moekern.bench.ceiling import product
 from moekern.bench.problem import relative_error
-from moekern.bench.timing import Wait
+from moekern.bench.timing import Clock, Wait
 from suite import Case, run
 
 

@@ -1,6 +1,6 @@
 """The backward pass on one GPU, kernel by kernel and as a whole, against cuBLAS at the same number of operations.
 
-    python benches/gpu_backward.py [--shapes qwen3,olmoe] [--rounds 12] [--routing uniform|zipf]
+    python benches/gpu_backward.py [--shapes qwen3-30b-a3b,olmoe-1b-7b] [--rounds 12] [--routing uniform|zipf|hot|empty]
 
 Method: bf16, random data, top-k given. Every run directly follows a cuBLAS run of the same FLOPs (dense matmuls over
 all rows: no gather, no activation) that streams more than the L2 holds; order is random, the figure is the median of
@@ -30,18 +30,10 @@ from bounds import without_copies
 from moekern.backends import reference
 from moekern.backends.cuda import backward, backward_kernels, kernels
 from moekern.backends.cuda.configuration import choose
-
-SHAPES = {  # tokens, hidden, inter, experts, top_k
-    "qwen3-30b-a3b": (32768, 2048, 768, 128, 8),
-    "olmoe-1b-7b": (32768, 2048, 1024, 64, 8),
-    "sonic-30b": (32768, 4096, 1024, 64, 4),
-    "mixtral-8x7b": (8192, 4096, 14336, 8, 2),
-    "deepseek-v3": (16384, 7168, 2048, 64, 8),
-    "small-inter": (24576, 1536, 256, 128, 8),
-    "gpt-oss-20b": (16384, 2880, 2880, 32, 4),
-    "rows-512": (8192, 2048, 768, 128, 8),
-    "rows-256": (4096, 2048, 768, 128, 8),
-}
+from moekern.bench.routing import ROUTINGS
+from moekern.bench.routing import choose as choose_experts
+from moekern.bench.shapes import GPU
+from moekern.bench.shapes import chosen as chosen_shapes
 
 
 class Item(NamedTuple):
@@ -54,15 +46,6 @@ class Item(NamedTuple):
     base: Callable[[], object]
 
 
-def routed(tokens: int, experts: int, top_k: int, routing: str) -> Tensor:
-    """Top-k ids: every expert equally likely, or by Zipf's law with exponent 1."""
-    noise = torch.rand(tokens, experts, device="cuda").clamp(1e-7, 1 - 1e-7)
-    if routing == "zipf":
-        rank = torch.randperm(experts, device="cuda") + 1
-        noise = -(-noise.log()).log() - rank.log()
-    return noise.topk(top_k, dim=1).indices
-
-
 def items_of(shape: tuple[int, int, int, int, int], routing: str) -> list[Item]:
     """Everything that is timed for a shape."""
     tokens, hidden, inter, experts, top_k = shape
@@ -71,7 +54,8 @@ def items_of(shape: tuple[int, int, int, int, int], routing: str) -> list[Item]:
     def normal(*size: int, scale: float = 1.0) -> Tensor:
         return torch.randn(size, device="cuda", dtype=torch.bfloat16).mul_(scale)
 
-    order, inverse, offsets = reference.plan(routed(tokens, experts, top_k, routing), experts)
+    generator = torch.Generator("cuda").manual_seed(0)
+    order, inverse, offsets = reference.plan(choose_experts(routing, tokens, experts, top_k, generator), experts)
     scores = torch.rand(tokens, top_k, device="cuda") + 0.1
     x, dout, pre = normal(tokens, hidden), normal(tokens, hidden), normal(slots, 2 * inter)
     w_gate_up, w_down = (
@@ -188,9 +172,9 @@ def measure(items: list[Item], rounds: int) -> dict[str, dict[str, float]]:
 def main() -> None:
     """Measure, print a table, and write it as JSON if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", default=",".join(SHAPES))
+    parser.add_argument("--shapes", default=",".join(GPU))
     parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--routing", choices=("uniform", "zipf"), default="uniform")
+    parser.add_argument("--routing", choices=tuple(ROUTINGS), default="uniform")
     parser.add_argument(
         "--only", default="", help="names of the items to measure, separated by semicolons; all by default"
     )
@@ -208,21 +192,21 @@ def main() -> None:
         "shapes": {},
     }
     print(f"{results['device']}, torch {results['torch']}, {options.routing} routing, bf16; % = cuBLAS time / own time")
-    for name in options.shapes.split(","):
-        items = items_of(SHAPES[name], options.routing)
+    for shape in chosen_shapes(options.shapes.split(","), "cuda"):
+        items = items_of(shape.sizes, options.routing)
         if options.only:
             items = [item for item in items if item.name in options.only.split(";")]
         measured = measure(items, options.rounds)
         del items
         torch.cuda.empty_cache()
-        results["shapes"][name] = measured
+        results["shapes"][shape.name] = measured
         cells = [
             f"{key} {100 * value['share']:.1f}% {value['ms']:.3f} ms {value['tflops']:.0f} TF"
             if value["tflops"]
             else f"{key} {value['ms']:.3f} ms"
             for key, value in measured.items()
         ]
-        print(f"{name:14s} | " + " | ".join(cells), flush=True)
+        print(f"{shape.name:16s} | " + " | ".join(cells), flush=True)
     if options.json:
         with open(options.json, "w") as file:
             json.dump(results, file, indent=1)

@@ -1,11 +1,11 @@
 """The experts on a GPU against cuBLAS doing dense matrix products of the same FLOPs.
 
-    python benches/gpu_experts.py [--shapes "qwen3-30b-a3b;olmoe-1b-7b"] [--zipf] [--parts] [--forward-only]
+    python benches/gpu_experts.py [--shapes qwen3-30b-a3b,olmoe-1b-7b] [--zipf] [--parts] [--forward-only]
 
 Every measured run directly follows a run of cuBLAS in the same process, in random order; the figure is the median of
-the paired ratios, because the clock of a power-limited card drifts by more than the differences of interest. That run
-reads and writes more than the L2 holds. Data are random normal, the routing is given (uniform, or Zipf-1 with --zipf),
-plans are made inside the timing. A table comes last; `$OUT/gpu_experts.json` gets all figures.
+the paired ratios, because the clock of a power-limited card drifts by more than the differences of interest
+(moekern.bench.timing). The L2 cache is swept before both. Data are random normal, the routing is given (uniform, or
+Zipf-1 with --zipf), plans are made inside the timing. A table comes last; `$OUT/gpu_experts.json` gets all figures.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import json
 import os
 import random
 import shlex
-import statistics
 import sys
 import warnings
 from collections.abc import Callable
@@ -28,20 +27,10 @@ from torch import Tensor
 from bounds import without_copies
 from moekern.backends import cuda, reference
 from moekern.backends.cuda import torch_path
+from moekern.bench.routing import choose
+from moekern.bench.shapes import GPU, chosen
+from moekern.bench.timing import GpuClock, in_turns
 
-# tokens, hidden, intermediate, experts, top_k
-SHAPES = {
-    "qwen3-30b-a3b": (32768, 2048, 768, 128, 8),
-    "olmoe-1b-7b": (32768, 2048, 1024, 64, 8),
-    "sonic-30b": (32768, 4096, 1024, 64, 4),
-    "mixtral-8x7b": (8192, 4096, 14336, 8, 2),
-    "deepseek-v3 rank": (16384, 7168, 2048, 64, 8),
-    "qwen3, 512 rows": (8192, 2048, 768, 128, 8),
-    "qwen3, 256 rows": (4096, 2048, 768, 128, 8),
-    "sonic-7b": (24576, 1536, 256, 128, 8),
-    "gpt-oss-20b": (16384, 2880, 2880, 32, 4),
-    "qwen2-moe": (16381, 2048, 1408, 60, 4),
-}
 Run = Callable[[], object]
 
 
@@ -61,18 +50,14 @@ class Layer:
 
     def __init__(self, name: str, zipf: bool):
         self.name = name
-        self.tokens, self.hidden, self.inter, self.experts, self.top_k = SHAPES[name]
-        t, h, i, e, k = SHAPES[name]
+        self.tokens, self.hidden, self.inter, self.experts, self.top_k = t, h, i, e, k = GPU[name].sizes
         slots = self.slots = t * k
 
         def normal(*shape: int, scale: float = 1.0) -> Tensor:
             return torch.randn(shape, device="cuda", dtype=torch.bfloat16) * scale
 
-        share = torch.ones(e, device="cuda")
-        if zipf:
-            share = 1 / (1 + torch.randperm(e, device="cuda").float())
-        # An exponential race: top-k without replacement with these probabilities.
-        self.ids = (-torch.rand(t, e, device="cuda").log() / share).topk(k, largest=False).indices
+        generator = torch.Generator("cuda").manual_seed(0)
+        self.ids = choose("zipf" if zipf else "uniform", t, e, k, generator)
         self.scores = torch.rand(t, k, device="cuda")
         self.x, self.dout = normal(t, h), normal(t, h)
         self.w_gate_up, self.w_down = normal(e, 2 * i, h, scale=h**-0.5), normal(e, h, i, scale=i**-0.5)
@@ -159,25 +144,13 @@ def measure(runs: list[tuple[str, Run, Run, float]], shape: str, rounds: int) ->
         base()
         run()
     torch.cuda.synchronize()
-    pairs: dict[str, list[tuple[float, float]]] = {name: [] for name, *_ in runs}
-    for _ in range(rounds):
-        pending = []
-        for name, run, base, _ in random.sample(runs, len(runs)):
-            events = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
-            events[0].record()
-            base()
-            events[1].record()
-            run()
-            events[2].record()
-            pending.append((name, events))
-        torch.cuda.synchronize()
-        for name, (a, b, c) in pending:
-            pairs[name].append((a.elapsed_time(b), b.elapsed_time(c)))
+    works = {name: (run, 1) for name, run, _, _ in runs}
+    ceilings = {name: lambda clock, base=base: clock(base) for name, _, base, _ in runs}
+    pairs = in_turns(works, ceilings, GpuClock(), 0.0, rounds)
     figures = []
     for name, _, _, flops in runs:
-        ms = statistics.median(own for _, own in pairs[name])
-        share = statistics.median(base / own for base, own in pairs[name])
-        figures.append(Figure(shape, name, ms, flops / ms / 1e9, share if flops else 0.0))
+        seconds = pairs[name].quartiles[1]
+        figures.append(Figure(shape, name, 1e3 * seconds, flops / seconds / 1e12, pairs[name].share if flops else 0.0))
     return figures
 
 
@@ -209,7 +182,7 @@ def bench(name: str, arguments: argparse.Namespace) -> list[Figure]:
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", default="qwen3-30b-a3b;olmoe-1b-7b;sonic-30b;mixtral-8x7b;deepseek-v3 rank")
+    parser.add_argument("--shapes", default=",".join(list(GPU)[:5]), help="names with commas, or all")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--zipf", action="store_true", help="Zipf-1 routing")
     parser.add_argument("--parts", action="store_true", help="each kernel alone too")
@@ -219,7 +192,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.without_copies:
         without_copies()
-    names = list(SHAPES) if arguments.shapes == "all" else arguments.shapes.split(";")
+    names = [shape.name for shape in chosen(arguments.shapes.split(","), "cuda") if not shape.decode]
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
     random.seed(0)

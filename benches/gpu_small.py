@@ -27,12 +27,8 @@ import torch
 
 from moekern.backends import cuda
 from moekern.backends.cuda import torch_path
+from moekern.bench.shapes import GPU
 
-SHAPES = {  # hidden, intermediate, experts, top_k
-    "qwen3-30b-a3b": (2048, 768, 128, 8),
-    "mixtral-8x7b": (4096, 14336, 8, 2),
-    "gpt-oss-20b": (2880, 2880, 32, 4),
-}
 FLUSHED = 256 << 20  # bytes written before every run
 
 
@@ -107,7 +103,7 @@ def main() -> None:
     figures = []
     for name in options.shapes.split(","):
         for tokens in map(int, options.tokens.split(",")):
-            taken = bench(*SHAPES[name], tokens, options.rounds)
+            taken = bench(*GPU[name].sizes[1:], tokens, options.rounds)
             figures += [{"shape": f"{name}, T = {tokens}", "what": c, "ms": taken[c]} for c in columns]
             print(f"{name:<14} {tokens:>4} " + " ".join(f"{1e3 * taken[c]:18.1f}" for c in columns), flush=True)
             torch.cuda.empty_cache()

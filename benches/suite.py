@@ -15,11 +15,11 @@ import pytest
 import torch
 
 import moekern as mk
-from moekern.bench.ceiling import Ceiling, Copy, Streamed, ceiling_of
+from moekern.bench.ceiling import Copy, Streamed, ceiling_of
 from moekern.bench.problem import ALLOWED, DTYPES, Problem
 from moekern.bench.routing import ROUTINGS
 from moekern.bench.shapes import SHAPES, Shape
-from moekern.bench.timing import Clock, clock_of, in_turns
+from moekern.bench.timing import Ceiling, Clock, clock_of, in_turns
 
 ONCE = {"cpu": ["tiny"], "cuda": ["tiny"]}
 ONCE_DECODE = {"cpu": ["tiny-decode"], "cuda": ["tiny-decode"]}

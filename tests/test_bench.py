@@ -333,6 +333,9 @@ def test_slow_work_runs_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {name: len(each.own) for name, each in pairs.items()} == {"quick": 40, "slow": 3, "very slow": 1}
     assert pairs["quick"].own[0] == 0.001
     assert pairs["slow"].share == 2.5
+    ceilings = {name: lambda clock, at=at: clock(lambda: at) for name, at in (("quick", 0.004), ("slow", 0.2))}
+    pairs = timing.in_turns({name: runs[name] for name in ceilings}, ceilings, Fake(), 0.0, rounds=5)
+    assert {name: (len(each.own), each.share) for name, each in pairs.items()} == {"quick": (5, 4.0), "slow": (5, 0.5)}
 
 
 def test_report_and_comparison(call: Call, tmp_path: Path) -> None:

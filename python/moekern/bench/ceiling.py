@@ -12,7 +12,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,17 +20,11 @@ from torch import Tensor
 from moekern import _core
 from moekern.bench.problem import Problem
 from moekern.bench.record import BOTH, DECODE
-from moekern.bench.timing import Clock, Wait
+from moekern.bench.timing import Ceiling, Clock, Wait
 
 COPIED = 512 << 20  # bytes read, and as many written: ten times a large L2
 SCANNED = 192 << 20
 RECENT = 5  # so many scans are of the same minute, and one that was disturbed does not count
-
-
-class Ceiling(Protocol):
-    """Starts a measurement of the best possible time of one verb of one problem, on the clock given."""
-
-    def __call__(self, clock: Clock) -> Wait: ...
 
 
 def ceiling_of(problem: Problem, verb: str, bytes: float, memory: Copy) -> Ceiling:

@@ -27,6 +27,11 @@ class Shape:
         return self.tokens * self.top_k
 
     @property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """T, H, I, E, K."""
+        return self.tokens, self.hidden, self.intermediate, self.experts, self.top_k
+
+    @property
     def decode(self) -> bool:
         """Whether the time of reading weights is what this shape is about."""
         return "decode" in self.name
@@ -34,7 +39,7 @@ class Shape:
     @property
     def thiek(self) -> str:
         """The sizes as `--thiek` takes them."""
-        return f"{self.tokens},{self.hidden},{self.intermediate},{self.experts},{self.top_k}"
+        return ",".join(map(str, self.sizes))
 
 
 def named(sizes: dict[str, tuple[int, int, int, int, int]]) -> dict[str, Shape]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -30,6 +30,12 @@ class Clock(Protocol):
     def __call__(self, work: Callable[[], object]) -> Wait: ...
 
     def wait(self) -> None: ...
+
+
+class Ceiling(Protocol):
+    """Starts a measurement of the best possible time of one verb of one problem, on the clock given."""
+
+    def __call__(self, clock: Clock) -> Wait: ...
 
 
 class CpuClock:
@@ -101,7 +107,7 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 def in_turns(
     runs: dict[str, tuple[Work, int]],
-    ceiling: Callable[[Clock], Wait],
+    ceiling: Ceiling | Mapping[str, Ceiling],
     clock: Clock,
     seconds: float,
     rounds: int | None = None,
@@ -111,7 +117,7 @@ def in_turns(
     All of it, ceilings and rests too, takes about four times `seconds` a run at most, where three rounds take no more.
 
     Each has been run before, so that nothing is loaded or compiled now. The number beside a run says how often it does
-    the work that the ceiling stands for.
+    the work that the ceiling stands for. There is one ceiling, or one for each run.
     """
     pairs = {name: Pairs() for name in runs}
     waiting, began = list(runs), time.perf_counter()
@@ -120,7 +126,7 @@ def in_turns(
             break
         begun = []
         for name in random.sample(waiting, len(waiting)):
-            base = ceiling(clock)
+            base = (ceiling[name] if isinstance(ceiling, Mapping) else ceiling)(clock)
             begun.append((name, base, clock(runs[name][0])))
         clock.wait()
         for name, base, own in begun:
