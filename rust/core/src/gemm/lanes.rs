@@ -55,6 +55,9 @@ impl<F: Format, const VECTORS: usize, const FEATURES: usize> Kernel for Lanes<F,
         let mut bias = self.bias;
         for tile in 0..tiles {
             let mut sums = [[S::zero(); VECTORS]; FEATURES];
+            // One vector of eight lanes by eight features is too few sums to hide the latency of adding to them.
+            let split = const { VECTORS == 1 && S::LANES == 8 && !matches!(F::KIND, Kind::Bf16) };
+            let mut odd = [[S::zero(); VECTORS]; FEATURES];
             if !bias.is_null() {
                 for (n, sum) in sums.iter_mut().enumerate() {
                     *sum = [S::splat(*bias.add(n)); VECTORS];
@@ -71,6 +74,10 @@ impl<F: Format, const VECTORS: usize, const FEATURES: usize> Kernel for Lanes<F,
             let mut stop = DEPTH * F::BYTES;
             while at < row_bytes {
                 if at == stop {
+                    if split {
+                        sums = added::<S, VECTORS, FEATURES>(&sums, &odd);
+                        odd = [[S::zero(); VECTORS]; FEATURES];
+                    }
                     add_to::<S, VECTORS, FEATURES>(out, &sums, stop > DEPTH * F::BYTES);
                     sums = [[S::zero(); VECTORS]; FEATURES];
                     stop += DEPTH * F::BYTES;
@@ -79,11 +86,15 @@ impl<F: Format, const VECTORS: usize, const FEATURES: usize> Kernel for Lanes<F,
                 for n in 0..FEATURES {
                     prefetch(fetch.wrapping_add(n * stride));
                 }
-                for _ in 0..16 {
+                for _ in 0..8 {
                     x = word::<S, F, VECTORS, FEATURES>(&mut sums, x, w, stride);
-                    w = w.add(4);
+                    x = word::<S, F, VECTORS, FEATURES>(if split { &mut odd } else { &mut sums }, x, w.add(4), stride);
+                    w = w.add(8);
                 }
                 at += 64;
+            }
+            if split {
+                sums = added::<S, VECTORS, FEATURES>(&sums, &odd);
             }
             for _ in chunks * 16..words {
                 x = word::<S, F, VECTORS, FEATURES>(&mut sums, x, w, stride);
@@ -112,6 +123,21 @@ impl<F: Format, const VECTORS: usize, const FEATURES: usize> Kernel for Lanes<F,
             weights = following;
         }
     }
+}
+
+/// The sums of two sets of sums.
+#[inline(always)]
+unsafe fn added<S: Simd, const VECTORS: usize, const FEATURES: usize>(
+    a: &[[S::V; VECTORS]; FEATURES],
+    b: &[[S::V; VECTORS]; FEATURES],
+) -> [[S::V; VECTORS]; FEATURES] {
+    let mut sums = *a;
+    for (sum, other) in sums.iter_mut().zip(b) {
+        for (s, &o) in sum.iter_mut().zip(other) {
+            *s = S::add(*s, o);
+        }
+    }
+    sums
 }
 
 /// Stores a tile's sums, or adds them to those stored before.
