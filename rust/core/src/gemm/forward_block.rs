@@ -91,7 +91,9 @@ impl Block<'_> {
         let mut bias = [0f32; 2 * BLOCK + 2 * PAD];
         unsafe {
             self.load_bias::<F>(segments, &mut bias);
-            let widened = widens::<S, F>(self.unit.rows.len()).then(|| self.widen::<S, F>(segments, height, scratch));
+            // The dot kernel widens what it reads.
+            let widened = (widens::<S, F>(self.unit.rows.len()) && panels.iter().any(|panel| panel.form != Form::Dot))
+                .then(|| self.widen::<S, F>(segments, height, scratch));
             for (i, panel) in panels.iter().enumerate() {
                 let part = Part { panel, segments, height, bias: &bias, last: i + 1 == panels.len() };
                 match panel.form {
