@@ -59,8 +59,7 @@ pub fn forms<S: Simd, F: Format>(rows: usize) -> Vec<(usize, Form)> {
 const fn dot_rows<F: Format>() -> usize {
     match F::KIND {
         Kind::F32 | Kind::Bf16Pairs => 4,
-        Kind::F16 => 8,
-        Kind::Bf16 => 15,
+        Kind::Bf16 | Kind::F16 => 15,
     }
 }
 
