@@ -89,9 +89,11 @@ def test_gradients_of_grouped_mm(device: str, form: str) -> None:
 def test_any_sizes(device: str, counts: list[int], k: int, n: int) -> None:
     rows, offsets = sum(counts), offsets_of(counts, device)
     a, b = torch.randn(rows, k, device=device), torch.randn(len(counts), k, n, device=device)
-    assert error(mk.grouped_mm(a, b, offsets), rows_matrix(a, b, counts)) < 2e-6
     c = torch.randn(rows, n, device=device)
-    assert error(mk.grouped_mm(a, c, offsets), rows_rows(a, c, counts)) < 2e-6
+    for other, product in ((b, rows_matrix), (c, rows_rows)):
+        # Beside the size of the terms, not of their sum: one or two elements may cancel, for plain torch too.
+        difference = mk.grouped_mm(a, other, offsets) - product(a, other, counts)
+        assert difference.norm() <= 3e-7 * product(a.abs(), other.abs(), counts).norm()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -137,7 +137,7 @@ def test_wgrad_on_ragged_rows(
             assert (out[e] == 0).all()
         else:
             assert error(out[e], wanted[e]) <= 1.5 * ROUNDING[dtype]
-    assert error(out, wanted) <= ROUNDING[dtype] * (1 if p_size * q_size > 1000 else 1.5)
+    assert error(out, wanted) <= ROUNDING[dtype] * (1 if p_size * q_size > 1000 else 1.1)
     assert torch.equal(run()[1], out)
 
     # What an expert's rows hold is nobody else's business, NaN and infinity included.
@@ -195,7 +195,7 @@ def test_bias_gradient(dtype: torch.dtype, gather: bool, features: int) -> None:
     assert_guards(whole)
     ones = torch.ones(rows + 3, 1, device="cuda")
     wanted = reference.grouped_mm(ones[:rows], by_row[:rows], offsets, "tn").squeeze(1)
-    assert error(out, wanted) <= ROUNDING[dtype] * (1 if features > 64 else 1.5)  # a few hundred roundings scatter
+    assert error(out, wanted) <= ROUNDING[dtype]
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4, 8])
