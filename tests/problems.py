@@ -147,8 +147,12 @@ def forbid_torch_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a test fail where torch serves what the Hopper kernels should."""
     from moekern.backends.cuda import torch_path
 
-    def refuse(*args: object, **kwargs: object) -> None:
-        raise AssertionError("served by torch, not by the kernels")
+    def refusing(verb: Callable[..., object]) -> Callable[..., object]:
+        def refuse(rows: Tensor, *args: object) -> object:
+            assert rows.numel() == 0, "served by torch, not by the kernels"
+            return verb(rows, *args)  # there is nothing to multiply
 
-    for verb in ("experts_forward", "experts_backward", "grouped_mm"):
-        monkeypatch.setattr(torch_path, verb, refuse)
+        return refuse
+
+    for name in ("experts_forward", "experts_backward", "grouped_mm"):
+        monkeypatch.setattr(torch_path, name, refusing(getattr(torch_path, name)))

@@ -195,7 +195,8 @@ def test_bias_gradient(dtype: torch.dtype, gather: bool, features: int) -> None:
     assert_guards(whole)
     ones = torch.ones(rows + 3, 1, device="cuda")
     wanted = reference.grouped_mm(ones[:rows], by_row[:rows], offsets, "tn").squeeze(1)
-    assert error(out, wanted) <= ROUNDING[dtype]
+    # With few numbers the mean does not apply: each is off by half a unit in the last place at most.
+    assert error(out, wanted) <= (torch.finfo(dtype).eps / 2 if features == 8 else ROUNDING[dtype])
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4, 8])
