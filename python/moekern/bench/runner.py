@@ -22,7 +22,10 @@ from moekern.bench.timing import Pairs, Work, clock_of, in_turns, quartiles
 
 Tick = Callable[[str], None]
 
-SET_UP_SECONDS = 60.0  # what a peer may take to build, tune or compile for a shape
+# What a peer may take to build, tune or compile: so much once, and for each shape its share of the time left. One that
+# compiles for all shapes does so at the first, and one that tunes each must not use up the others' time.
+SET_UP_SECONDS = 60.0
+LEAST_SET_UP = 10.0
 SLOW_SECONDS = 12.0  # a pass expected to take longer is left out, one that does is not run again
 WARM_SECONDS = 1.0  # after longer runs nothing is cold
 SWEPT_PEERS = ("grouped_mm", "scattermoe", "sonicmoe")  # of the peers, those whose growth is of interest
@@ -124,6 +127,7 @@ class Session:
         self.copy_gbps = self.memory.gbps(self.clock)
         self.layers: dict[str, Layer] = {}
         self.slow: dict[str, float] = {}
+        self.set_up: dict[str, float] = {}
 
     @property
     def left(self) -> float:
@@ -215,8 +219,10 @@ class Session:
         if row.reason:
             row.status = SKIPPED
             return
-        ours = peer is OURS
-        limit = max(self.left, 5.0) if ours else min(SET_UP_SECONDS, max(share, 10.0), max(self.left, 5.0))
+        limit, began = max(self.left, 5.0), time.monotonic()
+        if peer is not OURS:
+            unspent = SET_UP_SECONDS - self.set_up.get(peer.name, 0.0)
+            limit = min(limit, max(unspent, min(SET_UP_SECONDS, max(share, LEAST_SET_UP))))
         try:
             with time_limit(limit):
                 self.check(entry, problem, verb)
@@ -235,6 +241,8 @@ class Session:
         except Exception as error:  # a peer may fail in any way, and the others' figures stand
             row.status, row.reason, entry.work = FAILED, short(error), None
             gc.collect()
+        finally:
+            self.set_up[peer.name] = self.set_up.get(peer.name, 0.0) + time.monotonic() - began
 
     def reason_to_skip(self, peer: Peer, problem: Problem, verb: str) -> str:
         """Empty if there is none."""
