@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 
 from moekern import _core, machine
-from moekern.bench.facts import machine_of
+from moekern.bench.cases import Options
 from moekern.bench.peers import PEERS
 from moekern.bench.record import BOTH, FORWARD, MOEKERN, Record, Row, save
-from moekern.bench.runner import Options, Session
+from moekern.bench.runner import Session
 from moekern.bench.shapes import Shape
 
 NAMES = {"loop": "transformers", "grouped_mm": "grouped_mm"}
@@ -78,8 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
         verbs=tuple(VERBS[name] for name in options.passes), minutes=24 * 60, rounds=options.rounds,
     ))  # fmt: skip
     command = " ".join(["python benches/cpu_experts.py", *(sys.argv[1:] if arguments is None else arguments)])
-    record = Record(datetime.now(UTC).isoformat(timespec="seconds"), command, machine_of("cpu"))
-    record.machine.copy_gbps = session.copy_gbps
+    record = Record(datetime.now(UTC).isoformat(timespec="seconds"), command, session.machine)
     for rows in session.run():
         record.rows += rows
         for verb in dict.fromkeys(row.verb for row in rows):

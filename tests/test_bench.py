@@ -14,7 +14,7 @@ import torch
 
 import made_up_records
 from moekern import cli
-from moekern.bench import ceiling, decode, facts, limits, peers, record, report, routing, runner, shapes, timing
+from moekern.bench import cases, ceiling, decode, facts, limits, peers, record, report, routing, runner, shapes, timing
 from moekern.bench.peers import Layer, Peer, base
 from moekern.bench.problem import ALLOWED, Problem, Results, relative_error
 from moekern.bench.record import BOTH, CEILING, DECODE, FAILED, FORWARD, OK, SKIPPED, VERBS, WRONG, Row
@@ -90,7 +90,7 @@ class Sleeping(Peer):
 def measure(*implementations: Peer, **options: object) -> dict[tuple[str, str], Row]:
     """One case; rows by verb and implementation."""
     chosen = {"shapes": (TINY,), "peers": implementations, "device": "cpu", "dtypes": ("fp32",), "seconds": 0.01}
-    rows = [row for each in runner.Session(runner.Options(**{**chosen, **options})).run() for row in each]
+    rows = [row for each in runner.Session(cases.Options(**{**chosen, **options})).run() for row in each]
     return {(row.verb, row.implementation): row for row in rows}
 
 
@@ -180,29 +180,32 @@ def test_after_the_time_limit_rows_are_skipped() -> None:
     assert set(rows) == {(verb, name) for verb in (FORWARD, BOTH) for name in (CEILING, "moekern")}
 
 
-def test_a_lost_gpu_costs_no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was measured stays, what follows says why it was not."""
+def test_a_case_that_fails_costs_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For lack of memory, say; what follows is measured."""
+    real = runner.ceiling_of
 
-    def lose(session: runner.Session) -> None:
-        raise RuntimeError("an illegal memory access was encountered")
+    def fail(problem: Problem, verb: str, *rest: object) -> object:
+        if verb == FORWARD:
+            raise MemoryError("no room")
+        return real(problem, verb, *rest)
 
-    monkeypatch.setattr(runner.Session, "clean_up", lose)
-    options = runner.Options((TINY, shapes.SHAPES["tiny-decode"]), (), "cpu", ("fp32",), verbs=(FORWARD,), seconds=0.01)
-    first, second = runner.Session(options).run()
-    assert {row.status for row in first} == {OK}
-    assert {row.status for row in second} == {FAILED}
-    assert second[0].reason.startswith("the GPU was lost in tiny, forward: RuntimeError: an illegal memory access")
+    monkeypatch.setattr(runner, "ceiling_of", fail)
+    rows = measure()
+    assert {(row.status, row.reason) for (verb, _), row in rows.items() if verb == FORWARD} == {
+        (FAILED, "MemoryError: no room")
+    }
+    assert {row.status for (verb, _), row in rows.items() if verb == BOTH} == {OK}
 
 
 def test_sweeps() -> None:
     """Each varies one size, keeps the name, and holds the shape's own size."""
     shape = shapes.SHAPES["olmoe-1b-7b"]
-    assert [s.tokens for s in runner.sweep_of(shape, "tokens")] == [512, 2048, 8192, 32768]
-    assert [s.experts for s in runner.sweep_of(shape, "experts")] == [16, 32, 64, 128]
-    assert [s.top_k for s in runner.sweep_of(shape, "top_k")] == [1, 2, 4, 8, 16]
-    assert {s.name for s in runner.sweep_of(shape, "top_k")} == {"olmoe-1b-7b"}
-    assert [s.experts for s in runner.sweep_of(TINY, "experts")] == [2, 4, 8, 16]
-    session = runner.Session(runner.Options(
+    assert [s.tokens for s in cases.sweep_of(shape, "tokens")] == [512, 2048, 8192, 32768]
+    assert [s.experts for s in cases.sweep_of(shape, "experts")] == [16, 32, 64, 128]
+    assert [s.top_k for s in cases.sweep_of(shape, "top_k")] == [1, 2, 4, 8, 16]
+    assert {s.name for s in cases.sweep_of(shape, "top_k")} == {"olmoe-1b-7b"}
+    assert [s.experts for s in cases.sweep_of(TINY, "experts")] == [2, 4, 8, 16]
+    session = runner.Session(cases.Options(
         (), (peers.PEERS["grouped_mm"], peers.PEERS["dense"]), "cpu", ("fp32",), sweeps=("top_k",), swept=(TINY,),
         verbs=(FORWARD,), seconds=0.01,
     ))  # fmt: skip

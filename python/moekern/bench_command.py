@@ -24,7 +24,7 @@ from moekern.cli import HelpFormat
 from moekern.demo import check_writable, whole_number
 
 if TYPE_CHECKING:
-    from moekern.bench.runner import Options
+    from moekern.bench.cases import Options
     from moekern.cli import Subparsers
 
 VERBS = {"forward": FORWARD, "both": BOTH, "decode": DECODE}
@@ -125,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
         if args.threads:
             torch.set_num_threads(args.threads)
         try:
-            record = measured(options, console, command_line())
+            record = measured(options, console, command_line(), args.json)
         finally:
             torch.set_num_threads(threads)
     if args.json:
@@ -148,7 +148,7 @@ def options_of(args: argparse.Namespace, old: Record | None = None) -> Options:
         ValueError: An argument is wrong; the message names it and what is accepted.
     """
     from moekern.bench import peers
-    from moekern.bench.runner import Options
+    from moekern.bench.cases import Options
 
     rows = [] if old is None else [row for row in old.rows if row.sweep is None]
     before = dict.fromkeys(row.device for row in rows)
@@ -212,25 +212,26 @@ def command_line() -> str:
     return shlex.join(["moekern", *sys.argv[1:]])
 
 
-def measured(options: Options, console: Console, command: str) -> Record:
-    """Measure, and show each case's table as soon as it is there."""
-    from moekern.bench.facts import machine_of
-    from moekern.bench.runner import Session, cases
+def measured(options: Options, console: Console, command: str, path: str | None) -> Record:
+    """Measure, show each table as soon as it is there, and write what there is to `path`."""
+    from moekern.bench.apart import session_of
+    from moekern.bench.cases import cases
 
-    machine = machine_of(options.device)
-    record = Record(datetime.now(UTC).isoformat(timespec="seconds"), command, machine)
-    where = f"{machine.gpu}, driver {machine.driver}, CUDA {machine.cuda}" if machine.gpu else (
-        f"{machine.cpu}, {machine.cpu_threads} threads, {machine.isa}"
-    )  # fmt: skip
-    console.print(f"{escape(where)}, torch {machine.torch}, moekern {machine.moekern}", soft_wrap=True)
+    made = datetime.now(UTC).isoformat(timespec="seconds")
     steps = sum(case.steps for case in cases(options))
-    with progress_of(console, steps) as tick:
-        session = Session(options, tick)
-        machine.copy_gbps = session.copy_gbps
-        console.print(f"memory: {session.copy_gbps:.0f} GB/s in a copy, bytes read and written\n")
+    with progress_of(console, steps) as tick, session_of(options, tick) as session:
+        machine = session.machine
+        where = f"{machine.gpu}, driver {machine.driver}, CUDA {machine.cuda}" if machine.gpu else (
+            f"{machine.cpu}, {machine.cpu_threads} threads, {machine.isa}"
+        )  # fmt: skip
+        console.print(f"{escape(where)}, torch {machine.torch}, moekern {machine.moekern}", soft_wrap=True)
+        console.print(f"memory: {machine.copy_gbps:.0f} GB/s in a copy, bytes read and written\n")
+        record = Record(made, command, machine)
         for rows in session.run():
             record.rows += rows
             show(rows, console)
+            if path:  # now, since a long run may be cut short
+                save(record, path)
     console.print(LEGEND, soft_wrap=True)
     return record
 

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 
 from moekern.bench import decode
+from moekern.bench.cases import Case, Options, cases
 from moekern.bench.ceiling import Copy, ceiling_of
+from moekern.bench.facts import machine_of
 from moekern.bench.limits import TookTooLongError, time_limit
 from moekern.bench.peers import OURS, Layer, Peer
 from moekern.bench.peers.base import both_of, forward_of, results_of, saved_bytes, wanted_of
 from moekern.bench.problem import ALLOWED, DTYPES, Problem
-from moekern.bench.record import BOTH, CEILING, DECODE, FAILED, FORWARD, OK, SKIPPED, WRONG, Row
-from moekern.bench.shapes import Shape
+from moekern.bench.record import BOTH, CEILING, DECODE, FAILED, OK, SKIPPED, WRONG, Row
 from moekern.bench.timing import Pairs, Work, clock_of, in_turns, quartiles
 
 Tick = Callable[[str], None]
@@ -28,76 +28,6 @@ SET_UP_SECONDS = 60.0
 LEAST_SET_UP = 10.0
 SLOW_SECONDS = 12.0  # a pass expected to take longer is left out, one that does is not run again
 WARM_SECONDS = 1.0  # after longer runs nothing is cold
-SWEPT_PEERS = ("grouped_mm", "scattermoe", "sonicmoe")  # of the peers, those whose growth is of interest
-
-
-@dataclass(frozen=True)
-class Options:
-    """What to measure.
-
-    seconds: For each figure, about; or `rounds` runs of each. minutes: For everything; what would begin later is
-    skipped.
-    """
-
-    shapes: tuple[Shape, ...]
-    peers: tuple[Peer, ...]
-    device: str
-    dtypes: tuple[str, ...] = ("bf16",)
-    routings: tuple[str, ...] = ("uniform",)
-    verbs: tuple[str, ...] = ()
-    sweeps: tuple[str, ...] = ()
-    swept: tuple[Shape, ...] = ()
-    seconds: float = 1.0
-    minutes: float = 7.0
-    rounds: int | None = None
-
-
-@dataclass(frozen=True)
-class Case:
-    """One problem and what is to be done with it."""
-
-    shape: Shape
-    dtype: str
-    routing: str
-    verbs: tuple[str, ...]
-    peers: tuple[Peer, ...]
-    sweep: str | None = None
-
-    @property
-    def steps(self) -> int:
-        """How many rows it gives."""
-        return len(self.verbs) * (2 + len(self.peers))
-
-
-def cases(options: Options) -> list[Case]:
-    """Everything to measure, in order."""
-    found = []
-    for dtype in options.dtypes:
-        for routing in options.routings:
-            for shape in options.shapes:
-                verbs = options.verbs or ((DECODE,) if shape.decode else (FORWARD, BOTH))
-                found.append(Case(shape, dtype, routing, verbs, options.peers))
-    few = tuple(peer for peer in options.peers if peer.name in SWEPT_PEERS)
-    for sweep in options.sweeps:
-        for shape in options.swept:
-            found += [
-                Case(each, options.dtypes[0], options.routings[0], options.verbs or (FORWARD, BOTH), few, sweep)
-                for each in sweep_of(shape, sweep)
-            ]
-    return found
-
-
-def sweep_of(shape: Shape, sweep: str) -> list[Shape]:
-    """The shape with one of its sizes in steps of 4 (tokens) or 2, its own size among them."""
-    if sweep == "tokens":
-        sizes = [shape.tokens // 64, shape.tokens // 16, shape.tokens // 4, shape.tokens]
-    elif sweep == "experts":
-        sizes = [n for n in (shape.experts // 4, shape.experts // 2, shape.experts, 2 * shape.experts)
-                 if n >= shape.top_k]  # fmt: skip
-    else:
-        sizes = [n for n in (1, 2, 4, 8, 16) if n <= shape.experts]
-    changes: list[dict[str, Any]] = [{sweep: size} for size in dict.fromkeys(sizes) if size >= 1]
-    return [replace(shape, **change) for change in changes]
 
 
 @dataclass
@@ -111,20 +41,38 @@ class Entry:
     once: float = 0.0
 
 
+class LostError(Exception):
+    """No call to the GPU succeeds in this process any more, as after an illegal access.
+
+    culprit: Whose work it was, empty if several ran. reason: What the GPU said.
+    """
+
+    def __init__(self, culprit: str, reason: str) -> None:
+        super().__init__(f"the GPU was lost{' by ' + culprit if culprit else ''}: {reason}")
+        self.culprit, self.reason = culprit, reason
+
+
 @dataclass
 class Session:
-    """What outlives a case: the time left, and who has used up theirs."""
+    """What outlives a case: the time left, and who has used up theirs.
+
+    Attributes:
+        gave_up: Status and reason of the peers that are not tried again, by name.
+        preparing: The implementation that is built and checked just now, empty while several are timed.
+        machine: Where this is, its copy rate measured.
+    """
 
     options: Options
     tick: Tick = lambda text: None
     began: float = field(default_factory=time.monotonic)
-    gave_up: dict[str, str] = field(default_factory=dict)
-    broken: str = ""
+    gave_up: dict[str, tuple[str, str]] = field(default_factory=dict)
+    preparing: str = ""
 
     def __post_init__(self) -> None:
         self.clock = clock_of(self.options.device)
         self.memory = Copy(self.options.device)
-        self.copy_gbps = self.memory.gbps(self.clock)
+        self.machine = machine_of(self.options.device)
+        self.machine.copy_gbps = self.memory.gbps(self.clock)
         self.layers: dict[str, Layer] = {}
         self.slow: dict[str, float] = {}
         self.set_up: dict[str, float] = {}
@@ -134,18 +82,16 @@ class Session:
         """Seconds."""
         return 60 * self.options.minutes - (time.monotonic() - self.began)
 
-    def run(self) -> Iterator[list[Row]]:
-        """The rows of one case after the other."""
-        todo = cases(self.options)
+    def run(self, todo: Sequence[Case] | None = None) -> Iterator[list[Row]]:
+        """The rows of one verb of a case after the other, of all cases unless some are given.
+
+        Raises:
+            LostError: The GPU was lost; :mod:`moekern.bench.apart` survives that.
+        """
+        todo = cases(self.options) if todo is None else todo
         for done, case in enumerate(todo):
-            if self.broken:
-                yield [row for verb in case.verbs for row in self.unmeasured(case, verb, (), FAILED, self.broken)]
-                continue
-            yield self.measure(case, self.left / (len(todo) - done))
-            try:
-                self.clean_up()
-            except RuntimeError as error:  # after an illegal access no call to the GPU succeeds in this process
-                self.broken = f"the GPU was lost in {case.shape.name}, {case.verbs[-1]}: {short(error)}"
+            yield from self.measure(case, self.left / (len(todo) - done))
+            self.clean_up()
 
     def clean_up(self) -> None:
         """Give back the memory of a case."""
@@ -156,27 +102,33 @@ class Session:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
 
-    def unmeasured(self, case: Case, verb: str, present: Collection[str], status: str, reason: str) -> list[Row]:
-        """A row for each implementation that has none."""
-        names = (CEILING, OURS.name, *(peer.name for peer in case.peers))
-        rows = [blank(case, verb, name, self.options.device) for name in names if name not in present]
-        return [replace(row, status=status, reason=reason) for row in rows]
+    def measure(self, case: Case, share: float) -> Iterator[list[Row]]:
+        """The rows of each verb of a case, whose share of the time left is `share` seconds."""
+        problem = None
+        for verb in case.verbs:
+            try:
+                if self.left <= 0:
+                    raise TookTooLongError(
+                        f"the time limit of {self.options.minutes:g} minutes was reached (--minutes)"
+                    )
+                problem = problem or Problem(case.shape, DTYPES[case.dtype], self.options.device, case.routing)
+                rows = self.verb(case, problem, verb, share)
+            except TookTooLongError as error:
+                rows = unmeasured(case, verb, self.options.device, SKIPPED, short(error))
+            except LostError:
+                raise
+            except Exception as error:  # one case may fail in any way, such as for lack of memory
+                self.ensure_gpu("")
+                rows = unmeasured(case, verb, self.options.device, FAILED, short(error))
+            yield rows
 
-    def measure(self, case: Case, share: float) -> list[Row]:
-        """The rows of a case, whose share of the time left is `share` seconds."""
-        rows: list[Row] = []
-        try:
-            if self.left <= 0:
-                raise TookTooLongError(f"the time limit of {self.options.minutes:g} minutes was reached (--minutes)")
-            problem = Problem(case.shape, DTYPES[case.dtype], self.options.device, case.routing)
-            for verb in case.verbs:
-                rows += self.verb(case, problem, verb, share)
-        except (TookTooLongError, MemoryError, RuntimeError) as error:
-            status = SKIPPED if isinstance(error, TookTooLongError) else FAILED
-            for verb in case.verbs:
-                present = {row.implementation for row in rows if row.verb == verb}
-                rows += self.unmeasured(case, verb, present, status, short(error))
-        return rows
+    def ensure_gpu(self, culprit: str) -> None:
+        """Raise LostError if the failure of `culprit` was not its own alone."""
+        if self.options.device == "cuda":
+            try:
+                torch.cuda.synchronize()
+            except RuntimeError as error:
+                raise LostError(culprit, short(error)) from error
 
     def verb(self, case: Case, problem: Problem, verb: str, share: float) -> list[Row]:
         """The ceiling's row and one for each implementation."""
@@ -187,9 +139,11 @@ class Session:
         for peer in (OURS, *case.peers):
             entry = Entry(peer, blank(case, verb, peer.name, self.options.device))
             entry.row.flops, entry.row.bytes = flops, moved
+            self.preparing = peer.name
+            self.tick(f"{case.shape.name} {verb} {peer.name}")
             self.prepare(entry, problem, several, verb, share)
             entries.append(entry)
-            self.tick(f"{case.shape.name} {verb} {peer.name}")
+        self.preparing = ""
         self.tick(f"{case.shape.name} {verb}: timing")
         runs = {e.peer.name: (e.work, e.repeats) for e in entries if e.work is not None}
         pairs = in_turns(runs, ceiling, self.clock, self.options.seconds, self.options.rounds)
@@ -215,9 +169,8 @@ class Session:
     def prepare(self, entry: Entry, problem: Problem, several: list[Problem], verb: str, share: float) -> None:
         """Build, check against float32, and run once more: into the entry go its work or the reason for having none."""
         peer, row = entry.peer, entry.row
-        row.reason = self.reason_to_skip(peer, problem, verb)
+        row.status, row.reason = self.excuse(peer, problem, verb)
         if row.reason:
-            row.status = SKIPPED
             return
         limit, began = max(self.left, 5.0), time.monotonic()
         if peer is not OURS:
@@ -237,25 +190,28 @@ class Session:
                 self.warm(entry, problem, verb)
         except TookTooLongError:
             row.status, row.reason, entry.work = SKIPPED, f"its set-up took longer than {limit:.0f} s", None
-            self.gave_up[peer.name] = f"{row.reason} for {problem.shape.name}"
+            self.gave_up[peer.name] = SKIPPED, f"{row.reason} for {problem.shape.name}"
         except Exception as error:  # a peer may fail in any way, and the others' figures stand
             row.status, row.reason, entry.work = FAILED, short(error), None
+            self.ensure_gpu(peer.name)
             gc.collect()
         finally:
             self.set_up[peer.name] = self.set_up.get(peer.name, 0.0) + time.monotonic() - began
 
-    def reason_to_skip(self, peer: Peer, problem: Problem, verb: str) -> str:
-        """Empty if there is none."""
-        if self.options.device not in peer.devices:
-            return f"runs on {' and '.join(peer.devices)} only"
-        if verb == BOTH and not peer.backward:
-            return "has no backward pass"
-        if peer.name in self.gave_up:
-            return self.gave_up[peer.name]
+    def excuse(self, peer: Peer, problem: Problem, verb: str) -> tuple[str, str]:
+        """Status and reason of an implementation that is not run; the reason is empty if there is none."""
         expected = 3 * self.slow.get(peer.name, 0.0)
-        if verb == BOTH and expected > SLOW_SECONDS:
-            return f"would take {expected:.0f} s a run, after its forward pass"
-        return peer.missing(problem) or ""
+        if self.options.device not in peer.devices:
+            reason = f"runs on {' and '.join(peer.devices)} only"
+        elif verb == BOTH and not peer.backward:
+            reason = "has no backward pass"
+        elif peer.name in self.gave_up:
+            return self.gave_up[peer.name]
+        elif verb == BOTH and expected > SLOW_SECONDS:
+            reason = f"would take {expected:.0f} s a run, after its forward pass"
+        else:
+            reason = peer.missing(problem) or ""
+        return SKIPPED, reason
 
     def check(self, entry: Entry, problem: Problem, verb: str) -> None:
         """The error against float32, and what is saved for the backward pass."""
@@ -303,6 +259,14 @@ def blank(case: Case, verb: str, implementation: str, device: str) -> Row:
         s.name, s.tokens, s.hidden, s.intermediate, s.experts, s.top_k, case.dtype, case.routing, device, verb,
         implementation, FAILED, sweep=case.sweep,
     )  # fmt: skip
+
+
+def unmeasured(
+    case: Case, verb: str, device: str, status: str, reason: str, names: Iterable[str] | None = None
+) -> list[Row]:
+    """A row for the ceiling and each implementation of a case, or for those of these names."""
+    every = (CEILING, OURS.name, *(peer.name for peer in case.peers)) if names is None else names
+    return [replace(blank(case, verb, name, device), status=status, reason=reason) for name in every]
 
 
 def free_bytes() -> int:

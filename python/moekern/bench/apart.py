@@ -1,0 +1,183 @@
+"""Measuring in a process of its own, so that the loss of a GPU costs one figure and not those that follow.
+
+After an illegal access no call to the GPU succeeds in the process that made it, and a crash or a hang ends all. The
+process that measures sends its rows one verb at a time. When it is lost another one goes on: without the peer that was
+at work, or, if several were, with moekern alone for that verb.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from moekern.bench.cases import Case, Options, cases
+from moekern.bench.record import FAILED, MOEKERN, Machine, Row
+from moekern.bench.runner import LostError, Session, Tick, short, unmeasured
+
+SILENT_SECONDS = 180.0  # after which the process counts as hung: three times what a peer may take to set up
+ROWS, DOING, MACHINE, LOST = "rows", "doing", "machine", "lost"
+
+
+@contextmanager
+def session_of(options: Options, tick: Tick) -> Iterator[Session | Apart]:
+    """A session for this device: in this process on a CPU, in one of its own on a GPU."""
+    if options.device == "cpu":
+        yield Session(options, tick)
+        return
+    apart = Apart(options, tick)
+    try:
+        yield apart
+    finally:
+        apart.stop()
+
+
+class Apart:
+    """A session in another process, with what is needed to begin it anew.
+
+    Raises:
+        OSError: The first process could not begin; the message says why.
+    """
+
+    def __init__(self, options: Options, tick: Tick = lambda text: None) -> None:
+        self.options, self.tick = options, tick
+        self.began = time.monotonic()
+        self.gave_up: dict[str, tuple[str, str]] = {}
+        self.pending = deque(cases(options))
+        self.owed: list[Row] = []  # of peers that lost the GPU together, due with the next rows
+        self.doing = ""  # whose work the last news of progress was about
+        kind, content = self.start()
+        if kind != MACHINE:
+            raise OSError(f"{options.device} cannot be measured: {content[1]}")
+        self.machine: Machine = content
+
+    def start(self) -> tuple[str, Any]:
+        """A process for what is pending; its first message."""
+        context = multiprocessing.get_context("spawn")
+        self.link, theirs = context.Pipe(duplex=False)
+        todo = list(self.pending)
+        arguments = (theirs, self.options, todo, self.began, self.gave_up, torch.get_num_threads())
+        self.process = context.Process(target=serve, args=arguments)
+        self.process.start()
+        theirs.close()
+        self.doing = ""
+        return self.receive()
+
+    def stop(self) -> None:
+        """End the process, whatever it does."""
+        self.process.kill()
+        self.process.join()
+        self.link.close()
+
+    def receive(self) -> tuple[str, Any]:
+        """The next message that is no news of progress; LOST if the process is."""
+        while True:
+            try:
+                if not self.link.poll(SILENT_SECONDS):
+                    return LOST, (self.doing, f"it gave no sign of life for {SILENT_SECONDS:.0f} s")
+                kind, content = self.link.recv()
+            except (EOFError, OSError):
+                self.process.join()
+                return LOST, (self.doing, f"the process ended with {ending(self.process.exitcode)}")
+            if kind != DOING:
+                return kind, content
+            text, self.doing = content
+            self.tick(text)
+
+    def run(self) -> Iterator[list[Row]]:
+        """The rows of one verb of a case after the other."""
+        while self.pending:
+            kind, content = self.receive()
+            if kind == ROWS:
+                self.advance()
+                yield [*content, *self.owed]
+                self.owed = []
+                continue
+            yield from self.go_on_without(*content)
+            self.stop()
+            if not self.pending:
+                return
+            kind, content = self.start()
+            if kind != MACHINE:
+                while self.pending:
+                    yield self.failed(content[1])
+
+    def advance(self) -> None:
+        """The first verb of the first case is done."""
+        case = self.pending.popleft()
+        if case.verbs[1:]:
+            self.pending.appendleft(replace(case, verbs=case.verbs[1:]))
+
+    def go_on_without(self, culprit: str, reason: str) -> Iterator[list[Row]]:
+        """Change what is pending so that the loss does not come again; gives the rows that are lost for good."""
+        case = self.pending[0]
+        verb = case.verbs[0]
+        reason = f"lost in {case.shape.name}, {verb}: {reason}"
+        names = [peer.name for peer in case.peers]
+        if culprit in names and culprit not in self.gave_up:
+            self.gave_up[culprit] = FAILED, reason
+        elif names and culprit != MOEKERN:
+            self.owed += unmeasured(case, verb, self.options.device, FAILED, f"together {reason}", names)
+            self.advance()
+            self.pending.appendleft(replace(case, verbs=(verb,), peers=()))
+        else:
+            yield self.failed(reason)
+
+    def failed(self, reason: str) -> list[Row]:
+        """Rows that say why the first verb of the first case was not measured, which then is done."""
+        case = self.pending[0]
+        rows = [*unmeasured(case, case.verbs[0], self.options.device, FAILED, reason), *self.owed]
+        self.owed = []
+        self.advance()
+        return rows
+
+
+def serve(
+    link: Connection,
+    options: Options,
+    todo: list[Case],
+    began: float,
+    gave_up: dict[str, tuple[str, str]],
+    threads: int,
+) -> None:
+    """What the process does: measure, and send whatever there is to say."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # its parent is interrupted too, and ends it
+    session = None
+
+    def tick(text: str) -> None:
+        link.send((DOING, (text, session.preparing if session else "")))
+
+    try:
+        torch.set_num_threads(threads)
+        session = Session(options, tick, began, gave_up)
+        link.send((MACHINE, session.machine))
+        for rows in session.run(todo):
+            link.send((ROWS, rows))
+    except BrokenPipeError:
+        os._exit(1)
+    except Exception as error:
+        culprit, reason = (error.culprit, error.reason) if isinstance(error, LostError) else ("", short(error))
+        link.send((LOST, (culprit, reason)))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)  # at once: after the loss of a GPU every object that is taken down complains
+
+
+def ending(code: int | None) -> str:
+    """How a process ended, in words."""
+    if code is None or code >= 0:
+        return f"exit code {code}"
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return f"signal {-code}"

@@ -1,0 +1,81 @@
+"""What a run of `moekern bench` measures: shapes, routings, dtypes and series, each with its verbs and peers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from moekern.bench.peers import Peer
+from moekern.bench.record import BOTH, DECODE, FORWARD
+from moekern.bench.shapes import Shape
+
+SWEPT_PEERS = ("grouped_mm", "scattermoe", "sonicmoe")  # of the peers, those whose growth is of interest
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure.
+
+    seconds: For each figure, about; or `rounds` runs of each. minutes: For everything; what would begin later is
+    skipped.
+    """
+
+    shapes: tuple[Shape, ...]
+    peers: tuple[Peer, ...]
+    device: str
+    dtypes: tuple[str, ...] = ("bf16",)
+    routings: tuple[str, ...] = ("uniform",)
+    verbs: tuple[str, ...] = ()
+    sweeps: tuple[str, ...] = ()
+    swept: tuple[Shape, ...] = ()
+    seconds: float = 1.0
+    minutes: float = 7.0
+    rounds: int | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem and what is to be done with it."""
+
+    shape: Shape
+    dtype: str
+    routing: str
+    verbs: tuple[str, ...]
+    peers: tuple[Peer, ...]
+    sweep: str | None = None
+
+    @property
+    def steps(self) -> int:
+        """How many rows it gives."""
+        return len(self.verbs) * (2 + len(self.peers))
+
+
+def cases(options: Options) -> list[Case]:
+    """Everything to measure, in order."""
+    found = []
+    for dtype in options.dtypes:
+        for routing in options.routings:
+            for shape in options.shapes:
+                verbs = options.verbs or ((DECODE,) if shape.decode else (FORWARD, BOTH))
+                found.append(Case(shape, dtype, routing, verbs, options.peers))
+    few = tuple(peer for peer in options.peers if peer.name in SWEPT_PEERS)
+    for sweep in options.sweeps:
+        for shape in options.swept:
+            found += [
+                Case(each, options.dtypes[0], options.routings[0], options.verbs or (FORWARD, BOTH), few, sweep)
+                for each in sweep_of(shape, sweep)
+            ]
+    return found
+
+
+def sweep_of(shape: Shape, sweep: str) -> list[Shape]:
+    """The shape with one of its sizes in steps of 4 (tokens) or 2, its own size among them."""
+    if sweep == "tokens":
+        sizes = [shape.tokens // 64, shape.tokens // 16, shape.tokens // 4, shape.tokens]
+    elif sweep == "experts":
+        sizes = [n for n in (shape.experts // 4, shape.experts // 2, shape.experts, 2 * shape.experts)
+                 if n >= shape.top_k]  # fmt: skip
+    else:
+        sizes = [n for n in (1, 2, 4, 8, 16) if n <= shape.experts]
+    changes: list[dict[str, Any]] = [{sweep: size} for size in dict.fromkeys(sizes) if size >= 1]
+    return [replace(shape, **change) for change in changes]

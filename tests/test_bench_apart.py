@@ -1,0 +1,169 @@
+"""Measuring in a process of its own: a peer that takes the process with it costs its own figures only."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from moekern.bench import apart, peers, shapes
+from moekern.bench.apart import DOING, LOST, MACHINE, ROWS, Apart, session_of
+from moekern.bench.cases import Options
+from moekern.bench.facts import machine_of
+from moekern.bench.peers import Layer, Peer
+from moekern.bench.problem import Problem
+from moekern.bench.record import BOTH, CEILING, FAILED, FORWARD, MOEKERN, OK, Row
+from moekern.bench.runner import LostError, Session, unmeasured
+
+TINY = shapes.SHAPES["tiny"]
+
+
+class Deadly(Peer):
+    """Ends the process that builds it, as a crash in a library does."""
+
+    name, about = "deadly", "an implementation that crashes"
+
+    def build(self, problem: Problem) -> Layer:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
+
+
+def test_a_crash_costs_no_other_figure() -> None:
+    """The rows are those of one process, but for the peer's; its second verb is not tried."""
+    options = Options((TINY,), (Deadly(), peers.PEERS["grouped_mm"]), "cpu", ("fp32",), rounds=1)
+    session, said = Apart(options), []
+    session.tick = said.append
+    try:
+        rows = {(row.verb, row.implementation): row for each in session.run() for row in each}
+    finally:
+        session.stop()
+    assert session.machine.copy_gbps
+    assert set(rows) == {(v, n) for v in (FORWARD, BOTH) for n in (CEILING, MOEKERN, "deadly", "grouped_mm")}
+    for (_, name), row in rows.items():
+        assert row.status == (FAILED if name == "deadly" else OK)
+        if name == "deadly":
+            assert row.reason == "lost in tiny, forward: the process ended with SIGKILL"
+    assert said[:2] == ["tiny forward moekern", "tiny forward deadly"]
+
+
+def test_a_session_on_a_cpu_is_in_this_process() -> None:
+    with session_of(Options((), (), "cpu"), lambda text: None) as session:
+        assert isinstance(session, Session)
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, options: Options, *lives: list[tuple[str, Any]]) -> list[list[Row]]:
+    """The rows of a session whose processes say this, one list a process; a process knows what is pending."""
+    waiting = iter(lives)
+    pending: list[Any] = []
+
+    def start(session: Apart) -> tuple[str, Any]:
+        session.now = iter(next(waiting))
+        pending.append((list(session.pending), dict(session.gave_up)))
+        return session.receive()
+
+    def receive(session: Apart) -> tuple[str, Any]:
+        return next(session.now)
+
+    monkeypatch.setattr(Apart, "start", start)
+    monkeypatch.setattr(Apart, "receive", receive)
+    monkeypatch.setattr(Apart, "stop", lambda session: None)
+    rows = list(Apart(options).run())
+    assert list(waiting) == []
+    scripted.pending = pending
+    return rows
+
+
+BEGUN = (MACHINE, machine_of("cpu"))
+
+
+def measured(*names: str) -> tuple[str, list[Row]]:
+    case = next(iter(apart.cases(Options((TINY,), (), "cpu"))))
+    return ROWS, unmeasured(case, FORWARD, "cpu", OK, "", names)
+
+
+def outcome(rows: list[Row]) -> dict[str, tuple[str, str]]:
+    return {row.implementation: (row.status, row.reason) for row in rows}
+
+
+def test_several_at_work_are_left_out_of_that_verb(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = Options((TINY,), (peers.PEERS["dense"],), "cpu")
+    first, second = scripted(
+        monkeypatch, options, [BEGUN, (LOST, ("", "illegal access"))],
+        [BEGUN, measured(CEILING, MOEKERN), measured(CEILING, MOEKERN, "dense")],
+    )  # fmt: skip
+    assert outcome(first) == {
+        CEILING: (OK, ""), MOEKERN: (OK, ""), "dense": (FAILED, "together lost in tiny, forward: illegal access"),
+    }  # fmt: skip
+    assert outcome(second) == dict.fromkeys((CEILING, MOEKERN, "dense"), (OK, ""))
+    (alone, rest), gave_up = scripted.pending[1]
+    assert (alone.verbs, alone.peers, rest.verbs, rest.peers) == ((FORWARD,), (), (BOTH,), options.peers)
+    assert gave_up == {}
+
+
+@pytest.mark.parametrize("culprit", [MOEKERN, ""])
+def test_what_fails_alone_is_not_tried_again(monkeypatch: pytest.MonkeyPatch, culprit: str) -> None:
+    """moekern itself, or whatever has no peers that could be left out."""
+    options = Options((TINY,), (peers.PEERS["dense"],) if culprit else (), "cpu")
+    loss = (LOST, (culprit, "illegal access"))
+    first, second = scripted(monkeypatch, options, [BEGUN, loss], [BEGUN, measured(CEILING, MOEKERN)])
+    assert set(outcome(first).values()) == {(FAILED, "lost in tiny, forward: illegal access")}
+    assert outcome(second)[MOEKERN] == (OK, "")
+    assert [case.verbs for case in scripted.pending[1][0]] == [(BOTH,)]
+
+
+def test_a_gpu_that_does_not_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = Options((TINY, shapes.SHAPES["tiny-decode"]), (), "cpu")
+    found = scripted(monkeypatch, options, [BEGUN, (LOST, (MOEKERN, "a"))], [(LOST, ("", "no device"))])
+    assert [row.reason for rows in found for row in rows if row.implementation == MOEKERN] == [
+        "lost in tiny, forward: a", "no device", "no device",
+    ]  # fmt: skip
+    with pytest.raises(OSError, match="cpu cannot be measured: no device"):
+        scripted(monkeypatch, options, [(LOST, ("", "no device"))])
+
+
+def test_a_hang_is_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Link:
+        """Says what it does, and then nothing."""
+
+        said = iter([(DOING, ("tiny forward deadly", "deadly"))])
+
+        def __init__(self) -> None:
+            self.waiting: Iterator[bool] = iter([True, False])
+
+        def poll(self, seconds: float) -> bool:
+            return next(self.waiting)
+
+        def recv(self) -> tuple[str, Any]:
+            return next(self.said)
+
+    session = object.__new__(Apart)
+    session.link, session.tick, session.doing = Link(), lambda text: None, ""
+    assert session.receive() == (LOST, ("deadly", "it gave no sign of life for 180 s"))
+
+
+def test_the_process_tells_why_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[Any] = []
+
+    class Link:
+        send = staticmethod(sent.append)
+
+    def run(session: Session, todo: object) -> Iterator[list[Row]]:
+        raise LostError("dense", "illegal access")
+
+    def end(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(Session, "run", run)
+    monkeypatch.setattr(os, "_exit", end)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit):
+            apart.serve(Link(), Options((), (), "cpu"), [], 0.0, {}, 1)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert sent[1:] == [(LOST, ("dense", "illegal access"))]
+    assert apart.ending(-11) == "SIGSEGV"
+    assert apart.ending(3) == "exit code 3"
