@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -166,6 +167,23 @@ def test_a_long_set_up_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows[BOTH, "moekern"].status == OK
 
 
+def test_a_named_peer_may_take_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits_given: dict[str, float] = {}
+
+    @contextmanager
+    def time_limit(seconds: float) -> Iterator[None]:
+        limits_given[session.preparing] = seconds
+        yield
+
+    monkeypatch.setattr(runner, "time_limit", time_limit)
+    named = frozenset(["dense"])
+    peers_here = (peers.PEERS["dense"], peers.PEERS["grouped_mm"])
+    session = runner.Session(cases.Options((TINY,), peers_here, "cpu", verbs=(FORWARD,), minutes=30, named=named))
+    assert list(session.run())
+    assert 1700 < limits_given["dense"] < 1800
+    assert 0 < limits_given["grouped_mm"] <= 60
+
+
 def test_time_limit_leaves_nothing_behind() -> None:
     with limits.time_limit(100):
         pass
@@ -205,6 +223,8 @@ def test_sweeps() -> None:
     assert [s.top_k for s in cases.sweep_of(shape, "top_k")] == [1, 2, 4, 8, 16]
     assert {s.name for s in cases.sweep_of(shape, "top_k")} == {"olmoe-1b-7b"}
     assert [s.experts for s in cases.sweep_of(TINY, "experts")] == [2, 4, 8, 16]
+    assert [s.top_k for s in cases.sweep_of(shape, "top_k", coarse=True)] == [1, 4, 16]
+    assert [s.tokens for s in cases.sweep_of(replace(TINY, tokens=2), "tokens", coarse=True)] == [2]
     session = runner.Session(cases.Options(
         (), (peers.PEERS["grouped_mm"], peers.PEERS["dense"]), "cpu", ("fp32",), sweeps=("top_k",), swept=(TINY,),
         verbs=(FORWARD,), seconds=0.01,

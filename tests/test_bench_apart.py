@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -124,7 +125,10 @@ def test_a_gpu_that_does_not_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
         scripted(monkeypatch, options, [(LOST, ("", "no device"))])
 
 
-def test_a_hang_is_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("named", "seconds"), [((), 120), (("deadly",), 1860)])
+def test_a_hang_is_a_loss(named: tuple[str, ...], seconds: int) -> None:
+    """Whoever was named may tune as long as there is time."""
+
     class Link:
         """Says what it does, and then nothing."""
 
@@ -140,8 +144,9 @@ def test_a_hang_is_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
             return next(self.said)
 
     session = object.__new__(Apart)
+    session.options, session.began = Options((), (), "cpu", minutes=30, named=frozenset(named)), time.monotonic()
     session.link, session.tick, session.doing = Link(), lambda text: None, ""
-    assert session.receive() == (LOST, ("deadly", "it gave no sign of life for 180 s"))
+    assert session.receive() == (LOST, ("deadly", f"it gave no sign of life for {seconds} s"))
 
 
 def test_the_process_tells_why_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,7 @@ MINUTES = {"cuda": 7.0, "cpu": 5.0}
 EXAMPLES = """\
 examples:
   moekern bench                                      usual shapes and peers, in about two minutes
-  moekern bench --quick                              one small shape, in seconds
+  moekern bench --quick                              one small shape, in seconds; half a minute with --report
   moekern bench --shape olmoe-1b-7b --shape mixtral-8x7b --routing zipf
   moekern bench --thiek 4096,2048,1024,64,8          your own layer: tokens, hidden, intermediate, experts, top-k
   moekern bench --peers grouped_mm,transformers      only these beside it; "all" takes those that tune for minutes too
@@ -81,7 +81,8 @@ def add_parser(subparsers: Subparsers) -> None:
     several(
         "--sweep", f"vary {', '.join(SWEEPS)} of the first shape, or none (default: all three with --report, else none)"
     )
-    parser.add_argument("--quick", action="store_true", help="one small shape and short timing, unless told otherwise")
+    parser.add_argument("--quick", action="store_true", help="one small shape, unless told otherwise, short timing and "
+                        "three sizes a series")  # fmt: skip
     parser.add_argument("--minutes", type=positive, metavar="M", help="leave out what would begin later "
                         f"(default: {MINUTES['cuda']:g} on a GPU, {MINUTES['cpu']:g} on a CPU)")  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="write the figures, for --compare and for programs")
@@ -177,8 +178,10 @@ def options_of(args: argparse.Namespace, old: Record | None = None) -> Options:
         verbs=tuple(VERBS[verb] for verb in checked("--verbs", flat(args.verbs), tuple(VERBS))),
         sweeps=tuple(sweeps),
         swept=(swept,),
-        seconds=SECONDS[device] / (5 if args.quick else 1),
+        coarse=args.quick,
+        seconds=SECONDS[device] / (8 if args.quick else 1),
         minutes=args.minutes or MINUTES[device],
+        named=frozenset(flat(args.peers)),
     )
 
 

@@ -23,9 +23,9 @@ import torch
 
 from moekern.bench.cases import Case, Options, cases
 from moekern.bench.record import FAILED, MOEKERN, Machine, Row
-from moekern.bench.runner import LostError, Session, Tick, short, unmeasured
+from moekern.bench.runner import SET_UP_SECONDS, LostError, Session, Tick, seconds_left, short, unmeasured
 
-SILENT_SECONDS = 180.0  # after which the process counts as hung: three times what a peer may take to set up
+SILENT_SECONDS = 60.0  # beyond what a peer may take to set up, after which the process counts as hung
 ROWS, DOING, MACHINE, LOST = "rows", "doing", "machine", "lost"
 
 
@@ -82,9 +82,12 @@ class Apart:
     def receive(self) -> tuple[str, Any]:
         """The next message that is no news of progress; LOST if the process is."""
         while True:
+            limit = SILENT_SECONDS + SET_UP_SECONDS
+            if self.doing in self.options.named:
+                limit = max(limit, SILENT_SECONDS + seconds_left(self.options, self.began))
             try:
-                if not self.link.poll(SILENT_SECONDS):
-                    return LOST, (self.doing, f"it gave no sign of life for {SILENT_SECONDS:.0f} s")
+                if not self.link.poll(limit):
+                    return LOST, (self.doing, f"it gave no sign of life for {limit:.0f} s")
                 kind, content = self.link.recv()
             except (EOFError, OSError):
                 self.process.join()

@@ -16,8 +16,11 @@ SWEPT_PEERS = ("grouped_mm", "scattermoe", "sonicmoe")  # of the peers, those wh
 class Options:
     """What to measure.
 
-    seconds: For each figure, about; or `rounds` runs of each. minutes: For everything; what would begin later is
-    skipped.
+    Attributes:
+        named: Peers that may take all the time left to build, tune and compile; others have a minute.
+        sweeps, swept: Series over these sizes of these shapes. coarse: Three sizes a series.
+        seconds: For each figure, about. rounds: So many runs of each instead.
+        minutes: For everything; what would begin later is skipped.
     """
 
     shapes: tuple[Shape, ...]
@@ -28,8 +31,10 @@ class Options:
     verbs: tuple[str, ...] = ()
     sweeps: tuple[str, ...] = ()
     swept: tuple[Shape, ...] = ()
+    coarse: bool = False
     seconds: float = 1.0
     minutes: float = 7.0
+    named: frozenset[str] = frozenset()
     rounds: int | None = None
 
 
@@ -63,13 +68,13 @@ def cases(options: Options) -> list[Case]:
         for shape in options.swept:
             found += [
                 Case(each, options.dtypes[0], options.routings[0], options.verbs or (FORWARD, BOTH), few, sweep)
-                for each in sweep_of(shape, sweep)
+                for each in sweep_of(shape, sweep, options.coarse)
             ]
     return found
 
 
-def sweep_of(shape: Shape, sweep: str) -> list[Shape]:
-    """The shape with one of its sizes in steps of 4 (tokens) or 2, its own size among them."""
+def sweep_of(shape: Shape, sweep: str, coarse: bool = False) -> list[Shape]:
+    """The shape with one of its sizes in steps of 4 (tokens) or 2, its own among them; or ends and middle of these."""
     if sweep == "tokens":
         sizes = [shape.tokens // 64, shape.tokens // 16, shape.tokens // 4, shape.tokens]
     elif sweep == "experts":
@@ -77,5 +82,8 @@ def sweep_of(shape: Shape, sweep: str) -> list[Shape]:
                  if n >= shape.top_k]  # fmt: skip
     else:
         sizes = [n for n in (1, 2, 4, 8, 16) if n <= shape.experts]
-    changes: list[dict[str, Any]] = [{sweep: size} for size in dict.fromkeys(sizes) if size >= 1]
+    sizes = list(dict.fromkeys(size for size in sizes if size >= 1))
+    if coarse:
+        sizes = list(dict.fromkeys((sizes[0], sizes[len(sizes) // 2], sizes[-1])))
+    changes: list[dict[str, Any]] = [{sweep: size} for size in sizes]
     return [replace(shape, **change) for change in changes]

@@ -22,8 +22,8 @@ from moekern.bench.timing import Pairs, Work, clock_of, in_turns, quartiles
 
 Tick = Callable[[str], None]
 
-# What a peer may take to build, tune or compile: so much once, and for each shape its share of the time left. One that
-# compiles for all shapes does so at the first, and one that tunes each must not use up the others' time.
+# What a peer that nobody named may take to build, tune or compile: so much once, and for each shape its share of the
+# time left. One that compiles for all shapes does so at the first; one that tunes each must leave the others theirs.
 SET_UP_SECONDS = 60.0
 LEAST_SET_UP = 10.0
 SLOW_SECONDS = 12.0  # a pass expected to take longer is left out, one that does is not run again
@@ -80,7 +80,7 @@ class Session:
     @property
     def left(self) -> float:
         """Seconds."""
-        return 60 * self.options.minutes - (time.monotonic() - self.began)
+        return seconds_left(self.options, self.began)
 
     def run(self, todo: Sequence[Case] | None = None) -> Iterator[list[Row]]:
         """The rows of one verb of a case after the other, of all cases unless some are given.
@@ -173,7 +173,7 @@ class Session:
         if row.reason:
             return
         limit, began = max(self.left, 5.0), time.monotonic()
-        if peer is not OURS:
+        if peer is not OURS and peer.name not in self.options.named:
             unspent = SET_UP_SECONDS - self.set_up.get(peer.name, 0.0)
             limit = min(limit, max(unspent, min(SET_UP_SECONDS, max(share, LEAST_SET_UP))))
         try:
@@ -250,6 +250,11 @@ class Session:
         self.slow[entry.peer.name] = time.perf_counter() - began
         if verb != DECODE:
             entry.row.peak_bytes = torch.cuda.max_memory_allocated() - held
+
+
+def seconds_left(options: Options, began: float) -> float:
+    """Of the minutes that everything may take, if it began at this time of the monotonic clock."""
+    return 60 * options.minutes - (time.monotonic() - began)
 
 
 def blank(case: Case, verb: str, implementation: str, device: str) -> Row:
