@@ -19,7 +19,7 @@ def half_plan(ids: int, id_type: int, slots: int, experts: int, inverse: int, of
     """As :func:`plan` without ``order``, which follows: ``order[inverse[slot]] = slot``."""
 
 def wake_planner(slots: int, threads: int) -> None:
-    """Wake sleeping threads for a :func:`half_plan` of so many slots within the next 50 us."""
+    """Wake sleeping threads for a :func:`half_plan` of so many slots within the next 200 us."""
 
 def tiles(offsets: int, experts: int, height: int, longest_first: bool, out: int, capacity: int) -> int:
     """Write int32 ``out[capacity, 3]``, rows of (expert, first row, rows); return how many."""

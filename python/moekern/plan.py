@@ -143,6 +143,7 @@ def plan(topk_ids: Tensor, num_experts: int, *, planner: str = "auto") -> Plan:
 
 _MOST_EXPERTS = 2**31 - 3  # offsets are counted in int32 too
 _ID_TYPE = {torch.uint8: 0, torch.uint16: 1, torch.int32: 2, torch.int64: 3}
+_MANY_SLOTS = 1 << 14  # what the backend's own function costs on top no longer counts
 _empty_int32 = torch.empty(0, dtype=torch.int32, device="cpu").new_empty  # half the cost of torch.empty
 _get_num_threads = torch.get_num_threads
 
@@ -167,6 +168,9 @@ def _plan_eagerly(topk_ids: Tensor, num_experts: int, planner: str) -> Plan | No
         return Plan(order, inverse, offsets, num_experts, topk_ids.shape[1])
     if not topk_ids.is_cpu or dispatch.resolve("cpu") != "cpu":
         return None
+    if slots >= _MANY_SLOTS:
+        order, inverse, offsets = ops.backend_module("cpu").plan(topk_ids, num_experts)
+        return Plan(order, inverse, offsets, num_experts, topk_ids.shape[1])
     order, inverse, offsets = _empty_int32(slots), _empty_int32(slots), _empty_int32(num_experts + 1)
     _core.plan(
         address, id_type, slots, num_experts,

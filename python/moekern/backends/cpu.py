@@ -18,6 +18,7 @@ _DTYPE = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
 _ID_TYPE = {torch.uint8: 0, torch.uint16: 1, torch.int32: 2, torch.int64: 3}
 _KIND = {"nt": 0, "nn": 1, "tn": 2}
 _LARGE = 32 << 20  # bytes
+_LARGE_PLAN = 1 << 18  # slots: order and inverse take 1 MiB each
 
 
 def _aligned(t: Tensor) -> Tensor:
@@ -34,12 +35,21 @@ def _result(shape: torch.Size | tuple[int, ...], like: Tensor) -> Tensor:
     return torch.frombuffer(_core.Pages(size), dtype=like.dtype).view(shape)
 
 
+def _indices(slots: int) -> Tensor:
+    """Uninitialised int32 ``[slots]``, from a large plan's size on in memory that earlier ones gave back: the allocator
+    may return the megabytes of one plan to the system, and faulting them in again takes as long as planning."""
+    if slots < _LARGE_PLAN:
+        return torch.empty(slots, dtype=torch.int32, device="cpu")
+    return torch.frombuffer(_core.Pages(4 * slots), dtype=torch.int32)
+
+
 def plan(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`moekern.backends.reference.plan`."""
     ids = _aligned(topk_ids.contiguous())
     slots = ids.numel()
-    order = torch.empty(slots, dtype=torch.int32, device="cpu")
-    inverse = torch.empty(slots, dtype=torch.int32, device="cpu")
+    # Given back in the other order, so that each gets its own memory again, which lies in the caches of the cores that
+    # write it.
+    inverse, order = _indices(slots), _indices(slots)
     offsets = torch.empty(num_experts + 1, dtype=torch.int32, device="cpu")
     _core.plan(
         ids.data_ptr(), _ID_TYPE[ids.dtype], slots, num_experts,

@@ -15,7 +15,7 @@ const MIN_SLOTS_PER_THREAD: usize = 1 << 14;
 /// Chunks that one thread goes through side by side, so that their counters' latencies overlap.
 const LANES: usize = 2;
 
-/// Wakes threads of the pool that sleep, so that a call of [`half_plan`] that follows within 50 us finds them awake.
+/// Wakes threads of the pool that sleep, so that a call of [`half_plan`] that follows within 200 us finds them awake.
 pub fn wake(slots: usize, threads: usize) {
     parallel(threads_for(slots, threads), &|_| {});
 }

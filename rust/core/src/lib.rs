@@ -3,7 +3,9 @@
 //! Knows neither Python nor CUDA. Callers pass raw pointers with sizes; every `unsafe` function states
 //! which memory it reads and writes.
 
+mod apart;
 pub mod bandwidth;
+pub mod buckets;
 pub mod dtype;
 pub mod gemm;
 pub mod half_plan;

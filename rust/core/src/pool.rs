@@ -26,9 +26,13 @@ use std::sync::{Mutex, OnceLock};
 use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 
-/// How long an idle worker, or a caller waiting for one, spins before it sleeps: longer than the Python code
-/// between two operators of a layer, short enough not to be noticed by whoever else wants the core.
-const SPIN: Duration = Duration::from_micros(50);
+use crate::apart::Place;
+
+/// How long an idle worker, or a caller waiting for one, spins before it sleeps: longer than the Python code between
+/// two operators of a layer, and several times what waking takes, 20 to 60 us on a virtual machine. With 50 us a worker
+/// could fall asleep again just before its caller, woken late itself, came back, call after call. Whoever else wants the
+/// core gets it at once.
+const SPIN: Duration = Duration::from_micros(200);
 
 /// More workers than this are never started, whatever is asked for.
 const MAX_WORKERS: usize = 1023;
@@ -43,6 +47,7 @@ const SLEEPING: usize = 1 << (usize::BITS - 1);
 struct Worker {
     mailbox: AtomicUsize,
     thread: OnceLock<Thread>,
+    place: Place,
     next: *const Worker,
 }
 
@@ -113,6 +118,7 @@ impl Job<'_> {
                     self.running.fetch_sub(1, Relaxed);
                     continue;
                 }
+                worker.place.keep_off_callers_core();
                 if state == PARKED {
                     worker.thread.get().expect("set before the worker is linked").unpark();
                 }
@@ -187,11 +193,18 @@ fn start_workers(wanted: usize) {
 }
 
 fn start_worker() -> bool {
-    let worker =
-        Box::into_raw(Box::new(Worker { mailbox: AtomicUsize::new(IDLE), thread: OnceLock::new(), next: ptr::null() }));
+    let worker = Box::into_raw(Box::new(Worker {
+        mailbox: AtomicUsize::new(IDLE),
+        thread: OnceLock::new(),
+        place: Place::new(),
+        next: ptr::null(),
+    }));
     let address = worker as usize;
-    // Safety: the worker is leaked. Its thread reads the atomics alone, never `next`, which is still written below.
-    let main = move || work_forever(unsafe { &(*(address as *const Worker)).mailbox });
+    // Safety: the worker is leaked. Its thread uses the atomics alone, never `next`, which is still written below.
+    let main = move || unsafe {
+        (*(address as *const Worker)).place.occupy();
+        work_forever(&(*(address as *const Worker)).mailbox)
+    };
     let Ok(handle) = thread::Builder::new().name("moekern".into()).spawn(main) else {
         // Safety: no thread was started, so nobody else knows the worker.
         drop(unsafe { Box::from_raw(worker) });

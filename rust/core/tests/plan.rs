@@ -139,6 +139,34 @@ fn the_same_bits_for_any_number_of_threads() {
 }
 
 #[test]
+fn sizes_beyond_the_caches() {
+    for (slots, experts) in [(1 << 19, 64), ((1 << 19) + 5, 1), ((1 << 20) + 3, 300)] {
+        let ids = scattered(slots, experts);
+        let expected = planned(&ids, experts, 1);
+        assert!(expected.order.windows(2).all(|pair| {
+            let key = |slot: i32| (ids[slot as usize].rem_euclid(1 << 32).min(experts as i64), slot);
+            key(pair[0]) < key(pair[1])
+        }));
+        assert!(expected.order.iter().enumerate().all(|(row, &slot)| expected.inverse[slot as usize] == row as i32));
+        assert_eq!(planned(&ids, experts, 3), expected);
+    }
+}
+
+#[test]
+fn more_experts_than_16_bits_count() {
+    for experts in [65_534, 65_535, 65_536, 70_000] {
+        let ids: Vec<i64> = scattered(200_003, experts);
+        let expected = planned(&ids, experts, 1);
+        let bucket = |slot: &i32| ids[*slot as usize].rem_euclid(1 << 32).min(experts as i64);
+        assert!(expected.order.is_sorted_by_key(|slot| (bucket(slot), *slot)));
+        for (row, slot) in expected.order.iter().enumerate() {
+            assert_eq!(expected.inverse[*slot as usize], row as i32);
+        }
+        assert_eq!(planned(&ids, experts, 2), expected);
+    }
+}
+
+#[test]
 fn one_expert_takes_all() {
     let slots = 1 << 17;
     let plan = planned(&vec![5i32; slots], 1024, 4);
