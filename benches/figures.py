@@ -10,7 +10,7 @@ is filled anew from the record NAME. Views:
   names), `memory`, `series tokens` (or experts, top_k), `summary` (sentences), `machine`, `command`;
 - of one of pytest-benchmark: `table GROUP`; `range GROUP COLUMN [PARAMETER=VALUE …]`, the smallest and largest value of
   a column, where COLUMN may be `median`;
-- of one of benches/gpu_*.py: `columns NAME …`;
+- of one of benches/gpu_experts.py: `columns NAME …`;
 - of a page without a record: `match PATTERN`, the first group of a regular expression.
 
 Tables stand on lines of their own, everything else in its sentence.

@@ -1,11 +1,20 @@
-"""The experts on a GPU against cuBLAS doing dense matrix products of the same FLOPs.
+"""The experts on a GPU, and each of their kernels, against cuBLAS doing dense matrix products of the same FLOPs.
 
-    python benches/gpu_experts.py [--shapes qwen3-30b-a3b,olmoe-1b-7b] [--zipf] [--parts] [--forward-only]
+    python benches/gpu_experts.py [--shapes qwen3-30b-a3b,olmoe-1b-7b] [--routing zipf] [--peers grouped_mm,sonicmoe]
+        [--parts] [--forward-only | --backward-only] [--tokens 1,4,16,64,256] [--json FILE]
 
-Every measured run directly follows a run of cuBLAS in the same process, in random order; the figure is the median of
-the paired ratios, because the clock of a power-limited card drifts by more than the differences of interest
-(moekern.bench.timing). The L2 cache is swept before both. Data are random normal, the routing is given (uniform, or
-Zipf-1 with --zipf), plans are made inside the timing. A table comes last; `$OUT/gpu_experts.json` gets all figures.
+The whole layer is what `moekern bench` measures, and the forward pass of training besides. --parts adds each kernel;
+--backward-only takes the backward pass by itself, its plan and forward pass not counted ("serial" is the same with the
+combine of the input gradient on the same stream). With --tokens the shapes have so few tokens, and a line says what a
+call and a synchronisation take on the host, another what a pass takes in a CUDA graph, beside a copy of as many bytes.
+
+Every measured run directly follows a run of its ceiling in the same process, in random order; the figure is the median
+of the paired ratios, because the clock of a power-limited card drifts by more than the differences of interest
+(moekern.bench.timing). The L2 cache is swept before both. Data are random normal, the routing is given, plans are made
+inside the timing; results are compared with float32 first, and a wrong one is named and not timed. FILE, by default
+`$OUT/gpu_experts.json`, gets all figures as `python benches/figures.py` reads them, after every shape.
+
+--without-copies builds the gathering kernels without their cp.async: the bound that their gather has to reach.
 """
 
 from __future__ import annotations
@@ -18,205 +27,146 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
+import gpu_kernels
+import tables
 from bounds import without_copies
-from moekern.backends import cuda, reference
-from moekern.backends.cuda import torch_path
-from moekern.bench.routing import choose
-from moekern.bench.shapes import GPU, chosen
-from moekern.bench.timing import GpuClock, in_turns
-
-Run = Callable[[], object]
-
-
-@dataclass
-class Figure:
-    """One line: `share` is the time of cuBLAS over the run's own, median of the pairs."""
-
-    shape: str
-    what: str
-    ms: float
-    tflops: float
-    share: float
+from gpu_items import Figure, Item, WallClock, measure
+from gpu_layer import few_tokens, label, whole
+from moekern.bench import decode, peers
+from moekern.bench.ceiling import Copy, Dense
+from moekern.bench.facts import commit
+from moekern.bench.peers import OURS
+from moekern.bench.problem import Problem
+from moekern.bench.record import BOTH, FORWARD
+from moekern.bench.routing import ROUTINGS
+from moekern.bench.runner import free_bytes
+from moekern.bench.shapes import GPU, Shape, chosen
+from moekern.bench.timing import GpuClock
 
 
-class Layer:
-    """Random inputs of one shape, and cuBLAS's dense products of the same FLOPs."""
+class Run:
+    """What the command line asks for, what was measured so far, and what was not."""
 
-    def __init__(self, name: str, zipf: bool):
-        self.name = name
-        self.tokens, self.hidden, self.inter, self.experts, self.top_k = t, h, i, e, k = GPU[name].sizes
-        slots = self.slots = t * k
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.peers = [OURS, *peers.chosen(options.peers.split(","), "cuda")]
+        self.clock = GpuClock()
+        self.check = not options.without_copies
+        self.figures: list[Figure] = []
+        self.left_out: list[str] = []
 
-        def normal(*shape: int, scale: float = 1.0) -> Tensor:
-            return torch.randn(shape, device="cuda", dtype=torch.bfloat16) * scale
+    @cached_property
+    def memory(self) -> Copy:
+        """To copy in; only few tokens are measured beside a copy."""
+        return Copy("cuda")
 
-        generator = torch.Generator("cuda").manual_seed(0)
-        self.ids = choose("zipf" if zipf else "uniform", t, e, k, generator)
-        self.scores = torch.rand(t, k, device="cuda")
-        self.x, self.dout = normal(t, h), normal(t, h)
-        self.w_gate_up, self.w_down = normal(e, 2 * i, h, scale=h**-0.5), normal(e, h, i, scale=i**-0.5)
-        self.plan = reference.plan(self.ids, e)
-        self.flops = 6.0 * slots * h * i
+    def attempt(self, what: str, work: Callable[..., Any], *arguments: Any) -> Any:
+        """The result of `work`; a failure is noted and must not cost the others. Nothing survives a lost GPU."""
+        try:
+            return work(*arguments)
+        except Exception as error:
+            said = f"{what}: {type(error).__name__}: {' '.join(str(error).split())}"
+            print(said, flush=True)
+            self.left_out.append(said)
+            torch.cuda.synchronize()
+            return None
 
-        rows, w1, w2 = normal(slots, h), self.w_gate_up[0], self.w_down[0]
-        a, half = normal(slots, i), torch.empty(slots, i, device="cuda", dtype=torch.bfloat16)
-        wide = torch.empty(slots, h, device="cuda", dtype=torch.bfloat16)
-        gate, dw1, dw2 = w1[:i], torch.empty(i, h, device="cuda", dtype=torch.bfloat16), torch.empty_like(w2)
-        self.mm_up = lambda: [torch.mm(rows, gate.T, out=half) for _ in range(2)]
-        self.mm_down = lambda: [torch.mm(a, w2.T, out=wide)]
-
-        def backward() -> None:
-            torch.mm(rows, w2, out=half)
-            for _ in range(2):
-                torch.mm(a, gate, out=wide)
-            torch.mm(rows.T, a, out=dw2)
-            for _ in range(2):
-                torch.mm(a.T, rows, out=dw1)
-
-        self.mm_forward = lambda: (self.mm_up(), self.mm_down())
-        self.mm_backward = backward
-
-    def forward(self, module: object, save: bool) -> tuple[Tensor, Tensor]:
-        """The verb of a backend, its planner included."""
-        plan = module.plan(self.ids, self.experts)
-        return module.experts_forward(
-            self.x,
-            self.scores,
-            *plan,
-            self.w_gate_up,
-            self.w_down,
-            None,
-            None,
-            self.top_k,
-            "swiglu",
-            False,
-            False,
-            save,
-        )
-
-    def backward(self, module: object, pre: Tensor) -> tuple[Tensor, ...]:
-        """Gradients of everything."""
-        return module.experts_backward(
-            self.dout, self.x, pre, self.scores, *self.plan, self.w_gate_up, self.w_down, None, None,
-            self.top_k, "swiglu", False, False, [True, True, True, True, False, False],
-        )  # fmt: skip
-
-    def parts(self) -> list[tuple[str, Run, Run | None, float]]:
-        """Each kernel of the forward pass: name, run, cuBLAS of the same FLOPs, FLOPs."""
-        from moekern.backends.cuda import forward, kernels
-
-        order, inverse, offsets = self.plan
-        activated, pre = self.x.new_empty(self.slots, self.inter), self.x.new_empty(self.slots, 2 * self.inter)
-        rows, out = self.x.new_empty(self.slots, self.hidden), torch.empty_like(self.x)
-
-        def up(save: bool, few: bool) -> Run:
-            return lambda: kernels.up(
-                self.x, order, self.w_gate_up, None, activated, pre if save else None,
-                kernels.Tables(offsets, self.slots), self.top_k, "swiglu", False, False, few,
-            )  # fmt: skip
-
-        def down(stages: int, store_rows: int) -> Run:
-            return lambda: kernels.grouped_mm(
-                activated, self.w_down, None, rows, kernels.Tables(offsets, self.slots), False, stages, store_rows
-            )
-
-        return [
-            ("plan", lambda: forward.plan(self.ids, self.experts), None, 0),
-            ("tiles", lambda: kernels.Tables(offsets, self.slots), None, 0),
-            ("up, training", up(True, False), self.mm_up, self.flops * 2 / 3),
-            ("up, inference", up(False, False), self.mm_up, self.flops * 2 / 3),
-            ("up, few rows", up(False, True), self.mm_up, self.flops * 2 / 3),
-            ("down, 3 stages", down(3, 256), self.mm_down, self.flops / 3),
-            ("down, 4 stages", down(4, 128), self.mm_down, self.flops / 3),
-            ("combine", lambda: kernels.combine(rows, self.scores, inverse, offsets, out, self.top_k), None, 0),
+    def items_of(self, problem: Problem) -> list[Item]:
+        """The lines of a shape at its usual batch."""
+        o, name = self.options, problem.shape.name
+        dense = Dense(problem, FORWARD if o.forward_only else BOTH)
+        found: list[list[Item] | None] = []
+        if o.parts and not o.backward_only:
+            found.append(self.attempt(f"{name}, parts", gpu_kernels.of_forward, problem, dense))
+        if o.backward_only or (o.parts and not o.forward_only):
+            found.append(self.attempt(f"{name}, backward", gpu_kernels.of_backward, problem, dense, o.parts))
+        found += [
+            self.attempt(f"{name}, {label(peer)}", whole, peer, problem, dense, o.forward_only, self.check)
+            for peer in ([] if o.backward_only else self.peers)
         ]
+        named = o.only.split(";") if o.only else None
+        return [item for items in found for item in items or [] if named is None or item.name in named]
+
+    def shape(self, shape: Shape) -> None:
+        """Measure a shape at its usual batch."""
+        problem = Problem(shape, torch.bfloat16, "cuda", self.options.routing)
+        self.figures += measure(self.items_of(problem), shape.name, self.clock, self.options.rounds)
+
+    def few(self, shape: Shape, tokens: int) -> None:
+        """Measure a shape with few tokens: eagerly on the wall clock, then in CUDA graphs."""
+        problem = Problem(replace(shape, tokens=tokens), torch.bfloat16, "cuda", self.options.routing)
+        several, name = decode.problems(problem, free_bytes()), f"{shape.name}, T = {tokens}"
+        pairs = [
+            self.attempt(f"{name}, {label(peer)}", few_tokens, peer, problem, several, self.memory, self.check)
+            for peer in self.peers
+        ]
+        for kind, clock in enumerate((WallClock(), self.clock)):
+            items = [pair[kind] for pair in pairs if pair]
+            self.figures += measure(items, name, clock, self.options.rounds)
+
+    def record(self) -> dict[str, object]:
+        """As `python benches/figures.py` reads it."""
+        figures = [{key: value for key, value in asdict(f).items() if value is not None} for f in self.figures]
+        return {
+            "card": torch.cuda.get_device_name(), "torch": torch.__version__, "routing": self.options.routing,
+            "command": shlex.join(["python", *sys.argv]), "commit": commit(__file__),
+            "ceiling": "a copy of as many bytes" if self.options.tokens else tables.CUBLAS,
+            **({"note": "Not measured: " + "; ".join(self.left_out)} if self.left_out else {}), "figures": figures,
+        }  # fmt: skip
+
+    def show(self, shown: int) -> None:
+        """A line for each figure but the first ones."""
+        for f in self.figures[shown:]:
+            rate = f"{f.tflops:8.1f} {f.share:6.3f}" if f.share is not None else ""
+            print(f"{f.shape:<24} {f.what:<38} {f.ms:9.4f} {rate}".rstrip(), flush=True)
 
 
-def measure(runs: list[tuple[str, Run, Run, float]], shape: str, rounds: int) -> list[Figure]:
-    """Median time of every run, and of the ratio to the run of cuBLAS just before it."""
-    for _, run, base, _ in runs:
-        base()
-        run()
-    torch.cuda.synchronize()
-    works = {name: (run, 1) for name, run, _, _ in runs}
-    ceilings = {name: lambda clock, base=base: clock(base) for name, _, base, _ in runs}
-    pairs = in_turns(works, ceilings, GpuClock(), 0.0, rounds)
-    figures = []
-    for name, _, _, flops in runs:
-        seconds = pairs[name].quartiles[1]
-        figures.append(Figure(shape, name, 1e3 * seconds, flops / seconds / 1e12, pairs[name].share if flops else 0.0))
-    return figures
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--shapes", default=",".join(list(GPU)[:5]), help="names with commas, or all")
+    made.add_argument("--rounds", type=int, default=12)
+    made.add_argument("--routing", choices=tuple(ROUTINGS), default="uniform")
+    made.add_argument("--zipf", action="store_const", const="zipf", dest="routing", help="--routing zipf")
+    made.add_argument("--peers", default="grouped_mm", help="as `moekern bench` has them (default: %(default)s)")
+    made.add_argument("--only-moekern", action="store_const", const="none", dest="peers", help="--peers none")
+    made.add_argument("--parts", action="store_true", help="each kernel alone too")
+    one_pass = made.add_mutually_exclusive_group()
+    one_pass.add_argument("--forward-only", action="store_true")
+    one_pass.add_argument("--backward-only", action="store_true")
+    made.add_argument("--tokens", default="", help="numbers with commas, in place of the shapes' own")
+    made.add_argument("--only", default="", help="only lines of these names, with semicolons")
+    made.add_argument("--without-copies", action="store_true", help="the gather's bound: wrong results")
+    made.add_argument("--json", type=Path, default=Path(os.environ.get("OUT", ".")) / "gpu_experts.json")
+    return made
 
 
-def bench(name: str, arguments: argparse.Namespace) -> list[Figure]:
-    """All figures of one shape."""
-    layer = Layer(name, arguments.zipf)
-    runs: list[tuple[str, Run, Run, float]] = []
-    if arguments.parts:
-        runs += [(what, run, base or layer.mm_down, flops) for what, run, base, flops in layer.parts()]
-    f, b = layer.mm_forward, layer.mm_backward
-    for label, module in (("moekern", cuda), ("torch grouped_mm", torch_path)):
-        if arguments.only_moekern and module is torch_path:
-            continue
-        runs.append((f"{label}: forward, inference", lambda m=module: layer.forward(m, False), f, layer.flops))
-        runs.append((f"{label}: forward, training", lambda m=module: layer.forward(m, True), f, layer.flops))
-        if not arguments.forward_only:
-
-            def both(m: object = module) -> None:
-                layer.backward(m, layer.forward(m, True)[1])
-
-            def ceiling() -> None:
-                f()
-                b()
-
-            runs.append((f"{label}: forward + backward", both, ceiling, 3 * layer.flops))
-    return measure(runs, name, arguments.rounds)
-
-
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", default=",".join(list(GPU)[:5]), help="names with commas, or all")
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--zipf", action="store_true", help="Zipf-1 routing")
-    parser.add_argument("--parts", action="store_true", help="each kernel alone too")
-    parser.add_argument("--forward-only", action="store_true")
-    parser.add_argument("--only-moekern", action="store_true", help="no peers")
-    parser.add_argument("--without-copies", action="store_true", help="the gather's bound: wrong results")
-    arguments = parser.parse_args()
-    if arguments.without_copies:
+    options = parser().parse_args(arguments)
+    if options.without_copies:
         without_copies()
-    names = [shape.name for shape in chosen(arguments.shapes.split(","), "cuda") if not shape.decode]
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
     random.seed(0)
-    figures: list[Figure] = []
-    for name in names:
-        try:
-            figures += bench(name, arguments)
-        except Exception as error:  # a shape that fails must not cost the others
-            print(f"{name}: {type(error).__name__}: {error}", flush=True)
-        torch.cuda.empty_cache()
-    card, routing = torch.cuda.get_device_name(), "Zipf-1" if arguments.zipf else "uniform"
-    target = Path(os.environ.get("OUT", "."))
-    record = {
-        "card": card,
-        "torch": torch.__version__,
-        "routing": routing,
-        "command": shlex.join(["python", *sys.argv]),
-        "figures": [asdict(f) for f in figures],
-    }
-    (target / "gpu_experts.json").write_text(json.dumps(record, indent=1))
-    print(f"\n{card}, torch {torch.__version__}, {routing} routing, bfloat16; share of cuBLAS at the same FLOPs")
-    print(f"{'shape':<18} {'what':<38} {'ms':>9} {'TFLOP/s':>8} {'share':>6}")
-    for f in figures:
-        print(f"{f.shape:<18} {f.what:<38} {f.ms:9.4f} " + (f"{f.tflops:8.0f} {f.share:6.3f}" if f.tflops else ""))
+    run = Run(options)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {options.routing} routing, bfloat16")
+    print(f"{'shape':<24} {'what':<38} {'ms':>9} {'TFLOP/s':>8} {'share':>6}")
+    for shape in chosen(options.shapes.split(","), "cuda"):
+        tokens = [int(number) for number in options.tokens.split(",") if number]
+        works = [partial(run.few, shape, number) for number in tokens] or [partial(run.shape, shape)]
+        for work in [] if shape.decode else works:
+            shown = len(run.figures)
+            run.attempt(shape.name, work)
+            run.show(shown)
+            options.json.write_text(json.dumps(run.record(), indent=1) + "\n")
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Markdown tables of the records in benches/results, one form of record after the other.
 
 Three programs write records: `moekern bench` (:mod:`moekern.bench.record`), pytest-benchmark through `make bench`, and
-the programs for single CUDA kernels, benches/gpu_*.py. :func:`page` makes a whole page of any of them.
+benches/gpu_experts.py, which takes single CUDA kernels too. :func:`page` makes a whole page of any of them.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ def page(path: Path) -> str:
         parts = of_bench(records.load(path))
     elif "benchmarks" in content:
         parts = of_pytest(content)
-    elif "figures" in content or "shapes" in content:
+    elif "figures" in content:
         parts = of_kernels(content)
     else:
-        raise ValueError(f"{path}: no record of moekern bench, of pytest-benchmark or of benches/gpu_*.py")
+        raise ValueError(f"{path}: no record of moekern bench, of pytest-benchmark or of benches/gpu_experts.py")
     return "\n\n".join([f"# {path.stem}", *parts]) + "\n"
 
 
@@ -228,14 +228,16 @@ def group_table(cases: list[dict[str, Any]]) -> str:
     return markdown(header, lines)
 
 
-# Records of single CUDA kernels
+# Records of benches/gpu_experts.py
+
+CUBLAS = "cuBLAS at the same FLOPs"
 
 
 def of_kernels(record: dict[str, Any]) -> list[str]:
-    """Every figure of the record: time, rate and share of cuBLAS at the same FLOPs."""
+    """Every figure of the record: time, rate and share of the ceiling."""
     head = (
-        f"{record.get('card') or record['device']}, torch {record['torch']}, bfloat16, {record['routing']} routing; "
-        "of ceiling: the time of cuBLAS over own time at the same FLOPs, the median of paired runs."
+        f"{record['card']}, torch {record['torch']}, bfloat16, {record['routing']} routing; of ceiling: the time of "
+        f"{record.get('ceiling', CUBLAS)} over own time, the median of paired runs."
     )
     lines = [
         (
@@ -243,30 +245,28 @@ def of_kernels(record: dict[str, Any]) -> list[str]:
             entry["what"],
             f"{entry['ms']:.4f}" if entry.get("ms") else "",
             figure(entry["tflops"]) if entry.get("tflops") else "",
-            f"{entry['share']:.3f}" if entry.get("share") and entry.get("tflops") != 0 else "",
+            f"{entry['share']:.3f}" if entry.get("share") else "",
             str(entry.get("run", "")),
         )
-        for entry in kernel_figures(record)
+        for entry in record["figures"]
     ]
     command = [f"    {record['command']}"] if "command" in record else []
     note = [f"{record['note']}."] if "note" in record else []
     return [head, *command, *note, markdown(("shape", "what", "ms", "TFLOP/s", "of ceiling", "run"), lines)]
 
 
-def kernel_figures(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """One dictionary a figure; benches/gpu_backward.py nests them by shape and name instead."""
-    nested = record.get("shapes", {})
-    return [
-        *record.get("figures", []),
-        *({"shape": shape, "what": what, **values} for shape, of in nested.items() for what, values in of.items()),
-    ]
-
-
 def kernel_columns(record: dict[str, Any], whats: Cells) -> str:
-    """A row a shape, and for each of the named figures its share in per cent and its milliseconds."""
+    """A row a shape, and for each of the named figures its share in per cent and its milliseconds.
+
+    Raises:
+        ValueError: The record has no figure of a name.
+    """
     found: dict[str, dict[str, dict[str, Any]]] = {}
-    for entry in kernel_figures(record):
+    for entry in record["figures"]:
         found.setdefault(entry["shape"], {})[entry["what"]] = entry
+    for what in whats:
+        if not any(what in of for of in found.values()):
+            raise ValueError(f"the record has no figure {what!r}")
     header = ["shape"]
     for what in whats:
         header += [what.removeprefix("moekern: "), "ms"]

@@ -36,7 +36,6 @@ def root(tmp_path: Path) -> Path:
     records.save(made_up(), results / "layers.json")
     (results / "plan.json").write_text(json.dumps(PYTEST_RECORD))
     (results / "kernels.json").write_text(json.dumps(KERNEL_RECORD))
-    (results / "nested.json").write_text(json.dumps(NESTED_RECORD))
     (results / "demo.md").write_text("validation bits per byte  2.358  2.319\n")
     (tmp_path / "README.md").write_text("No figures.\n")
     return tmp_path
@@ -78,12 +77,6 @@ KERNEL_RECORD = {
         {"shape": "two", "what": "moekern: forward", "ms": 5.26, "tflops": 627.0, "share": 0.961},
     ],
 }
-NESTED_RECORD = {
-    "device": "Some GPU",
-    "torch": "2.11.0",
-    "routing": "zipf",
-    "shapes": {"one": {"dh": {"ms": 1.5, "share": 0.85, "tflops": 551.4}, "combine": {"share": 4.3, "tflops": 0.0}}},
-}
 
 
 def test_texts_show_what_the_records_say(figures: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,10 +109,6 @@ def test_page_of_kernels(figures: ModuleType, root: Path) -> None:
     assert "A note." in lines
     assert "| one | plan | 0.0200 |  |  |" in lines
     assert "| one | moekern: forward | 4.0800 | 606 | 0.933 |" in lines
-    nested = (root / "benches/results/nested.md").read_text()
-    assert "zipf routing" in nested
-    assert "| one | dh | 1.5000 | 551 | 0.850 |" in nested
-    assert "| one | combine |  |  |  |" in nested
 
 
 def test_page_of_moekern_bench(figures: ModuleType, root: Path) -> None:

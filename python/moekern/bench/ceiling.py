@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -71,32 +71,43 @@ class Copy:
 
 
 class Dense:
-    """Matrix products of all rows with one expert's weights, each into memory that is there."""
+    """Matrix products of all rows with one expert's weights, each into memory that is there.
+
+    Attributes:
+        products: What stands for a product of the layer, by name: up, down, and of the backward pass dh (the gradient
+            of what is activated), dgrad (of the rows), dw_down and dw_gate_up.
+    """
 
     def __init__(self, problem: Problem, verb: str) -> None:
-        s, self.backward = problem.shape, verb == BOTH
+        s = problem.shape
 
         def normal(*sizes: int) -> Tensor:
             return torch.randn(sizes, device=problem.device, dtype=problem.dtype)
 
-        self.rows, self.inner = normal(s.slots, s.hidden), normal(s.slots, s.intermediate)
-        self.gate, self.down = problem.w_gate_up[0, : s.intermediate], problem.w_down[0]
-        self.half, self.wide = torch.empty_like(self.inner), torch.empty_like(self.rows)
-        self.d_gate, self.d_down = torch.empty_like(self.gate), torch.empty_like(self.down)
+        rows, inner = normal(s.slots, s.hidden), normal(s.slots, s.intermediate)
+        gate, down = problem.w_gate_up[0, : s.intermediate], problem.w_down[0]
+        half, wide = torch.empty_like(inner), torch.empty_like(rows)
+        d_gate, d_down = torch.empty_like(gate), torch.empty_like(down)
+
+        def mm(a: Tensor, b: Tensor, out: Tensor, times: int = 1) -> Callable[[], object]:
+            return lambda: [torch.mm(a, b, out=out) for _ in range(times)]
+
+        self.products = {"up": mm(rows, gate.T, half, 2), "down": mm(inner, down.T, wide)}
+        if verb == BOTH:
+            self.products |= {
+                "dh": mm(rows, down, half),
+                "dgrad": mm(inner, gate, wide, 2),
+                "dw_down": mm(rows.T, inner, d_down),
+                "dw_gate_up": mm(inner.T, rows, d_gate, 2),
+            }
 
     def __call__(self, clock: Clock) -> Wait:
         return clock(self.run)
 
-    def run(self) -> None:
-        for _ in range(2):
-            torch.mm(self.rows, self.gate.T, out=self.half)
-        torch.mm(self.inner, self.down.T, out=self.wide)
-        if self.backward:
-            torch.mm(self.rows, self.down, out=self.half)
-            torch.mm(self.rows.T, self.inner, out=self.d_down)
-            for _ in range(2):
-                torch.mm(self.inner, self.gate, out=self.wide)
-                torch.mm(self.inner.T, self.rows, out=self.d_gate)
+    def run(self, names: Iterable[str] = ()) -> None:
+        """All products, or those of these names."""
+        for name in names or self.products:
+            self.products[name]()
 
 
 class Streamed:

@@ -1,0 +1,124 @@
+"""The kernels of both passes as lines of benches/gpu_experts.py, each beside cuBLAS doing its product densely."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from gpu_items import Item, base_of
+from moekern.backends import reference
+from moekern.backends.cuda import backward, backward_kernels, forward, kernels
+from moekern.backends.cuda.configuration import choose
+from moekern.bench.ceiling import Dense
+from moekern.bench.problem import Problem
+
+BACKWARD = ("dh", "dgrad", "dw_down", "dw_gate_up")  # products of the backward pass
+
+
+def of_forward(problem: Problem, dense: Dense) -> list[Item]:
+    """Planner, tile tables, both projections in their forms, and the combine."""
+    p, s = problem, problem.shape
+    order, inverse, offsets = reference.plan(p.ids, s.experts)
+    activated, pre = p.x.new_empty(s.slots, s.intermediate), p.x.new_empty(s.slots, 2 * s.intermediate)
+    rows, out = p.x.new_empty(s.slots, s.hidden), torch.empty_like(p.x)
+
+    def tables() -> kernels.Tables:
+        return kernels.Tables(offsets, s.slots)
+
+    def up(t: kernels.Tables, save: bool, few: bool) -> None:
+        kept = pre if save else None
+        kernels.up(p.x, order, p.w_gate_up, None, activated, kept, t, s.top_k, "swiglu", False, False, few)
+
+    def down(t: kernels.Tables, stages: int, store_rows: int) -> None:
+        kernels.grouped_mm(activated, p.w_down, None, rows, t, False, stages, store_rows)
+
+    def item(name: str, product: str, run: Callable[[kernels.Tables], None]) -> Item:
+        return Item(name, run, base_of(dense, product), flops_of(problem, product), tables)
+
+    beside = base_of(dense, "down")
+    return [
+        Item("plan", lambda: forward.plan(p.ids, s.experts), beside),
+        Item("tiles", tables, beside),
+        item("up, training", "up", partial(up, save=True, few=False)),
+        item("up, inference", "up", partial(up, save=False, few=False)),
+        item("up, few rows", "up", partial(up, save=False, few=True)),
+        item("down, 3 stages", "down", partial(down, stages=3, store_rows=256)),
+        item("down, 4 stages", "down", partial(down, stages=4, store_rows=128)),
+        Item("combine", lambda: kernels.combine(rows, p.scores, inverse, offsets, out, s.top_k), beside),
+    ]
+
+
+def of_backward(problem: Problem, dense: Dense, parts: bool = True) -> list[Item]:
+    """The whole backward pass, its launches counted, and its kernels; "serial": with the combine on the same stream."""
+    p, s = problem, problem.shape
+    order, inverse, offsets = reference.plan(p.ids, s.experts)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, device=p.x.device, dtype=p.dtype)
+
+    pre = normal(s.slots, 2 * s.intermediate)
+    chosen = choose(p.dtype, (9, 0), s.slots, s.experts, s.hidden, s.intermediate)
+
+    def whole(beside: bool) -> None:
+        backward.experts_backward(
+            p.dout, p.x, pre, p.scores, order, inverse, offsets, p.w_gate_up, p.w_down, None, None,
+            s.top_k, "swiglu", False, False, [True, True, True, True, False, False],
+            chosen if beside else replace(chosen, combine_beside=False),
+        )  # fmt: skip
+
+    flops = sum(flops_of(problem, product) for product in BACKWARD)
+    base = base_of(dense, *BACKWARD)
+    items = [
+        Item("serial", partial(whole, beside=False), base, flops),
+        Item("backward", partial(whole, beside=True), base, flops),
+    ]
+    if not parts:
+        return items[1:]
+    rows = backward_kernels.Rows(
+        p.x, order, p.scores, s.top_k, torch.empty_like(order), torch.empty(s.slots, device=p.x.device)
+    )
+    columns = -(-s.intermediate // backward_kernels.DH_FEATURES)
+    dh, scaled = pre.clone(), normal(s.slots, s.intermediate)
+    partials = torch.empty(s.slots, columns, device=p.x.device)
+    grad_rows, dx = normal(s.slots, s.hidden), torch.empty_like(p.x)
+    dw_gate_up, dw_down = torch.empty_like(p.w_gate_up), torch.empty_like(p.w_down)
+
+    def run_dh(t: kernels.Tables) -> None:
+        backward_kernels.dh(p.dout, p.w_down, pre, rows, t, "swiglu", False, False, dh, scaled, partials)
+
+    def run_dgrad(t: kernels.Tables) -> None:
+        kernels.grouped_mm(dh, p.w_gate_up, None, grad_rows, t, True, chosen.stages, chosen.store_rows)
+
+    def run_dw_down(t: kernels.Tables, stages: int) -> None:
+        backward_kernels.wgrad(p.dout, scaled, rows.token, offsets, t, dw_down, False, stages=stages)
+
+    def run_dw_gate_up(t: kernels.Tables, stages: int) -> None:
+        backward_kernels.wgrad(p.x, dh, rows.token, offsets, t, dw_gate_up, True, stages=stages)
+
+    def item(name: str, product: str, run: Callable[[kernels.Tables], None]) -> Item:
+        return Item(
+            name, run, base_of(dense, product), flops_of(problem, product), lambda: kernels.Tables(offsets, s.slots)
+        )
+
+    return [
+        item("dh", "dh", run_dh),
+        item("dgrad", "dgrad", run_dgrad),
+        *(item(f"dw_down, {n} stages", "dw_down", partial(run_dw_down, stages=n)) for n in (3, 4)),
+        *(item(f"dw_gate_up, {n} stages", "dw_gate_up", partial(run_dw_gate_up, stages=n)) for n in (3, 4)),
+        Item(
+            "combine of gradients",
+            lambda: kernels.combine(grad_rows, None, inverse, offsets, dx, s.top_k),
+            base_of(dense, "dh"),
+        ),
+        *items,
+    ]
+
+
+def flops_of(problem: Problem, product: str) -> float:
+    """2 S H I for a product with one of the three weights of an expert, twice that for gate and up together."""
+    s = problem.shape
+    return 2.0 * s.slots * s.hidden * s.intermediate * (2 if product in ("up", "dgrad", "dw_gate_up") else 1)

@@ -1,0 +1,65 @@
+"""The whole layer, moekern's and its peers', as lines of benches/gpu_experts.py; each is checked before it is timed."""
+
+from __future__ import annotations
+
+from gpu_items import Item, base_of
+from moekern.bench import decode
+from moekern.bench.ceiling import Copy, Dense, Streamed
+from moekern.bench.peers import Layer, Peer
+from moekern.bench.peers.base import both_of, forward_of, results_of, wanted_of
+from moekern.bench.problem import ALLOWED, Problem
+from moekern.bench.record import BOTH, DECODE, FORWARD
+
+LABELS = {"grouped_mm": "torch grouped_mm"}  # as in the records so far
+
+
+class WrongError(Exception):
+    """A result is not what float32 gives."""
+
+
+def label(peer: Peer) -> str:
+    return LABELS.get(peer.name, peer.name)
+
+
+def checked(peer: Peer, problem: Problem, backward: bool, check: bool = True) -> Layer:
+    """The layer of a peer, its results right within the rounding of the dtype.
+
+    Raises:
+        WrongError: They are not.
+        ImportError: It is not installed, or cannot run this problem.
+    """
+    if reason := peer.missing(problem):
+        raise ImportError(reason)
+    layer = peer.build(problem)
+    if check:
+        error = results_of(layer, problem, backward).error_against(wanted_of(layer, problem, backward))
+        if not error <= ALLOWED[problem.dtype]:
+            raise WrongError(f"off by {error:.1e}, allowed {ALLOWED[problem.dtype]:.1e}")
+    return layer
+
+
+def whole(peer: Peer, problem: Problem, dense: Dense, forward_only: bool, check: bool = True) -> list[Item]:
+    """The passes of the layer."""
+    layer = checked(peer, problem, not forward_only, check)
+    leaves = tuple(t.detach().requires_grad_() for t in (problem.x, problem.scores, *layer.weights))
+    once, flops = base_of(dense, "up", "down"), problem.flops(FORWARD)
+    items = [
+        Item(f"{label(peer)}: forward, inference", forward_of(layer, problem), once, flops),
+        Item(f"{label(peer)}: forward, training", lambda: layer.forward(*leaves), once, flops),
+    ]
+    if not forward_only:
+        both = both_of(layer, problem)
+        items.append(Item(f"{label(peer)}: forward + backward", both, base_of(dense), problem.flops(BOTH)))
+    return items
+
+
+def few_tokens(peer: Peer, problem: Problem, several: list[Problem], memory: Copy, check: bool) -> tuple[Item, Item]:
+    """A forward pass eagerly, for the wall clock, and in a CUDA graph."""
+    layer = checked(peer, problem, False, check)
+    moved = sum(each.bytes(DECODE) for each in several) / len(several)
+    work, passes, remark = decode.work(peer, several)
+    ceiling, flops = Streamed(moved, memory), problem.flops(DECODE)
+    return (
+        Item(f"{label(peer)}, eager", forward_of(layer, problem), ceiling),
+        Item(f"{label(peer)}, {remark or 'graph'}", work, ceiling, flops, passes=passes),
+    )
