@@ -7,7 +7,7 @@ from moekern.bench import decode
 from moekern.bench.ceiling import Copy, Dense, Streamed
 from moekern.bench.peers import Layer, Peer
 from moekern.bench.peers.base import both_of, forward_of, results_of, wanted_of
-from moekern.bench.problem import ALLOWED, Problem
+from moekern.bench.problem import ALLOWED, Problem, Results
 from moekern.bench.record import BOTH, DECODE, FORWARD
 
 LABELS = {"grouped_mm": "torch grouped_mm"}  # as in the records so far
@@ -32,10 +32,15 @@ def checked(peer: Peer, problem: Problem, backward: bool, check: bool = True) ->
         raise ImportError(reason)
     layer = peer.build(problem)
     if check:
-        error = results_of(layer, problem, backward).error_against(wanted_of(layer, problem, backward))
-        if not error <= ALLOWED[problem.dtype]:
-            raise WrongError(f"off by {error:.1e}, allowed {ALLOWED[problem.dtype]:.1e}")
+        ensure_right(results_of(layer, problem, backward), wanted_of(layer, problem, backward), problem)
     return layer
+
+
+def ensure_right(results: Results, wanted: Results, problem: Problem) -> None:
+    """Raise WrongError if the results are off by more than the dtype's rounding."""
+    error = results.error_against(wanted)
+    if not error <= ALLOWED[problem.dtype]:
+        raise WrongError(f"off by {error:.1e}, allowed {ALLOWED[problem.dtype]:.1e}")
 
 
 def whole(peer: Peer, problem: Problem, dense: Dense, forward_only: bool, check: bool = True) -> list[Item]:
@@ -56,8 +61,11 @@ def whole(peer: Peer, problem: Problem, dense: Dense, forward_only: bool, check:
 def few_tokens(peer: Peer, problem: Problem, several: list[Problem], memory: Copy, check: bool) -> tuple[Item, Item]:
     """A forward pass eagerly, for the wall clock, and in a CUDA graph."""
     layer = checked(peer, problem, False, check)
+    layers = [layer, *(peer.build(each) for each in several[1:])]
     moved = sum(each.bytes(DECODE) for each in several) / len(several)
-    work, passes, remark = decode.work(peer, several)
+    work, passes, remark = decode.work(layers, several, waits=peer.waits)
+    if check:
+        ensure_right(work(), wanted_of(layers[-1], several[-1], False), problem)
     ceiling, flops = Streamed(moved, memory), problem.flops(DECODE)
     return (
         Item(f"{label(peer)}, eager", forward_of(layer, problem), ceiling),

@@ -100,7 +100,7 @@ def case_table(rows: list[Row], sizes: Cells, *, named: bool = True) -> str:
         decode = ours.verb == DECODE
         lines.append([
             ours.shape if named else "", *(str(getattr(ours, what)) for what in (*sizes, *varying)), ours.verb,
-            duration(ours.seconds) if ours.seconds else ours.status,
+            time_of(ours),
             figure(ours.tflops / factor) if ours.tflops and not decode else "",
             figure(ours.gbps) if ours.gbps and decode else "",
             share_of(ours),
@@ -119,9 +119,16 @@ def grid(record: Record) -> str:
     return "\n".join([f"| {' | '.join(head)} |", *lines[1:]])
 
 
+def time_of(row: Row) -> str:
+    """A time, or why there is none; that of a wrong result is said to be so."""
+    if not row.seconds:
+        return row.status
+    return duration(row.seconds) + (" (wrong)" if row.status == WRONG else "")
+
+
 def times_ours(peer: Row | None, ours: Row) -> str:
     """A peer's time over ours."""
-    if peer is None or not peer.seconds or not ours.seconds:
+    if peer is None or not peer.seconds or not ours.seconds or ours.status == WRONG:
         return "" if peer is None else "-"
     ratio = f"{figure(peer.seconds / ours.seconds)}x"
     return f"{ratio} (wrong)" if peer.status == WRONG else ratio
@@ -129,7 +136,9 @@ def times_ours(peer: Row | None, ours: Row) -> str:
 
 def share_of(row: Row) -> str:
     """The share of the ceiling to two places."""
-    return "" if row.share is None else f"{row.share:.2f}" if row.share < 10 else figure(row.share)
+    return (
+        "" if row.share is None or row.status == WRONG else f"{row.share:.2f}" if row.share < 10 else figure(row.share)
+    )
 
 
 def wide(record: Record) -> str:
@@ -152,7 +161,7 @@ def wide(record: Record) -> str:
             ours = of.get(MOEKERN)
             best = summary.peers(of)[:1] if ours else []
             cells += [
-                duration(ours.seconds) if ours and ours.seconds else "",
+                time_of(ours) if ours else "",
                 share_of(ours) if ours else "",
                 *([f"{times_ours(peer, ours)} {peer.implementation}" for peer in best if ours] or [""]),
             ]

@@ -310,9 +310,26 @@ def test_decode_reads_other_experts_in_each_pass(monkeypatch: pytest.MonkeyPatch
     assert {p.w_gate_up.data_ptr() for p in several} == {problem.w_gate_up.data_ptr()}
     monkeypatch.setattr(decode, "STREAMED", 1)
     assert len(decode.problems(problem, 0)) == 2
-    work, repeats, remark = decode.work(peers.OURS, several)
+    work, repeats, remark = decode.work([peers.OURS.build(each) for each in several], several)
     assert (repeats, remark) == (len(several), "")
-    work()
+    assert work().error_against(several[-1].reference(False)) < 1e-5
+
+
+def test_what_is_timed_in_decode_is_checked() -> None:
+    """The pass over the first experts may be right and the last of those that are timed wrong."""
+    first: list[Layer] = []
+
+    class Stale(Peer):
+        name, about = "stale", "an implementation that keeps what it saw first"
+
+        def build(self, problem: Problem) -> Layer:
+            first.append(peers.OURS.build(problem))
+            return first[0]
+
+    row = measure(Stale(), shapes=(shapes.SHAPES["tiny-decode"],))[DECODE, "stale"]
+    assert row.status == WRONG
+    assert row.error is not None
+    assert row.error > 0.1
 
 
 def test_what_is_slow_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:

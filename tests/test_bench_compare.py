@@ -72,6 +72,13 @@ def test_status(status: str, regressed: bool) -> None:
     assert not compare(new, recorded(timed(1.0))).regressed
 
 
+@pytest.mark.parametrize(("before", "after"), [(OK, WRONG), (WRONG, OK)])
+def test_what_is_wrong_is_neither_fast_nor_slow(before: str, after: str) -> None:
+    outcome = compare(recorded(timed(1.0, status=before)), recorded(timed(0.5, status=after)))
+    assert outcome.changes[0].verdict == ""
+    assert outcome.regressed == (after == WRONG)
+
+
 def test_memory() -> None:
     old, more = recorded(timed(1.0, saved_bytes=1000)), recorded(timed(1.0, saved_bytes=1500))
     outcome = compare(old, more)

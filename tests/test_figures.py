@@ -13,7 +13,7 @@ import pytest
 
 from made_up_records import record as made_up
 from moekern.bench import record as records
-from moekern.bench.record import BOTH, MOEKERN, Row
+from moekern.bench.record import BOTH, MOEKERN, WRONG, Row
 from moekern.bench.units import duration, figure
 
 ROOT = Path(__file__).parents[1]
@@ -177,6 +177,19 @@ def test_wide(figures: ModuleType, root: Path) -> None:
     assert cells[:2] == ["qwen3-30b-a3b", "32768, 2048, 768, 128, 8"]
     assert cells[5:8] == [duration(ours.seconds), f"{ours.share:.2f}", f"{best.seconds / ours.seconds:.2f}x sonicmoe"]
     assert made[-2].startswith("| qwen3-decode-1 | 1, 2048, 768, 128, 8 |  |  |  |  |  |  | ")
+
+
+def test_our_own_wrong_result_is_not_fast(figures: ModuleType, root: Path) -> None:
+    made = made_up()
+    for row in made.rows:
+        if row.implementation == MOEKERN:
+            row.status = WRONG
+    records.save(made, root / "benches/results/layers.json")
+    for view in ("wide", "shapes"):
+        text = figures.filled(f"<!-- figures:layers {view} --><!-- /figures -->", root / "benches/results")
+        line = next(line for line in text.splitlines() if line.startswith("| mixtral-8x7b"))
+        assert "ms (wrong) |" in line
+        assert "x" not in line.removeprefix("| mixtral-8x7b")
 
 
 def row_of(shape: str, verb: str, name: str) -> Row:

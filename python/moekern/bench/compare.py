@@ -112,8 +112,8 @@ def changed(old: Row, new: Row, drift: float) -> Change:
 
 
 def judged(old: Row, new: Row, drift: float) -> str:
-    """Slower or faster if the middle halves are apart, as measured and without the ceiling's drift."""
-    if not old.seconds or not new.seconds:
+    """Slower or faster if both are right and the middle halves apart, as measured and without the ceiling's drift."""
+    if not old.seconds or not new.seconds or WRONG in (old.status, new.status):
         return SAME
     if not (old.low and old.high and new.low and new.high):
         return UNKNOWN

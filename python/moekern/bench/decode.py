@@ -7,12 +7,12 @@ generation reads the weights of many layers before it comes back to the first. O
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import torch
 
-from moekern.bench.peers.base import Peer, forward_of
-from moekern.bench.problem import Problem
-from moekern.bench.timing import Work
+from moekern.bench.peers.base import Layer, forward_of
+from moekern.bench.problem import Problem, Results
 
 STREAMED = 768 << 20  # bytes of active weights that a graph reads: many times the largest L2
 MOST_SETS = 12
@@ -29,17 +29,19 @@ def problems(problem: Problem, free_bytes: int) -> list[Problem]:
     return [problem, *(Problem(problem.shape, problem.dtype, problem.device, problem.routing, s) for s in seeds)]
 
 
-def work(peer: Peer, several: list[Problem]) -> tuple[Work, int, str]:
-    """What to time, how many passes it makes, and a remark if it runs without a CUDA graph."""
-    passes = [forward_of(peer.build(problem), problem) for problem in several]
+def work(layers: list[Layer], several: list[Problem], *, waits: bool = False) -> tuple[Callable[[], Results], int, str]:
+    """What to time, which gives the last pass's results; how many passes it makes; a remark if it has no CUDA graph.
 
-    def all_of_them() -> None:
-        for run in passes:
-            run()
+    There is a layer for each problem. `waits`: the host waits for the device in them, so that no graph can hold them.
+    """
+    passes = [forward_of(layer, problem) for layer, problem in zip(layers, several, strict=True)]
+
+    def all_of_them() -> Results:
+        return [run() for run in passes][-1]
 
     if several[0].device == "cpu":
         return all_of_them, len(passes), ""
-    if peer.waits:
+    if waits:
         return all_of_them, len(passes), "no CUDA graph: it waits for the device"
     all_of_them()
     torch.cuda.synchronize()
@@ -48,13 +50,14 @@ def work(peer: Peer, several: list[Problem]) -> tuple[Work, int, str]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what fails is told by the exception
             with torch.cuda.graph(graph):
-                all_of_them()
+                results = all_of_them()
     except Exception as error:
         torch.cuda.synchronize()
         return all_of_them, len(passes), f"no CUDA graph: {type(error).__name__}"
 
-    def replay(kept: object = passes) -> None:
+    def replay(kept: object = passes) -> Results:
         """The graph knows addresses only: `kept` holds the weights that are there."""
         graph.replay()
+        return results
 
     return replay, len(passes), ""

@@ -54,7 +54,7 @@ def table(rows: list[Row]) -> Table:
     saved = any(row.saved_bytes is not None for row in rows)
     for name in ("time", "±", unit, "of ceiling", "× moekern", *(["saved"] if saved else [])):
         made.add_column(name, justify="right", no_wrap=True)
-    ours = next((row.seconds for row in rows if row.implementation == MOEKERN), None)
+    ours = next((row.seconds for row in rows if row.implementation == MOEKERN and row.status == OK), None)
     first = {CEILING: 0, MOEKERN: 1}
     for row in sorted(rows, key=lambda row: (first.get(row.implementation, 2), row.seconds or 0.0)):
         made.add_row(*cells(row, ours, unit), style="bold" if row.implementation == MOEKERN else None)
