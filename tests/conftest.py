@@ -61,3 +61,16 @@ def poisoned() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.fixture
+def small_and_quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """`moekern bench` with two rounds, little memory, and one thread, which waits for no other."""
+    from moekern.bench import ceiling, timing
+
+    monkeypatch.setattr(ceiling, "SCANNED", 2 << 20)
+    monkeypatch.setattr(timing, "MOST_ROUNDS", 2)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -10,26 +10,15 @@ from typing import Any
 
 import pytest
 
+from made_up_peers import Deadly
 from moekern.bench import apart, peers, shapes
 from moekern.bench.apart import DOING, LOST, MACHINE, ROWS, Apart, session_of
 from moekern.bench.cases import Options
 from moekern.bench.facts import machine_of
-from moekern.bench.peers import Layer, Peer
-from moekern.bench.problem import Problem
 from moekern.bench.record import BOTH, CEILING, FAILED, FORWARD, MOEKERN, OK, Row
 from moekern.bench.runner import LostError, Session, unmeasured
 
 TINY = shapes.SHAPES["tiny"]
-
-
-class Deadly(Peer):
-    """Ends the process that builds it, as a crash in a library does."""
-
-    name, about = "deadly", "an implementation that crashes"
-
-    def build(self, problem: Problem) -> Layer:
-        os.kill(os.getpid(), signal.SIGKILL)
-        raise AssertionError
 
 
 def test_a_crash_costs_no_other_figure() -> None:

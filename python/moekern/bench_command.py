@@ -17,6 +17,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from moekern.bench import shapes
+from moekern.bench.peers import PEERS
+from moekern.bench.peers import chosen as chosen_peers
 from moekern.bench.record import BOTH, DECODE, FORWARD, Record, Row, load, save
 from moekern.bench.routing import ROUTINGS
 from moekern.bench.table import LEGEND, tables
@@ -45,7 +47,9 @@ examples:
   moekern bench --from new.json --compare old.json   the same of two files, measuring nothing; --report works too
 
 shapes: {shapes}
-peers:  {peers}
+
+peers:
+{peers}
 
 Every implementation is first checked against float32: a wrong result is shown as WRONG, not as fast. Then they run in
 turns, each directly after the ceiling: on a GPU cuBLAS doing dense matrix products of the same FLOPs (for decode, a
@@ -62,10 +66,9 @@ def add_parser(subparsers: Subparsers) -> None:
         help="measure the layer against its peers and against the machine's limit",
         description="Measure the experts' forward and backward pass against what else could compute them, and against "
         "what the machine can do at best.",
-        epilog=EXAMPLES.format(shapes=", ".join(shapes.SHAPES), peers="dense, transformers, grouped_mm, "
-                               "grouped_mm-compiled, scattermoe, sonicmoe, megablocks, llama.cpp"),
+        epilog=EXAMPLES.format(shapes=", ".join(shapes.SHAPES), peers=peer_list()),
         formatter_class=HelpFormat,
-    )  # fmt: skip
+    )
 
     def several(option: str, text: str) -> None:
         parser.add_argument(option, action="append", type=names, metavar="NAME", help=text)
@@ -92,6 +95,12 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--from", dest="source", metavar="FILE.json", help="measure nothing: take the figures of this "
                         "file, for the table, for --report and for --compare")  # fmt: skip
     parser.set_defaults(run=run)
+
+
+def peer_list() -> str:
+    """A line for each peer: its name, and what it is."""
+    width = max(map(len, PEERS))
+    return "\n".join(f"  {name:{width}}  {peer.about}" for name, peer in PEERS.items())
 
 
 def names(text: str) -> list[str]:
@@ -148,7 +157,6 @@ def options_of(args: argparse.Namespace, old: Record | None = None) -> Options:
     Raises:
         ValueError: An argument is wrong; the message names it and what is accepted.
     """
-    from moekern.bench import peers
     from moekern.bench.cases import Options
 
     rows = [] if old is None else [row for row in old.rows if row.sweep is None]
@@ -163,7 +171,7 @@ def options_of(args: argparse.Namespace, old: Record | None = None) -> Options:
     if not chosen:
         chosen = shapes.chosen((shapes.QUICK if args.quick else shapes.USUAL)[device], device)
     implementations = dict.fromkeys(row.implementation for row in rows if row.seconds is not None)
-    known = [name for name in implementations if name in peers.PEERS]
+    known = [name for name in implementations if name in PEERS]
     sweeps = flat(args.sweep) or (list(SWEEPS) if args.report else ["none"])
     sweeps = [] if sweeps == ["none"] else checked("--sweep", sweeps, SWEEPS)
     swept = next((shape for shape in chosen if named and not shape.decode), shapes.SHAPES[shapes.SWEPT[device]])
@@ -171,7 +179,7 @@ def options_of(args: argparse.Namespace, old: Record | None = None) -> Options:
     routings = flat(args.routing) or list(dict.fromkeys(row.routing for row in rows)) or ["uniform"]
     return Options(
         shapes=tuple(chosen),
-        peers=tuple(peers.chosen(flat(args.peers) or (known or ["none"] if rows else ["usual"]), device)),
+        peers=tuple(chosen_peers(flat(args.peers) or (known or ["none"] if rows else ["usual"]), device)),
         device=device,
         dtypes=tuple(checked("--dtype", dtypes, DTYPES)),
         routings=tuple(checked("--routing", routings, tuple(ROUTINGS))),

@@ -58,6 +58,7 @@ class Apart:
         self.doing = ""  # whose work the last news of progress was about
         kind, content = self.start()
         if kind != MACHINE:
+            self.stop()
             raise OSError(f"{options.device} cannot be measured: {content[1]}")
         self.machine: Machine = content
 

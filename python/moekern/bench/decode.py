@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 
+from moekern.bench.limits import TookTooLongError
 from moekern.bench.peers.base import Layer, forward_of
 from moekern.bench.problem import Problem, Results
 
@@ -51,6 +52,8 @@ def work(layers: list[Layer], several: list[Problem], *, waits: bool = False) ->
             warnings.simplefilter("ignore")  # what fails is told by the exception
             with torch.cuda.graph(graph):
                 results = all_of_them()
+    except TookTooLongError:
+        raise
     except Exception as error:
         torch.cuda.synchronize()
         return all_of_them, len(passes), f"no CUDA graph: {type(error).__name__}"
