@@ -7,6 +7,8 @@ import signal
 import time
 from dataclasses import replace
 
+import torch
+
 from moekern.bench import peers
 from moekern.bench.peers import Layer, Peer
 from moekern.bench.problem import Problem
@@ -55,3 +57,17 @@ class Deadly(Peer):
     def build(self, problem: Problem) -> Layer:
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError
+
+
+class Losing(Peer):
+    """Reads past the end of a tensor on the GPU, after which no call to it succeeds in this process."""
+
+    name, about = "losing", "an implementation that loses the GPU"
+
+    def build(self, problem: Problem) -> Layer:
+        beyond = torch.tensor([1 << 20], device=problem.device)
+
+        def forward(x: torch.Tensor, scores: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+            return x[beyond]
+
+        return Layer(forward, (problem.w_gate_up, problem.w_down))

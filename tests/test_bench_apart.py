@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from made_up_peers import Deadly
+from made_up_peers import Deadly, Losing
 from moekern.bench import apart, peers, shapes
 from moekern.bench.apart import DOING, LOST, MACHINE, ROWS, Apart, session_of
 from moekern.bench.cases import Options
 from moekern.bench.facts import machine_of
-from moekern.bench.record import BOTH, CEILING, FAILED, FORWARD, MOEKERN, OK, Row
+from moekern.bench.record import BOTH, CEILING, DECODE, FAILED, FORWARD, MOEKERN, OK, Row
 from moekern.bench.runner import LostError, Session, unmeasured
 
 TINY = shapes.SHAPES["tiny"]
@@ -37,6 +37,22 @@ def test_a_crash_costs_no_other_figure() -> None:
         if name == "deadly":
             assert row.reason == "lost in tiny, forward: the process ended with SIGKILL"
     assert said[:2] == ["tiny forward moekern", "tiny forward deadly"]
+
+
+@pytest.mark.gpu
+def test_a_lost_gpu_costs_no_other_figure() -> None:
+    """A peer before it and one behind it are measured, in both verbs and in decode."""
+    chosen = (peers.PEERS["dense"], Losing(), peers.PEERS["grouped_mm"])
+    options = Options((TINY, shapes.SHAPES["tiny-decode"]), chosen, "cuda", rounds=1)
+    with session_of(options, lambda text: None) as session:
+        rows = [row for each in session.run() for row in each]
+    assert [(row.verb, row.implementation) for row in rows] == [
+        (verb, name) for verb in (FORWARD, BOTH, DECODE) for name in (CEILING, MOEKERN, "dense", "losing", "grouped_mm")
+    ]
+    for row in rows:
+        assert row.status == (FAILED if row.implementation == "losing" else OK), row
+        if row.status == FAILED:
+            assert row.reason.startswith("lost in tiny, forward: ")
 
 
 def test_a_session_on_a_cpu_is_in_this_process() -> None:

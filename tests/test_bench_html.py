@@ -187,6 +187,7 @@ def test_reasons_that_several_share() -> None:
     ("printed", "wanted"),
     [
         (size(0), "0 B"), (size(999), "999 B"), (size(1500), "1.50 kB"), (size(2.5e9), "2.50 GB"),
+        (figure(99.96), "100"), (figure(9.02384e-05), "0.0000902"), (figure(0.0), "0"), (figure(-1.2345), "-1.23"),
         (rate(702.4), "702 TFLOP/s"), (rate(0.0393), "39.3 GFLOP/s"),
     ],
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 TIMES = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
@@ -15,8 +16,8 @@ def figure(value: Any) -> str:
         return str(value)
     if value == 0 or value != value or abs(value) >= 100:
         return f"{value:.0f}"
-    rounded = f"{value:#.3g}"
-    return rounded if "e" not in rounded else f"{value:g}"
+    rounded = f"{value:#.3g}".rstrip(".")
+    return rounded if "e" not in rounded else f"{value:.{2 - math.floor(math.log10(abs(value)))}f}"
 
 
 def duration(seconds: float) -> str:
