@@ -1,46 +1,50 @@
-// Both ends of a plan that the host makes of ids on the device: the ids cross the bus once, in the narrowest type, and of
-// the plan only the half that the other half follows from. Host memory is read and written in place (pinned memory has an
-// address on the device), so that each way is one launch and no copy of the driver's.
+// Both ends of a plan that the host makes of ids on the device: the ids cross the bus once, in the narrowest type, and what
+// comes back is a 16-bit rank a slot and a table of first rows, whose sum is the slot's row (rust/core/src/ranks.rs). Host
+// memory is read and written in place (pinned memory has an address on the device), so that each way is one launch and no
+// copy of the driver's.
 #include "hopper.cuh"
-
-struct NarrowParams {
-  const void* ids;
-  uint4* out;       // on the host, a multiple of 16 bytes
-  int slots, experts;
-  int id_type;      // 0 u8, 1 u16, 2 i32, 3 i64
-  int bytes;        // of an id in `out`: 1, 2 or 4
-};
-static_assert(sizeof(NarrowParams) == 32, "filled by the launcher");
 
 constexpr int THREADS = 256;
 
 // An id that names no expert becomes E, which names none in the narrow type either.
 template <typename Id>
-DEVICE u32 bucket_of(const void* ids, int slot, int experts) {
+DEVICE u32 bucket_of(const void* ids, u32 slot, int experts) {
   const long long id = __ldg((const Id*)ids + slot);
   return id >= 0 && id < experts ? (u32)id : (u32)experts;
 }
 
-DEVICE u32 bucket_of(const NarrowParams& p, int slot) {
-  switch (p.id_type) {
-    case 0: return bucket_of<u8>(p.ids, slot, p.experts);
-    case 1: return bucket_of<u16>(p.ids, slot, p.experts);
-    case 2: return bucket_of<int>(p.ids, slot, p.experts);
-    default: return bucket_of<long long>(p.ids, slot, p.experts);
+DEVICE u32 bucket_of(const void* ids, int id_type, u32 slot, int experts) {
+  switch (id_type) {  // 0 u8, 1 u16, 2 i32, 3 i64
+    case 0: return bucket_of<u8>(ids, slot, experts);
+    case 1: return bucket_of<u16>(ids, slot, experts);
+    case 2: return bucket_of<int>(ids, slot, experts);
+    default: return bucket_of<long long>(ids, slot, experts);
   }
 }
+
+struct NarrowParams {
+  const void* ids;
+  uint4* out;  // on the host, a multiple of 16 bytes
+  u32* marks;  // on the host, one a block
+  u32 slots;
+  int experts, id_type;
+  int bytes;   // of an id in `out`: 1, 2 or 4
+  u32 epoch;   // what a mark becomes when its block's ids are there
+  u32 unused;
+};
+static_assert(sizeof(NarrowParams) == 48, "filled by the launcher");
 
 // A thread fills 16 bytes: the bus wants whole lines.
 template <int BYTES>
 DEVICE void narrow(const NarrowParams& p) {
   constexpr int IDS = 16 / BYTES;
   const u32 unit = blockIdx.x * THREADS + threadIdx.x;
-  if ((u64)unit * IDS >= (u64)p.slots) return;
+  if ((u64)unit * IDS >= p.slots) return;
   u32 word[4] = {};
 #pragma unroll
   for (int i = 0; i < IDS; i++) {
-    const int slot = min(unit * IDS + i, (u32)p.slots - 1);  // past the end nobody looks
-    word[i * BYTES / 4] |= bucket_of(p, slot) << (8 * (i * BYTES % 4));
+    const u32 slot = min(unit * IDS + i, p.slots - 1);  // past the end nobody looks
+    word[i * BYTES / 4] |= bucket_of(p.ids, p.id_type, slot, p.experts) << (8 * (i * BYTES % 4));
   }
   p.out[unit] = make_uint4(word[0], word[1], word[2], word[3]);
 }
@@ -52,31 +56,62 @@ extern "C" __global__ void __launch_bounds__(THREADS) narrow_ids(const __grid_co
     narrow<2>(p);
   else
     narrow<4>(p);
+  // The host reads on as soon as it sees the mark: everything the block has written must be there by then.
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence_system();
+    *(volatile u32*)(p.marks + blockIdx.x) = p.epoch;
+  }
 }
 
 struct SpreadParams {
-  const int4* host_inverse;  // [S] and up to three more
-  const int* host_offsets;   // [E + 1]
+  const void* ids;
+  const uint4* ranks;     // on the host: u16 [S] and up to seven more
+  const int* first_rows;  // on the host: [chunks, E + 1], the first line being the offsets
   int* order;
   int* inverse;
   int* offsets;
-  int slots, experts;
+  u32 slots;
+  int experts, id_type;
+  int chunk;              // slots, a multiple of a block's
 };
-static_assert(sizeof(SpreadParams) == 48, "filled by the launcher");
+static_assert(sizeof(SpreadParams) == 64, "filled by the launcher");
 
-// order[inverse[slot]] = slot: the host sends one of the two.
+constexpr int RANKS = 8;  // of a thread: 16 bytes
+constexpr int MOST_IN_SHARED = 4096;
+
 extern "C" __global__ void __launch_bounds__(THREADS) spread_plan(const __grid_constant__ SpreadParams p) {
-  const int unit = blockIdx.x * THREADS + threadIdx.x;
-  for (int e = unit; e <= p.experts; e += gridDim.x * THREADS) p.offsets[e] = p.host_offsets[e];
-  const long long first = 4LL * unit;
-  if (first >= p.slots) return;
-  const int4 rows = p.host_inverse[unit];
-  const int row[4] = {rows.x, rows.y, rows.z, rows.w};
+  __shared__ int line[MOST_IN_SHARED];
+  const int buckets = p.experts + 1;
+  const u32 unit = blockIdx.x * THREADS + threadIdx.x, first = unit * RANKS;
+  uint4 packed = {};
+  if (first < p.slots) packed = p.ranks[unit];
+  const int* rows = p.first_rows + (u64)(blockIdx.x * (THREADS * RANKS) / p.chunk) * buckets;
+  if (buckets <= MOST_IN_SHARED) {  // each entry crosses the bus once a block
+    for (int b = threadIdx.x; b < buckets; b += THREADS) line[b] = rows[b];
+    __syncthreads();
+    rows = line;
+  }
+  if (blockIdx.x == 0)
+    for (int b = threadIdx.x; b < buckets; b += THREADS) p.offsets[b] = rows[b];
+
+  const u32 words[4] = {packed.x, packed.y, packed.z, packed.w};
+  int row[RANKS] = {};
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
-    if (first + i < p.slots) {
-      p.inverse[first + i] = row[i];
-      p.order[row[i]] = (int)(first + i);
+  for (int i = 0; i < RANKS; i++) {
+    const u32 slot = first + i;
+    if (slot < p.slots) {
+      row[i] = rows[bucket_of(p.ids, p.id_type, slot, p.experts)] + (int)(words[i / 2] >> (16 * (i % 2)) & 0xffff);
+      p.order[row[i]] = (int)slot;
     }
+  }
+  if (first + RANKS <= p.slots) {
+    int4* out = (int4*)(p.inverse + first);
+    out[0] = make_int4(row[0], row[1], row[2], row[3]);
+    out[1] = make_int4(row[4], row[5], row[6], row[7]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < RANKS; i++)
+      if (first + i < p.slots) p.inverse[first + i] = row[i];
   }
 }

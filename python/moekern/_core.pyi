@@ -15,11 +15,31 @@ def plan(
     ``id_type``: 0 uint8, 1 uint16, 2 int32, 3 int64.
     """
 
-def half_plan(ids: int, id_type: int, slots: int, experts: int, inverse: int, offsets: int, threads: int) -> None:
-    """As :func:`plan` without ``order``, which follows: ``order[inverse[slot]] = slot``."""
+def cuda_plan_memory(slots: int, experts: int) -> tuple[int, int]:
+    """What :func:`cuda_plan` needs of pinned memory: int32 words of marks, bytes beside them."""
 
-def wake_planner(slots: int, threads: int) -> None:
-    """Wake sleeping threads for a :func:`half_plan` of so many slots within the next 200 us."""
+def cuda_plan(
+    narrow: int,
+    spread: int,
+    device: int,
+    stream: int,
+    marks: int,
+    epoch: int,
+    memory: int,
+    ids: int,
+    id_type: int,
+    slots: int,
+    experts: int,
+    order: int,
+    inverse: int,
+    offsets: int,
+    threads: int,
+) -> None:
+    """As :func:`plan` for ids and outputs on a device: waits for the ids, then leaves the rest to the stream.
+
+    ``narrow`` and ``spread`` are the kernels of cuda/host_plan.cu. No two plans in a row with the same marks have the
+    same ``epoch``, which is not 0.
+    """
 
 def tiles(offsets: int, experts: int, height: int, longest_first: bool, out: int, capacity: int) -> int:
     """Write int32 ``out[capacity, 3]``, rows of (expert, first row, rows); return how many."""

@@ -61,9 +61,10 @@ unsafe extern "C" {
     fn dlsym(library: *mut c_void, name: *const c_char) -> *mut c_void;
 }
 
-struct Driver {
+pub(crate) struct Driver {
     encode_tiled: EncodeTiled,
     launch_kernel: LaunchKernel,
+    pub(crate) stream_query: unsafe extern "C" fn(u64) -> c_int,
     context_current: unsafe extern "C" fn(*mut *mut c_void) -> c_int,
     context_set: unsafe extern "C" fn(*mut c_void) -> c_int,
     context_retain: unsafe extern "C" fn(*mut *mut c_void, c_int) -> c_int,
@@ -93,6 +94,7 @@ impl Driver {
             Ok(Driver {
                 encode_tiled: symbol(library, c"cuTensorMapEncodeTiled")?,
                 launch_kernel: symbol(library, c"cuLaunchKernel")?,
+                stream_query: symbol(library, c"cuStreamQuery")?,
                 context_current: symbol(library, c"cuCtxGetCurrent")?,
                 context_set: symbol(library, c"cuCtxSetCurrent")?,
                 context_retain: symbol(library, c"cuDevicePrimaryCtxRetain")?,
@@ -101,12 +103,12 @@ impl Driver {
         }
     }
 
-    fn get() -> PyResult<&'static Driver> {
+    pub(crate) fn get() -> PyResult<&'static Driver> {
         static DRIVER: OnceLock<Result<Driver, String>> = OnceLock::new();
         DRIVER.get_or_init(Driver::open).as_ref().map_err(|message| PyRuntimeError::new_err(message.clone()))
     }
 
-    fn check(&self, result: c_int, what: impl FnOnce() -> String) -> PyResult<()> {
+    pub(crate) fn check(&self, result: c_int, what: impl FnOnce() -> String) -> PyResult<()> {
         if result == 0 {
             return Ok(());
         }
@@ -121,7 +123,7 @@ impl Driver {
 
     /// A thread that has not used CUDA yet (autograd's, say) has no current context: give it the device's primary one,
     /// which torch and CuPy use too.
-    fn ensure_context(&self, device: c_int) -> PyResult<()> {
+    pub(crate) fn ensure_context(&self, device: c_int) -> PyResult<()> {
         let mut context = std::ptr::null_mut();
         // SAFETY: plain driver calls with valid out pointers.
         unsafe {
@@ -173,14 +175,19 @@ impl Driver {
 }
 
 /// What to launch, less its arguments.
-struct LaunchShape {
-    function: u64,
-    grid: u32,
-    block: u32,
-    shared: u32,
+pub(crate) struct LaunchShape {
+    pub(crate) function: u64,
+    pub(crate) grid: u32,
+    pub(crate) block: u32,
+    pub(crate) shared: u32,
 }
 
 impl Driver {
+    /// Launches a kernel that takes one structure and no maps.
+    pub(crate) fn launch_plain(&self, shape: &LaunchShape, stream: u64, params: &[u8]) -> PyResult<()> {
+        self.launch(shape, stream, &mut [], params)
+    }
+
     fn launch(&self, shape: &LaunchShape, stream: u64, maps: &mut [TensorMap], params: &[u8]) -> PyResult<()> {
         let mut arguments = [std::ptr::null_mut::<c_void>(); MOST_MAPS + 1];
         for (argument, map) in arguments.iter_mut().zip(maps.iter_mut()) {

@@ -1,6 +1,7 @@
 //! `moekern._core`: a thin Python shell over `moekern-core`.
 
 mod cuda;
+mod cuda_plan;
 mod experts;
 mod experts_backward;
 mod memory;
@@ -12,6 +13,7 @@ use pyo3::prelude::*;
 #[pymodule]
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     cuda::register(module)?;
+    cuda_plan::register(module)?;
     experts::register(module)?;
     experts_backward::register(module)?;
     memory::register(module)?;

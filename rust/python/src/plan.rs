@@ -3,7 +3,6 @@
 use std::slice;
 
 use moekern_core::dtype::IdType;
-use moekern_core::half_plan::{half_plan as sort_half, wake};
 use moekern_core::plan::{Id, PlanError, plan as sort_slots};
 use moekern_core::stats::stats;
 use moekern_core::tiles::{TileOrder, tiles as cut};
@@ -15,8 +14,6 @@ const SLOTS_WORTH_RELEASING: usize = 1 << 13;
 
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(plan, module)?)?;
-    module.add_function(wrap_pyfunction!(half_plan, module)?)?;
-    module.add_function(wrap_pyfunction!(wake_planner, module)?)?;
     module.add_function(wrap_pyfunction!(tiles, module)?)?;
     module.add_function(wrap_pyfunction!(plan_stats, module)?)
 }
@@ -104,51 +101,6 @@ fn plan(
         }
     };
     planned.map_err(|error| PyValueError::new_err(error.to_string()))
-}
-
-/// See `python/moekern/_core.pyi`.
-#[pyfunction]
-#[pyo3(signature = (ids, id_type, slots, experts, inverse, offsets, threads))]
-#[allow(clippy::too_many_arguments)]
-fn half_plan(
-    py: Python<'_>,
-    ids: usize,
-    id_type: u8,
-    slots: usize,
-    experts: usize,
-    inverse: usize,
-    offsets: usize,
-    threads: usize,
-) -> PyResult<()> {
-    fn sort<I: Id>(
-        py: Python<'_>,
-        ids: &[I],
-        inverse: &mut [i32],
-        offsets: &mut [i32],
-        threads: usize,
-    ) -> Result<(), PlanError> {
-        py.detach(|| sort_half(ids, inverse, offsets, threads))
-    }
-    // Python vouches for the tensors behind the addresses.
-    let planned = unsafe {
-        let inverse = elements_mut("inverse", inverse, slots)?;
-        let offsets = elements_mut("offsets", offsets, experts.saturating_add(1))?;
-        match IdType::from_code(id_type) {
-            Some(IdType::U8) => sort::<u8>(py, elements("ids", ids, slots)?, inverse, offsets, threads),
-            Some(IdType::U16) => sort::<u16>(py, elements("ids", ids, slots)?, inverse, offsets, threads),
-            Some(IdType::I32) => sort::<i32>(py, elements("ids", ids, slots)?, inverse, offsets, threads),
-            Some(IdType::I64) => sort::<i64>(py, elements("ids", ids, slots)?, inverse, offsets, threads),
-            None => return Err(PyValueError::new_err(format!("id_type: got code {id_type}, expected 0 to 3"))),
-        }
-    };
-    planned.map_err(|error| PyValueError::new_err(error.to_string()))
-}
-
-/// See `python/moekern/_core.pyi`.
-#[pyfunction]
-#[pyo3(signature = (slots, threads))]
-fn wake_planner(py: Python<'_>, slots: usize, threads: usize) {
-    py.detach(|| wake(slots, threads));
 }
 
 struct Sort<'a> {

@@ -1,12 +1,12 @@
 """The plan of ids on the GPU, made by Rust on the host: one synchronisation, then everything on its way again.
 
-The ids come over in the narrowest type, meanwhile Rust's threads wake, they sort, and of the plan half goes back: a
-kernel makes the other half of it. Both kernels work on pinned memory in place (cuda/host_plan.cu).
+The ids come over in the narrowest type, Rust's threads rank them as they arrive, and what goes back is two bytes a slot
+and a small table, of which a kernel makes the plan (cuda/host_plan.cu, rust/core/src/ranks.rs). Both kernels work on
+pinned memory in place, and one call into Rust does it all.
 """
 
 from __future__ import annotations
 
-import struct
 import threading
 from collections import OrderedDict
 
@@ -16,30 +16,27 @@ from torch import Tensor
 from moekern import _core
 from moekern.backends.cuda import kernels
 from moekern.backends.cuda.forward import on_device
-from moekern.backends.cuda.program import launch
 
-THREADS = 256  # of a block
 MOST_STREAMS = 16  # whose memory is kept
-_ID_TYPE = {1: 0, 2: 1, 4: 2}  # bytes of an id on the host -> u8, u16, i32
-
-
-def id_bytes(num_experts: int) -> int:
-    """Bytes of the narrowest id that can name every expert, and none."""
-    return 1 if num_experts < 1 << 8 else 2 if num_experts < 1 << 16 else 4
+_must_not_wait = getattr(torch._C, "_cuda_get_sync_debug_mode", torch.cuda.get_sync_debug_mode)
 
 
 class _Staging:
     """Pinned memory of one stream, used by one plan after the other.
 
-    Every plan waits for its stream before it writes what the kernel of the plan before it reads.
+    A plan writes to it only when the ids are there, hence when the stream is done with the kernels of the plan before.
     """
 
-    def __init__(self, slots: int, num_experts: int):
+    def __init__(self, marks: int, size: int):
         """Memory for plans up to these sizes."""
-        self.slots, self.num_experts = slots, num_experts
-        self.ids = torch.empty(4 * slots, dtype=torch.uint8, pin_memory=True, device="cpu")
-        self.inverse = torch.empty(slots, dtype=torch.int32, pin_memory=True, device="cpu")
-        self.offsets = torch.empty(num_experts + 1, dtype=torch.int32, pin_memory=True, device="cpu")
+        self.marks = torch.zeros(marks, dtype=torch.int32, pin_memory=True, device="cpu")
+        self.memory = torch.empty(size, dtype=torch.uint8, pin_memory=True, device="cpu")
+        self.plans = 0
+
+    def next_epoch(self) -> int:
+        """What the marks of the next plan become: different from that of the plan before it."""
+        self.plans = self.plans % 0x7FFFFFFF + 1
+        return self.plans
 
 
 _staging: OrderedDict[tuple[int, int], _Staging] = OrderedDict()
@@ -49,8 +46,9 @@ _lock = threading.Lock()
 def _memory(device: int, stream: torch.cuda.Stream, slots: int, num_experts: int) -> _Staging:
     """The stream's memory, grown to the sizes; memory that is given up is in nobody's use any more."""
     key = (device, stream.cuda_stream)
+    marks, size = _core.cuda_plan_memory(slots, num_experts)
     found = _staging.get(key)
-    if found is not None and found.slots >= slots and found.num_experts >= num_experts:
+    if found is not None and found.marks.numel() >= marks and found.memory.numel() >= size:
         _staging.move_to_end(key)
         return found
     if found is not None:
@@ -59,7 +57,7 @@ def _memory(device: int, stream: torch.cuda.Stream, slots: int, num_experts: int
         torch.cuda.synchronize(device)
         _staging.clear()
     # Sizes grow in powers of two; a multiple of 16 bytes holds every array.
-    _staging[key] = _Staging(max(1 << (slots - 1).bit_length(), 1024), max(1 << num_experts.bit_length(), 256))
+    _staging[key] = _Staging(1 << marks.bit_length(), max(1 << (size - 1).bit_length(), 1 << 14))
     return _staging[key]
 
 
@@ -71,29 +69,18 @@ def plan(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
             "planner: got 'host' while a CUDA graph is being captured, where nothing can wait for the device; "
             "expected 'device', or a plan made before the capture"
         )
+    stream = torch.cuda.current_stream(device)
+    if _must_not_wait():  # torch says so, where it is to be said
+        stream.synchronize()
     order = torch.empty(slots, dtype=torch.int32, device=topk_ids.device)
     inverse, offsets = torch.empty_like(order), order.new_empty(num_experts + 1)
-    width = id_bytes(num_experts)
-    stream = torch.cuda.current_stream(device)
+    narrow = kernels._function(device, "host_plan.cu", "narrow_ids", 0, ())
+    spread = kernels._function(device, "host_plan.cu", "spread_plan", 0, ())
     with _lock, on_device(device):
-        memory = _memory(device, stream, slots, num_experts)
-        params = struct.pack(
-            "<2Q4i", topk_ids.data_ptr(), memory.ids.data_ptr(), slots, num_experts,
-            kernels.ID_TYPE[topk_ids.dtype], width,
+        staging = _memory(device, stream, slots, num_experts)
+        _core.cuda_plan(
+            narrow, spread, device, stream.cuda_stream, staging.marks.data_ptr(), staging.next_epoch(),
+            staging.memory.data_ptr(), topk_ids.data_ptr(), kernels.ID_TYPE[topk_ids.dtype], slots, num_experts,
+            order.data_ptr(), inverse.data_ptr(), offsets.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
-        narrow = kernels._function(device, "host_plan.cu", "narrow_ids", 0, ())
-        spread = kernels._function(device, "host_plan.cu", "spread_plan", 0, ())
-        launch(narrow, device, -(-slots * width // (16 * THREADS)), THREADS, 0, [], params)
-        threads = torch.get_num_threads()
-        _core.wake_planner(slots, threads)
-        stream.synchronize()
-        _core.half_plan(
-            memory.ids.data_ptr(), _ID_TYPE[width], slots, num_experts, memory.inverse.data_ptr(),
-            memory.offsets.data_ptr(), threads,
-        )  # fmt: skip
-        params = struct.pack(
-            "<5Q2i", memory.inverse.data_ptr(), memory.offsets.data_ptr(), order.data_ptr(), inverse.data_ptr(),
-            offsets.data_ptr(), slots, num_experts,
-        )  # fmt: skip
-        launch(spread, device, -(-slots // (4 * THREADS)), THREADS, 0, [], params)
     return order, inverse, offsets
