@@ -11,6 +11,7 @@ from moekern import capacity, checks, functional, router
 from moekern.activations import ACTIVATIONS
 from moekern.expert_choice import expert_choice, run_chosen
 from moekern.layer_inference import infer
+from moekern.layer_training import Latest, train
 from moekern.parts import Experts, Router, SharedExpert
 from moekern.plan import Plan, plan
 from moekern.rounding import MODES as ROUNDINGS
@@ -168,7 +169,7 @@ class MoE(nn.Module):
             self.shared_expert = SharedExpert(hidden_size, shared_intermediate_size, activation, device, dtype)
         if shared_gate:
             self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False, device=device, dtype=dtype)
-        self._latest_routing: Routing | None = None
+        self._latest_routing: Routing | Latest | None = None
 
     @classmethod
     def from_dense(
@@ -227,7 +228,10 @@ class MoE(nn.Module):
     @property
     def latest_routing(self) -> Routing | None:
         """What the router decided in the latest forward pass in training mode; None before that."""
-        return self._latest_routing
+        latest = self._latest_routing
+        if isinstance(latest, Latest):
+            latest = self._latest_routing = Routing(latest.logits, *latest.counts_and_ids(), latest.shape)
+        return latest
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output.
@@ -246,6 +250,11 @@ class MoE(nn.Module):
             inferred = infer(self, x)
             if inferred is not None:
                 return inferred
+        else:
+            trained = train(self, x)
+            if trained is not None:
+                self.__dict__["_latest_routing"] = trained[1]  # a module's own way of setting takes longer
+                return trained[0]
         checks.is_tensor("x", x)
         checks.has_dtype("x", x, checks.FLOATING)
         if x.ndim < 1 or x.shape[-1] != self.hidden_size:

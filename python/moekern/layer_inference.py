@@ -1,4 +1,4 @@
-"""The short way of a layer's eager inference: the router's product, then everything else as one program.
+"""The short way of a layer's eager inference: one program, but for the router's product where that is large.
 
 A call whose signature has been accepted skips the layer's checks and runs choice, plan and experts at once, where the
 backend has a program for that. Anything else takes the layer's own way, which gives the same result.
@@ -13,11 +13,15 @@ import torch
 from torch import Tensor
 
 from moekern import dispatch, eager, functional, ops, router
+from moekern.parts import Router
 
 if TYPE_CHECKING:
     from moekern.layer import MoE
 
 _accepted = eager.Accepted()
+_any_global_hook = getattr(
+    torch.nn.modules.module, "_has_any_global_hook", lambda: True
+)  # private: no public way to ask
 
 
 def infer(layer: MoE, x: Tensor) -> Tensor | None:
@@ -37,7 +41,7 @@ def infer(layer: MoE, x: Tensor) -> Tensor | None:
     key = (
         signature, layer.top_k, layer.routing, layer.norm_topk_prob, layer.routed_scaling_factor, layer.n_group,
         layer.topk_group, layer.capacity_factor, layer.scale_input, layer.shared_expert is None,
-        gate._buffers.get("e_score_correction_bias") is None,
+        gate._buffers.get("e_score_correction_bias") is None, is_ordinary(gate),
     )  # fmt: skip
     call = _accepted.get(key)
     if call is None:
@@ -45,27 +49,61 @@ def infer(layer: MoE, x: Tensor) -> Tensor | None:
         _accepted.remember(key, call)
     if call is False:
         return None
+    call, makes_logits = call
     tokens = x if x.ndim == 2 else x.view(-1, x.shape[-1])
+    out: Tensor | None
+    if makes_logits:
+        bias = gate.bias
+        if not eager.plain(router_weight, bias) or (bias is not None and not _fits(bias, router_weight)):
+            return None
+        out = call(tokens, router_weight, None, *weights, bias)
+        return out if out is None or x.ndim == 2 else out.view(x.shape)
     logits = gate(tokens)
     if logits.dtype != torch.float32 or not eager.plain(logits) or not logits.is_contiguous():  # a hook's doing
         return None
-    out: Tensor | None = call(tokens, logits, None, *weights)
+    out = call(tokens, logits, None, *weights)
     return out if out is None or x.ndim == 2 else out.view(x.shape)
 
 
-def _prepare(layer: MoE, x: Tensor) -> Callable[..., Tensor | None] | None:
-    """The program for calls like this one; None if there is none, or if the call is one that is refused."""
+def is_ordinary(gate: Router) -> bool:
+    """Whether calling the module computes its linear map and nothing else: it is no other module, and has no hooks."""
+    return (
+        type(gate) is Router
+        and "forward" not in gate.__dict__
+        and not (
+            gate._forward_hooks or gate._forward_pre_hooks or gate._backward_hooks or gate._backward_pre_hooks
+            or _any_global_hook()
+        )
+    )  # fmt: skip
+
+
+def _fits(bias: Tensor, weight: Tensor) -> bool:
+    """Whether a router's bias is as the kernel reads it."""
+    return (
+        bias.dtype == weight.dtype
+        and bias.device == weight.device
+        and bias.shape == weight.shape[:1]
+        and bias.is_contiguous()
+    )
+
+
+def _prepare(layer: MoE, x: Tensor) -> tuple[Callable[..., Tensor | None], bool] | None:
+    """The program for calls like this one, and whether it makes the router's logits too.
+
+    None if there is none, or if the call is one that is refused.
+    """
+    gate, weights = layer.gate, layer.experts.projections
+    weight = gate.weight
     grouped = layer.topk_group is not None and layer.topk_group < layer.n_group
     if (
         layer.routing not in router.METHODS
         or grouped
-        or layer.gate.e_score_correction_bias is not None
+        or gate.e_score_correction_bias is not None
         or layer.capacity_factor is not None
         or layer.scale_input
         or layer.shared_expert is not None
     ):
         return None
-    weight, weights = layer.gate.weight, layer.experts.projections
     if x.ndim < 1 or x.shape[-1] != layer.hidden_size or x.dtype != weight.dtype or x.device != weight.device:
         return None
     tokens = x.view(-1, layer.hidden_size)
@@ -76,8 +114,10 @@ def _prepare(layer: MoE, x: Tensor) -> Callable[..., Tensor | None] | None:
         return None
     if not hasattr(module, "prepare_inference") or weight.shape[0] != weights[0].shape[0]:
         return None
-    logits = torch.empty(tokens.shape[0], weight.shape[0], device=x.device)
+    makes_logits = is_ordinary(gate) and module.makes_logits(tokens, weight)
+    routed_by = weight if makes_logits else torch.empty(tokens.shape[0], weight.shape[0], device=x.device)
     formula = (router.METHODS[layer.routing], layer.norm_topk_prob, layer.routed_scaling_factor)
-    return module.prepare_inference(  # type: ignore[no-any-return]
-        tokens, logits, None, *weights, layer.top_k, layer.activation, False, False, formula
+    program = module.prepare_inference(
+        tokens, routed_by, None, *weights, layer.top_k, layer.activation, False, False, formula, makes_logits
     )
+    return None if program is None else (program, makes_logits)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moekern import eager
+from moekern import dispatch, eager, ops
 from moekern.activations import ACTIVATIONS
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -51,6 +51,11 @@ def whole(weight: Tensor, name: str) -> Tensor:
     return mine
 
 
+def _wide_product(x: Tensor, weight: Tensor) -> Tensor:
+    """``x @ weight.T`` of half-precision CUDA tensors that nothing observes, in float32."""
+    return ops.backend_module("cuda").logits(x, weight)  # type: ignore[no-any-return]
+
+
 class _WideLinear(torch.autograd.Function):
     """``x @ weight.T`` of half-precision CUDA tensors in float32: exact products, and no wide copies of x."""
 
@@ -69,13 +74,20 @@ class _WideLinear(torch.autograd.Function):
         return dout @ weight if ctx.needs_input_grad[0] else None, dout.mT @ x if ctx.needs_input_grad[1] else None
 
 
+def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """``x @ weight.T`` in float32, differentiable any number of times, by operators that can be observed."""
+    if x.is_cuda and x.dtype in _HALF:
+        return _WideLinear.apply(x, weight)  # type: ignore[no-any-return]
+    return nn.functional.linear(x.float(), weight.float())
+
+
 class _EagerWideLinear(torch.autograd.Function):
     """The same without ``setup_context``, which costs 40 us a call and only torch.func needs."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(x, weight)
-        return _WideLinear.forward(x, weight)
+        return _wide_product(x, weight)
 
     backward = staticmethod(_WideLinear.backward)
 
@@ -136,10 +148,11 @@ class Router(nn.Module):
         bias = None if own_bias is None else whole(own_bias, "gate.bias")
         if x.is_cuda and x.dtype in _HALF and weight.dtype == x.dtype and not torch.compiler.is_compiling():
             differentiable = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-            if not differentiable:
-                logits = _WideLinear.forward(x, weight)
+            directly = eager.undisturbed() and eager.plain(x, weight) and dispatch.current() in ("auto", "cuda")
+            if differentiable:
+                logits = (_EagerWideLinear if directly else _WideLinear).apply(x, weight)
             else:
-                logits = (_EagerWideLinear if eager.undisturbed() else _WideLinear).apply(x, weight)
+                logits = (_wide_product if directly else _WideLinear.forward)(x, weight)
             return logits if bias is None else logits + bias.float()
         wide = torch.float64 if torch.float64 in (x.dtype, weight.dtype) else torch.float32
         device = x.device.type

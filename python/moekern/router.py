@@ -102,7 +102,12 @@ def route(
         assert topk_group is not None
         ranking = _best_groups(ranking, n_group, topk_group, 1 if formula == "softmax_topk" else 2)
     ids = choose(ranking, top_k)
+    return weights_of(logits, ids, method, norm_topk_prob, routed_scaling_factor), ids
 
+
+def weights_of(logits: Tensor, ids: Tensor, method: str, norm_topk_prob: bool, routed_scaling_factor: float) -> Tensor:
+    """The weights ``[T, K]`` of chosen experts, see :func:`route`, from logits in float32 or float64."""
+    formula = METHODS[method]
     if formula == "topk_softmax" or (formula == "softmax_topk" and norm_topk_prob):
         weights = torch.softmax(logits.gather(-1, ids), dim=-1)
     elif formula == "softmax_topk":
@@ -111,7 +116,7 @@ def route(
         weights = scores(logits.gather(-1, ids), formula)
         if norm_topk_prob and formula != "topk_sigmoid":
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-    return weights if routed_scaling_factor == 1 else weights * routed_scaling_factor, ids
+    return weights if routed_scaling_factor == 1 else weights * routed_scaling_factor
 
 
 def check_options(

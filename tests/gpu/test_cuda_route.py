@@ -104,7 +104,50 @@ def test_inference_runs_as_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(moe(x), out)
         before = torch.cuda.memory_stats()["allocation.all.allocated"]
         moe(x)
-    assert torch.cuda.memory_stats()["allocation.all.allocated"] - before == 3  # logits, output, working memory
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] - before == 2  # output, working memory
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "experts", "hidden"),
+    [(1, 1, 8), (16, 8, 256), (17, 9, 264), (5, 128, 2048), (64, 60, 2880), (33, 1024, 248), (300, 130, 40)],
+)
+def test_logits_of_few_tokens(tokens: int, experts: int, hidden: int, bias: bool, dtype: torch.dtype) -> None:
+    from moekern.backends.cuda import routing
+
+    assert routing.makes_logits(tokens, experts, hidden)
+    x = torch.randn(tokens, hidden, device="cuda").to(dtype)
+    weight = torch.randn(experts, hidden, device="cuda").to(dtype)
+    b = torch.randn(experts, device="cuda").to(dtype) if bias else None
+    out = torch.full((tokens + 1, experts), float("nan"), device="cuda")
+    routing.logits(x, weight, b, out[:tokens])
+    assert out[tokens].isnan().all()
+    wanted = x.double() @ weight.double().T + (0 if b is None else b.double())
+    size = x.double().abs() @ weight.double().abs().T + 1
+    assert ((out[:tokens] - wanted).abs() <= 1e-6 * size).all()
+    again = torch.empty_like(out[:tokens])
+    routing.logits(x, weight, b, again)
+    assert torch.equal(out[:tokens], again)
+
+
+def test_a_router_that_was_changed_is_asked() -> None:
+    torch.manual_seed(0)
+    moe = mk.MoE(256, 136, 16, 2, router_bias=True).to("cuda", BF16).eval()
+    x = torch.randn(16, 256, dtype=BF16, device="cuda")
+    with torch.no_grad():
+        out = moe(x)
+        handle = moe.gate.register_forward_hook(lambda module, args, logits: -logits)
+        turned = moe(x)
+        handle.remove()
+        assert torch.equal(moe(x), out)
+        moe.gate.weight.neg_()
+        assert error(moe(x), turned) <= 1e-2
+        moe.gate.bias.add_(torch.randn(16, device="cuda"))
+        wanted = moe(x)
+        moe.gate.forward = lambda tokens: torch.nn.functional.linear(tokens, moe.gate.weight, moe.gate.bias).float()
+        assert error(moe(x), wanted) <= 5e-2
+    assert error(turned, out) > 0.1
 
 
 def test_bad_input_of_the_layer_is_found_after_good_input() -> None:

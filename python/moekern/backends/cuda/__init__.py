@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,9 +18,13 @@ from moekern.backends.cuda import torch_path
 from moekern.backends.cuda.configuration import Configuration, choose
 from moekern.backends.cuda.torch_path import warn_once
 
+if TYPE_CHECKING:
+    from moekern.backends.cuda import training
+
 # Fewer than this in x, and in the gradient of the output: their rows are addressed by 32 bits in units of 16 bytes.
 GATHERED_ELEMENTS = 1 << 35
 
+_HALF = (torch.bfloat16, torch.float16)
 _choose = lru_cache(maxsize=1024)(choose)  # every number of tokens is a key
 
 
@@ -130,11 +135,12 @@ def prepare_inference(
     transposed: bool,
     interleaved: bool,
     formula: tuple[str, bool, float] | None = None,
+    makes_logits: bool = False,
 ) -> Callable[..., Tensor | None] | None:
     """A function of the tensors that plans and runs the forward pass at once; None where torch serves the call.
 
     `routed_by` are the chosen experts; or the router's logits, with the formula, ``norm_topk_prob`` and factor of
-    :func:`moekern.route`.
+    :func:`moekern.route`; or with these and `makes_logits` the router's weight, see :func:`makes_logits`.
     """
     slots, experts, hidden = x.shape[0] * top_k, w_gate_up.shape[0], x.shape[1]
     inter = w_down.shape[1 if transposed else 2]
@@ -147,8 +153,54 @@ def prepare_inference(
         return None
     return inference.make(
         x, routed_by, topk_weights, w_gate_up, w_down, b_gate_up, b_down, top_k, activation, transposed, interleaved,
-        None if formula is None else routing.formula(*formula), chosen,
+        None if formula is None else routing.formula(*formula), chosen, makes_logits,
     )  # fmt: skip
+
+
+def prepare_training(
+    x: Tensor,
+    router_weight: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    b_gate_up: Tensor | None,
+    b_down: Tensor | None,
+    top_k: int,
+    activation: str,
+    formula: tuple[str, bool, float],
+) -> training.Layer | None:
+    """Forward and backward of a whole layer with its router; None where torch serves the call, or part of it."""
+    slots, experts, (hidden, inter) = x.shape[0] * top_k, w_gate_up.shape[0], w_down.shape[1:]
+    chosen = _choose(x.dtype, _capability(x.get_device()), slots, experts, hidden, inter, True)
+    if chosen.path == "torch" or slots == 0 or x.numel() >= GATHERED_ELEMENTS:
+        return None
+    from moekern.backends.cuda import routing, training
+
+    if top_k > routing.MOST_TOP_K:
+        return None
+    return training.Layer(
+        x, router_weight, w_gate_up, w_down, b_gate_up, b_down, top_k, activation, routing.formula(*formula), chosen
+    )
+
+
+def makes_logits(x: Tensor, weight: Tensor) -> bool:
+    """Whether a kernel of our own serves the router's product ``x @ weight.T`` of half-precision tensors."""
+    if _capability(x.get_device()) != (9, 0) or x.dtype not in _HALF or x.dtype != weight.dtype:
+        return False
+    from moekern.backends.cuda import routing
+
+    return routing.makes_logits(x.shape[0], weight.shape[0], x.shape[1])
+
+
+def logits(x: Tensor, weight: Tensor) -> Tensor:
+    """``x @ weight.T`` in float32 of half-precision tensors, which are plain and of matching sizes."""
+    if makes_logits(x, weight) and x.is_contiguous() and weight.is_contiguous() and _aligned(x, weight):
+        from moekern.backends.cuda import forward, routing
+
+        out = torch.empty(x.shape[0], weight.shape[0], dtype=torch.float32, device=x.device)
+        with forward.on_device(x.get_device()):
+            routing.logits(x, weight, None, out)
+        return out
+    return torch.mm(x, weight.mT, out_dtype=torch.float32)
 
 
 def experts_backward(

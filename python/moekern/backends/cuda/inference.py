@@ -1,4 +1,4 @@
-"""Router's choice, planner and forward pass of an eager inference call as one recorded program.
+"""Router's logits and choice, planner and forward pass of an eager inference call as one recorded program.
 
 Two allocations and one call into Rust. For a handful of tokens the host's time is all that counts, and one program
 halves it.
@@ -19,7 +19,7 @@ from moekern.backends.cuda.program import Placeholder, record
 from moekern.backends.cuda.torch_path import ALIGNMENT
 
 # Places of the addresses in a replay.
-X, ROUTED_BY, SCORES, W_UP, W_DOWN, B_UP, B_DOWN, OUT, WORK = range(9)
+X, ROUTED_BY, SCORES, W_UP, W_DOWN, B_UP, B_DOWN, OUT, WORK, ROUTER_BIAS = range(10)
 Inference = Callable[..., Tensor | None]
 _current_device = torch._C._cuda_getDevice if hasattr(torch._C, "_cuda_getDevice") else torch.cuda.current_device
 
@@ -38,12 +38,14 @@ def make(
     interleaved: bool,
     formula: routing.Formula | None,
     chosen: Configuration,
+    makes_logits: bool = False,
 ) -> Inference:
     """A function of the first seven arguments for all calls with tensors of these sizes, none of them empty.
 
     `routed_by` are the chosen experts ``[T, K]``; or, with a formula, the router's logits float32 ``[T, E]``, and there
-    are no weights. The function returns None where a tensor's memory is not as the kernels need it: the long way
-    copies it, or says why not.
+    are no weights; or, with `makes_logits`, the router's weight ``[E, H]``, and an eighth argument is its bias or None.
+    The function returns None where a tensor's memory is not as the kernels need it: the long way copies it, or says why
+    not.
     """
     device, dtype = x.get_device(), x.dtype
     (tokens, hidden), experts = x.shape, w_gate_up.shape[0]
@@ -57,6 +59,7 @@ def make(
         "counts": 4 * kernels.plan_counts(slots, experts),
         "ids": 4 * slots if formula is not None else 0,
         "scores": 4 * slots if formula is not None else 0,
+        "logits": 4 * tokens * experts if makes_logits else 0,
         "verb": forward.work_bytes(slots, hidden, inter, experts),
     }
     offset, size = {}, 0
@@ -76,7 +79,13 @@ def make(
         if formula is not None:
             ids = place(WORK, (tokens, top_k), torch.int32, offset["ids"])
             scores = place(WORK, (tokens, top_k), torch.float32, offset["scores"])
-            routing.route(place(ROUTED_BY, (tokens, experts), torch.float32), ids, scores, formula)
+            logits = place(ROUTED_BY, (tokens, experts), torch.float32)
+            if makes_logits:
+                logits = place(WORK, (tokens, experts), torch.float32, offset["logits"])
+                # Without a bias its address is 0, which the kernel takes for none.
+                weight, bias = place(ROUTED_BY, (experts, hidden)), place(ROUTER_BIAS, (experts,))
+                routing.logits(place(X, (tokens, hidden)), weight, bias, logits)
+            routing.route(logits, ids, scores, formula)
         order, inverse, offsets = buffer("order", slots), buffer("inverse", slots), buffer("offsets", experts + 1)
         kernels.plan(ids, order, inverse, offsets, buffer("counts", sizes["counts"] // 4))
         forward.launch_all(
@@ -103,21 +112,22 @@ def make(
         w_down: Tensor,
         b_gate_up: Tensor | None,
         b_down: Tensor | None,
+        router_bias: Tensor | None = None,
     ) -> Tensor | None:
-        a, b, c = x.data_ptr(), w_gate_up.data_ptr(), w_down.data_ptr()
-        if (a | b | c) % ALIGNMENT or not routed_by.is_contiguous():
+        a, b, c, r = x.data_ptr(), w_gate_up.data_ptr(), w_down.data_ptr(), routed_by.data_ptr()
+        if (a | b | c | (r if makes_logits else 0)) % ALIGNMENT or not routed_by.is_contiguous():
             return None
         if _current_device() != device:
             with torch.cuda.device(device):
-                return run(x, routed_by, topk_weights, w_gate_up, w_down, b_gate_up, b_down)
+                return run(x, routed_by, topk_weights, w_gate_up, w_down, b_gate_up, b_down, router_bias)
         out = torch.empty_like(x)
         work = allocate(size)
         replay(
             stream_of(device),
             (
-                a, routed_by.data_ptr(), 0 if topk_weights is None else topk_weights.data_ptr(), b, c,
+                a, r, 0 if topk_weights is None else topk_weights.data_ptr(), b, c,
                 0 if b_gate_up is None else b_gate_up.data_ptr(), 0 if b_down is None else b_down.data_ptr(),
-                out.data_ptr(), work.data_ptr(),
+                out.data_ptr(), work.data_ptr(), 0 if router_bias is None else router_bias.data_ptr(),
             ),
         )  # fmt: skip
         return out

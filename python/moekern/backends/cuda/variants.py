@@ -24,7 +24,8 @@ def layer(
     element = kernels.ELEMENT[dtype]
     planners = [KernelSource.of(file, {}) for file in ("plan.cu", "host_plan.cu")]
     routers = [KernelSource.of("route.cu", {"PER_LANE": n}) for n in routing.PER_LANE]
-    found = [*planners, *routers, KernelSource.of("rows.cu", {"ELEMENT": element})]
+    by_element = [KernelSource.of(f, {"ELEMENT": element}) for f in ("logits.cu", "route_backward.cu", "rows.cu")]
+    found = [*planners, *routers, *by_element]
     for save, few_rows in ((True, False), (False, False), (False, True)):
         file, macros = kernels.up_variant(dtype, activation, transposed, interleaved, bias, save, few_rows)
         found.append(KernelSource.of(file, dict(macros)))
