@@ -27,7 +27,7 @@ def _uniform(*parameters: Tensor | None, inputs: int) -> None:
 
 def local(weight: Tensor) -> Tensor:
     """This rank's part of a DTensor, differentiably; any other tensor as it is."""
-    if type(weight) in (Tensor, nn.Parameter):  # a failing hasattr takes longer
+    if type(weight) in eager.PLAIN:  # a failing hasattr takes longer
         return weight
     return weight.to_local() if hasattr(weight, "to_local") else weight  # type: ignore[no-any-return]
 
@@ -38,7 +38,7 @@ def whole(weight: Tensor, name: str) -> Tensor:
     Raises:
         ValueError: It is sharded: the layer would compute with a part as if it were everything.
     """
-    if not hasattr(weight, "to_local"):
+    if type(weight) in eager.PLAIN or not hasattr(weight, "to_local"):
         return weight
     mine = local(weight)
     placements: Any = getattr(weight, "placements", ())
@@ -195,6 +195,18 @@ class Experts(nn.Module):
         self.gate_up_proj_bias = parameter(num_experts, width) if bias else None
         self.down_proj_bias = parameter(num_experts, hidden_size) if bias else None
         self.reset_parameters()
+        self._get_ready()
+
+    def _get_ready(self) -> None:
+        """A layer that lies on a GPU has imported what its first call needs."""
+        weight = self.gate_up_proj
+        if type(weight) in eager.PLAIN and weight.is_cuda and dispatch.current() in ("auto", "cuda"):
+            ops.backend_module("cuda").get_ready(weight.get_device())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Experts:
+        super()._apply(fn, recurse)
+        self._get_ready()
+        return self
 
     def reset_parameters(self) -> None:
         """Every expert starts as an nn.Linear pair does."""

@@ -8,13 +8,14 @@ Nothing here imports torch, and CuPy is imported when it is first needed.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
 import threading
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +79,14 @@ def _wgmma_lines() -> list[str]:
     return wgmma_source().splitlines()
 
 
+@lru_cache(maxsize=64)
+def _lines_of(path: str, changed: int, size: int) -> list[tuple[str, str | None]]:
+    """The lines of a file, and of those that include another one its name; read again when the file has changed."""
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    includes = (_INCLUDE.match(line) if "#" in line else None for line in lines)
+    return [(line, found[1] if found else None) for line, found in zip(lines, includes, strict=True)]
+
+
 def expand(file: str) -> str:
     """The text of a source with its quoted includes put in place, each file once."""
     directory = cuda_directory()
@@ -91,15 +100,15 @@ def expand(file: str) -> str:
             return _wgmma_lines()
         path = directory / name
         try:
-            text = path.read_text(encoding="utf-8")
+            state = path.stat()
+            lines = _lines_of(str(path), state.st_mtime_ns, state.st_size)
         except OSError as error:
             raise KernelError(f"cannot read the CUDA source {path}: {error}") from error
         out = [f'#line 1 "{name}"']
-        for number, line in enumerate(text.splitlines(), 1):
-            include = _INCLUDE.match(line)
-            if include:
-                out += [*lines_of(include[1]), f'#line {number + 1} "{name}"']
-            elif line.strip() != "#pragma once":
+        for number, (line, include) in enumerate(lines, 1):
+            if include is not None:
+                out += [*lines_of(include), f'#line {number + 1} "{name}"']
+            elif line != "#pragma once":
                 out.append(line)
         return out
 
@@ -127,6 +136,12 @@ def _nvrtc() -> Any:
             f"{OLDEST_NVRTC[0]}.{OLDEST_NVRTC[1]} or newer is needed: upgrade nvidia-cuda-nvrtc"
         )
     return nvrtc
+
+
+def get_ready() -> None:
+    """Import CuPy and NVRTC; what is wrong with them is told when a kernel is needed."""
+    with contextlib.suppress(KernelError):
+        _nvrtc()
 
 
 def _whole(cubin: bytes) -> bytes:
@@ -223,7 +238,8 @@ def start(source: KernelSource, arch: str = "sm_90a") -> Future[Path]:
     """
     check(arch)
     job = _job(source, arch)
-    digest = hashlib.sha256(repr((*job, _nvrtc().getVersion())).encode()).hexdigest()
+    name, text, options = job
+    digest = hashlib.sha256("\0".join((name, text, *options, str(_nvrtc().getVersion()))).encode()).hexdigest()
     path = cache_directory() / f"{Path(source.file).stem}-{digest[:32]}.cubin"
     future: Future[Path] = Future()
     if path.is_file():
@@ -272,12 +288,13 @@ def cubin_path(source: KernelSource, arch: str = "sm_90a") -> Path:
 def compile_missing(sources: Iterable[KernelSource], wait: bool = True) -> None:
     """Bring variants into the cache, several at once. Without waiting, errors are left to the call that needs them."""
     started = {source: start(source) for source in dict.fromkeys(sources) if source not in _present}
-    if wait:
-        _present.update({source: future.result() for source, future in started.items()})
+    for source, future in started.items():
+        if wait or (future.done() and future.exception() is None):
+            _present[source] = future.result()
 
 
 def all_present(sources: Iterable[KernelSource]) -> bool:
-    """Whether these variants have been brought into the cache by this process."""
+    """Whether these variants are known to be in the cache."""
     return all(source in _present for source in sources)
 
 

@@ -127,7 +127,8 @@ def record(device: int, verb: Callable[[], None], meanwhile: Callable[[], list[K
     sources = sources_of(verb)
     if meanwhile is not None and not all_present(sources):
         compile_missing(sources, wait=False)
-        compile_missing(meanwhile(), wait=False)
+        if not all_present(sources):
+            compile_missing(meanwhile(), wait=False)
     compile_missing(sources)
     with _recording() as launches:
         verb()
