@@ -43,10 +43,12 @@ class Program:
     def accepts(self, *tensors: Tensor) -> bool:
         return True
 
-    def forward(self, x: Tensor, weight: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, *weights: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         self.calls += 1
         rows = x.reshape(-1, H)
-        logits = rows @ weight.T
+        logits = rows @ weight.T + (0 if bias is None else bias)
         formula, norm, scale = self.method
         scores, ids = mk.route(logits, K, method=formula, norm_topk_prob=norm, routed_scaling_factor=scale)
         plan = reference.plan(ids, E)
@@ -55,18 +57,18 @@ class Program:
         return out.view(x.shape), logits, torch.cat(parts), pre
 
     def backward(
-        self, dout: Any, dlogits: Any, x: Tensor, weight: Tensor, *rest: Any
+        self, dout: Any, dlogits: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
     ) -> list[Tensor | None]:  # fmt: skip
         *weights, logits, kept, pre, needs = rest
         ids, scores = self.kept.chosen(kept)
-        grads: list[Tensor | None] = [None] * 6
+        grads: list[Tensor | None] = [None] * 7
         total = torch.zeros_like(logits) if dlogits is None else dlogits
         if dout is not None:
-            wanted = [needs[0], True, *needs[2:]]
+            wanted = [needs[0], True, *needs[3:]]
             found = reference.experts_backward(
                 dout.reshape(-1, H), x.view(-1, H), pre, scores, *self.kept.plan(kept), *weights, *self.settings, wanted
             )
-            grads = [g if n else None for g, n in zip(found, (needs[0], False, *needs[2:]), strict=True)]
+            grads = [g if n else None for g, n in zip([found[0], None, None, *found[2:]], needs, strict=True)]
             with torch.enable_grad():
                 leaf = logits.detach().requires_grad_()
                 weighed = router.weights_of(leaf, ids.long(), *self.method)
@@ -75,6 +77,7 @@ class Program:
             through = total @ weight
             grads[0] = (through if grads[0] is None else grads[0] + through).view(x.shape)
         grads[1] = total.T @ x.view(-1, H) if needs[1] else None
+        grads[2] = total.sum(0) if needs[2] else None
         return grads
 
 
@@ -113,7 +116,7 @@ def long_way(monkeypatch: pytest.MonkeyPatch, moe: mk.MoE, *args: Any) -> list[T
 @pytest.mark.parametrize("coefficient", [0.0, 0.5])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"bias": True, "routing": "topk_softmax"}, {"routing": "olmoe", "norm_topk_prob": False},
+    [{}, {"bias": True, "routing": "topk_softmax", "router_bias": True}, {"routing": "olmoe", "norm_topk_prob": False},
      {"routing": "sigmoid_topk", "routed_scaling_factor": 2.5}, {"routing": "llama4", "activation": "gelu"}],
     ids=str,
 )  # fmt: skip
@@ -137,7 +140,6 @@ def test_both_ways(
 @pytest.mark.parametrize(
     "options",
     [
-        {"router_bias": True},
         {"selection_bias": True},
         {"capacity_factor": 1.0},
         {"router_jitter_noise": 0.1},
@@ -205,7 +207,7 @@ def test_gradients_that_are_not_wanted(programs: list[Program]) -> None:
 
 
 def test_second_derivatives(programs: list[Program], monkeypatch: pytest.MonkeyPatch) -> None:
-    moe, x = mk.MoE(H, I, E, K, bias=True), torch.randn(5, H)
+    moe, x = mk.MoE(H, I, E, K, bias=True, router_bias=True), torch.randn(5, H)
 
     def second() -> list[Tensor]:
         leaf = x.clone().requires_grad_()

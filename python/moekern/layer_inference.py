@@ -54,7 +54,7 @@ def infer(layer: MoE, x: Tensor) -> Tensor | None:
     out: Tensor | None
     if makes_logits:
         bias = gate.bias
-        if not eager.plain(router_weight, bias) or (bias is not None and not _fits(bias, router_weight)):
+        if router_weight.is_neg() or (bias is not None and not fits(bias, router_weight)):
             return None
         out = call(tokens, router_weight, None, *weights, bias)
         return out if out is None or x.ndim == 2 else out.view(x.shape)
@@ -77,10 +77,11 @@ def is_ordinary(gate: Router) -> bool:
     )  # fmt: skip
 
 
-def _fits(bias: Tensor, weight: Tensor) -> bool:
-    """Whether a router's bias is as the kernel reads it."""
+def fits(bias: Tensor, weight: Tensor) -> bool:
+    """Whether a router's bias is as the kernels read it."""
     return (
-        bias.dtype == weight.dtype
+        eager.plain(bias)
+        and bias.dtype == weight.dtype
         and bias.device == weight.device
         and bias.shape == weight.shape[:1]
         and bias.is_contiguous()

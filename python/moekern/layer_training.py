@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moekern import autograd, dispatch, eager, functional, ops, router
-from moekern.layer_inference import is_ordinary
+from moekern.layer_inference import fits, is_ordinary
 from moekern.parts import wide_linear
 
 if TYPE_CHECKING:
@@ -41,15 +41,15 @@ def train(layer: MoE, x: Tensor) -> tuple[Tensor, Latest] | None:
         return None
     gate = layer.gate
     weights = layer.experts.projections
-    router_weight = gate.weight
+    router_weight, router_bias = gate.weight, gate.bias
     signature = eager.signature(x, router_weight, None, *weights, layer.activation, False, False, None)
     if signature is None:
         return None
     key = (
         signature, layer.top_k, layer.routing, layer.norm_topk_prob, layer.routed_scaling_factor, layer.n_group,
         layer.topk_group, layer.capacity_factor, layer.scale_input, layer.shared_expert is None,
-        gate._buffers.get("e_score_correction_bias") is None, gate.bias is None, layer.router_jitter_noise,
-        layer.round_tokens_to, is_ordinary(gate),
+        gate._buffers.get("e_score_correction_bias") is None, layer.router_jitter_noise, layer.round_tokens_to,
+        is_ordinary(gate),
     )  # fmt: skip
     program = _accepted.get(key)
     if program is None:
@@ -57,11 +57,13 @@ def train(layer: MoE, x: Tensor) -> tuple[Tensor, Latest] | None:
         _accepted.remember(key, program)
     if program is False or router_weight.is_neg() or not program.accepts(x, router_weight, *weights[:2]):
         return None
-    if not (x.requires_grad or router_weight.requires_grad or any(w is not None and w.requires_grad for w in weights)):
+    if router_bias is not None and not fits(router_bias, router_weight):
+        return None
+    if not any(t is not None and t.requires_grad for t in (x, router_weight, router_bias, *weights)):
         return None
     method = (layer.routing, layer.norm_topk_prob, layer.routed_scaling_factor)
     settings = (layer.top_k, layer.activation, False, False)
-    out, logits, kept = _Layer.apply(x, router_weight, *weights, program, method, settings)
+    out, logits, kept = _Layer.apply(x, router_weight, router_bias, *weights, program, method, settings)
     return out, Latest(logits, kept, program, x.shape[:-1])
 
 
@@ -73,7 +75,6 @@ def _prepare(layer: MoE, x: Tensor) -> Any:
         layer.routing not in router.METHODS
         or grouped
         or not is_ordinary(gate)
-        or gate.bias is not None
         or gate.e_score_correction_bias is not None
         or layer.router_jitter_noise > 0
         or layer.capacity_factor is not None
@@ -98,7 +99,7 @@ def _prepare(layer: MoE, x: Tensor) -> Any:
 
 
 class _Layer(torch.autograd.Function):
-    """Arguments: x, the router's weight, w_gate_up, w_down, b_gate_up, b_down, the program, method, settings.
+    """Arguments: x, the router's weight and bias, the experts' two weights and two biases, program, method, settings.
 
     `method` are arguments of :func:`moekern.router.weights_of`, `settings` those of :func:`moekern.autograd.experts`.
     """
@@ -108,6 +109,7 @@ class _Layer(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         router_weight: Tensor,
+        router_bias: Tensor | None,
         w_gate_up: Tensor,
         w_down: Tensor,
         b_gate_up: Tensor | None,
@@ -116,19 +118,23 @@ class _Layer(torch.autograd.Function):
         method: tuple[str, bool, float],
         settings: tuple[int, str, bool, bool],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        out, logits, kept, pre = program.forward(x, router_weight, w_gate_up, w_down, b_gate_up, b_down)
+        out, logits, kept, pre = program.forward(
+            x, router_weight, router_bias, w_gate_up, w_down, b_gate_up, b_down
+        )  # fmt: skip
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(kept)
-        ctx.save_for_backward(x, router_weight, w_gate_up, w_down, b_gate_up, b_down, logits, kept, pre)
+        ctx.save_for_backward(
+            x, router_weight, router_bias, w_gate_up, w_down, b_gate_up, b_down, logits, kept, pre
+        )  # fmt: skip
         ctx.program, ctx.method, ctx.settings = program, method, settings
         return out, logits, kept
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlogits: Tensor | None, _: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if dout is None and dlogits is None:
-            return (None,) * 9
+            return (None,) * 10
         *inputs, logits, kept, pre = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:6]
+        needs = ctx.needs_input_grad[:7]
         if torch.is_grad_enabled() or not (eager.undisturbed() and eager.plain(dout, dlogits, *inputs)):
             grads = _gradients_again(ctx, dout, dlogits, inputs, kept)
         else:
@@ -145,9 +151,11 @@ def _gradients_again(
         inputs = [t if t is None else t.detach().requires_grad_(t.requires_grad) for t in inputs]
     layout = ctx.program.kept
     with torch.enable_grad():
-        x, router_weight, w_gate_up, w_down, b_gate_up, b_down = inputs
+        x, router_weight, router_bias, w_gate_up, w_down, b_gate_up, b_down = inputs
         tokens = x.reshape(-1, x.shape[-1])
         logits = wide_linear(tokens, router_weight)
+        if router_bias is not None:
+            logits = logits + router_bias.float()
         scores = router.weights_of(logits, layout.chosen(kept)[0].long(), *ctx.method)
         out = autograd.experts(
             tokens, scores, layout.plan(kept), w_gate_up, w_down, b_gate_up, b_down, ctx.settings,
@@ -155,11 +163,11 @@ def _gradients_again(
         )  # fmt: skip
         pairs = [(out, None if dout is None else dout.reshape(out.shape)), (logits, dlogits)]
         outputs, upstream = zip(*(pair for pair in pairs if pair[1] is not None), strict=True)
-        wanted = [i for i, need in enumerate(ctx.needs_input_grad[:6]) if need]
+        wanted = [i for i, need in enumerate(ctx.needs_input_grad[:7]) if need]
         found = torch.autograd.grad(
             outputs, [inputs[i] for i in wanted], upstream, create_graph=again, allow_unused=True
         )
-    grads: list[Tensor | None] = [None] * 6
+    grads: list[Tensor | None] = [None] * 7
     for i, gradient in zip(wanted, found, strict=True):
         grads[i] = gradient
     return grads

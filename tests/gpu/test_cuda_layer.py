@@ -92,7 +92,7 @@ def step(moe: mk.MoE, x: Tensor, coefficient: float) -> tuple[list[Tensor], list
     [
         {},
         {"routing": "olmoe", "norm_topk_prob": False},
-        {"routing": "gpt_oss", "bias": True, "activation": "swiglu_oai"},
+        {"routing": "gpt_oss", "bias": True, "router_bias": True, "activation": "swiglu_oai"},
         {"routing": "sigmoid_topk", "routed_scaling_factor": 2.5},
         {"routing": "sqrtsoftplus_topk", "activation": "gelu"},
     ],
@@ -151,7 +151,7 @@ def test_gradients_against_float64(dtype: torch.dtype) -> None:
 
 
 def test_second_derivatives(monkeypatch: pytest.MonkeyPatch) -> None:
-    moe = mk.MoE(64, 32, 8, 2, bias=True).to("cuda", BF16)
+    moe = mk.MoE(64, 32, 8, 2, bias=True, router_bias=True).to("cuda", BF16)
     x = torch.randn(50, 64, device="cuda").to(BF16)
 
     def second() -> list[Tensor]:

@@ -20,7 +20,7 @@ from moekern.backends.cuda.program import Placeholder, record
 from moekern.backends.cuda.torch_path import ALIGNMENT
 
 # Places of the addresses in a replay.
-X, ROUTER, W_UP, W_DOWN, B_UP, B_DOWN, LOGITS, KEPT, OUT, PRE, WORK = range(11)
+X, ROUTER, ROUTER_BIAS, W_UP, W_DOWN, B_UP, B_DOWN, LOGITS, KEPT, OUT, PRE, WORK = range(12)
 
 
 class Kept:
@@ -88,7 +88,9 @@ class Layer:
         def verb() -> None:
             logits = place(LOGITS, (tokens, experts), torch.float32)
             if self._makes_logits:
-                routing.logits(place(X, (tokens, hidden)), place(ROUTER, (experts, hidden)), None, logits)
+                # Without a bias its address is 0, which the kernel takes for none.
+                weight, bias = place(ROUTER, (experts, hidden)), place(ROUTER_BIAS, (experts,))
+                routing.logits(place(X, (tokens, hidden)), weight, bias, logits)
             ids, scores = part(kept.ids, (tokens, top_k)), part(kept.scores, (tokens, top_k), torch.float32)
             routing.route(logits, ids, scores, formula)
             order, inverse = part(kept.order, (slots,)), part(kept.inverse, (slots,))
@@ -127,6 +129,7 @@ class Layer:
         self,
         x: Tensor,
         router_weight: Tensor,
+        router_bias: Tensor | None,
         w_gate_up: Tensor,
         w_down: Tensor,
         b_gate_up: Tensor | None,
@@ -137,13 +140,16 @@ class Layer:
             logits = self._floats(self._logits_shape)
         else:
             logits = torch.mm(x.view(self._rows), router_weight.mT, out_dtype=torch.float32)
+            if router_bias is not None:
+                logits = logits + router_bias.float()
         out, pre = torch.empty_like(x), x.new_empty(self._pre_shape)
         kept, work = self._words(self.kept.size), self._bytes(self._work_size)
         self._replay(
             self._stream_of(self._device),
             (
-                x.data_ptr(), router_weight.data_ptr(), w_gate_up.data_ptr(), w_down.data_ptr(), address(b_gate_up),
-                address(b_down), logits.data_ptr(), kept.data_ptr(), out.data_ptr(), pre.data_ptr(), work.data_ptr(),
+                x.data_ptr(), router_weight.data_ptr(), address(router_bias), w_gate_up.data_ptr(), w_down.data_ptr(),
+                address(b_gate_up), address(b_down), logits.data_ptr(), kept.data_ptr(), out.data_ptr(), pre.data_ptr(),
+                work.data_ptr(),
             ),
         )  # fmt: skip
         return out, logits, kept, pre
@@ -154,6 +160,7 @@ class Layer:
         dlogits: Tensor | None,
         x: Tensor,
         router_weight: Tensor,
+        router_bias: Tensor | None,
         w_gate_up: Tensor,
         w_down: Tensor,
         b_gate_up: Tensor | None,
@@ -163,23 +170,24 @@ class Layer:
         pre: Tensor,
         needs: tuple[bool, ...],
     ) -> list[Tensor | None]:
-        """Gradients of x, the router's weight and the four weights, where `needs` asks for them.
+        """Gradients of x, the router's weight and bias and the four weights, where `needs` asks for them.
 
         `dout` is the output's gradient, `dlogits` one that the logits have from elsewhere; not both are None.
         """
         rows = x.view(self._rows)
-        through_router = needs[0] or needs[1]
+        through_router = any(needs[:3])
         ids, scores = self.kept.chosen(kept)
-        grads: list[Tensor | None] = [None] * 6
+        grads: list[Tensor | None] = [None] * 7
         dscores: Tensor | None = None
         if dout is not None:
-            wanted = [needs[0], through_router, *needs[2:]]
+            wanted = [needs[0], through_router, *needs[3:]]
             order, inverse, offsets = self.kept.plan(kept)
             found = cuda.experts_backward(
                 dout.reshape(self._rows).contiguous(), rows, pre, scores, order, inverse, offsets, w_gate_up, w_down,
                 b_gate_up, b_down, *self._settings, wanted,
             )  # fmt: skip
-            grads = [g if need else None for g, need in zip(found, (needs[0], False, *needs[2:]), strict=True)]
+            grads = [found[0], None, None, *found[2:]]
+            grads = [g if need else None for g, need in zip(grads, needs, strict=True)]
             dscores = found[1] if through_router else None
         if through_router:
             total = x.new_empty(self._logits_shape)
@@ -191,6 +199,8 @@ class Layer:
                 grads[0] = total @ router_weight if dx is None else dx.addmm_(total, router_weight)
             if needs[1]:
                 grads[1] = total.mT @ rows
+            if needs[2]:
+                grads[2] = total.sum(0)
         dx = grads[0]
         grads[0] = None if dx is None else dx.view(x.shape)
         return grads
