@@ -7,13 +7,14 @@ backend has a program for that. Anything else takes the layer's own way, which g
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from moekern import dispatch, eager, functional, ops, router
-from moekern.parts import Router
+from moekern.parts import Experts, Router
 
 if TYPE_CHECKING:
     from moekern.layer import MoE
@@ -28,11 +29,9 @@ def infer(layer: MoE, x: Tensor) -> Tensor | None:
     """The layer's output for ``[..., H]``, or None if the call must take the long way: it may be wrong, or unusual."""
     if torch.compiler.is_compiling():
         return None
-    gate = layer.gate
-    weights = layer.experts.projections
-    router_weight = gate.weight
+    gate, router_weight, router_bias, weights = parameters_of(layer)
     if torch.is_grad_enabled() and any(
-        t is not None and getattr(t, "requires_grad", True) for t in (x, router_weight, gate.bias, *weights)
+        t is not None and getattr(t, "requires_grad", True) for t in (x, router_weight, router_bias, *weights)
     ):
         return None
     signature = eager.signature(x, router_weight, None, *weights, layer.activation, False, False, None)
@@ -53,16 +52,38 @@ def infer(layer: MoE, x: Tensor) -> Tensor | None:
     tokens = x if x.ndim == 2 else x.view(-1, x.shape[-1])
     out: Tensor | None
     if makes_logits:
-        bias = gate.bias
-        if router_weight.is_neg() or (bias is not None and not fits(bias, router_weight)):
+        if router_weight.is_neg() or (router_bias is not None and not fits(router_bias, router_weight)):
             return None
-        out = call(tokens, router_weight, None, *weights, bias)
+        out = call(tokens, router_weight, None, *weights, router_bias)
         return out if out is None or x.ndim == 2 else out.view(x.shape)
     logits = gate(tokens)
     if logits.dtype != torch.float32 or not eager.plain(logits) or not logits.is_contiguous():  # a hook's doing
         return None
     out = call(tokens, logits, None, *weights)
     return out if out is None or x.ndim == 2 else out.view(x.shape)
+
+
+def parameters_of(layer: MoE) -> tuple[Any, Any, Any, tuple[Any, Any, Any, Any]]:
+    """The router, its weight and bias, and the experts' projections.
+
+    Where they are plain parameters, around the attributes of nn.Module, which take several times as long.
+    """
+    modules = layer._modules
+    gate, experts = modules["gate"], modules["experts"]
+    assert gate is not None
+    if type(experts) is not Experts:
+        return gate, gate.weight, gate.bias, layer.experts.projections
+    own, bias = experts._parameters, gate._parameters.get("bias")
+    weights: tuple[Any, Any, Any, Any] = (
+        own.get("gate_up_proj"), own.get("down_proj"), own.get("gate_up_proj_bias"), own.get("down_proj_bias")
+    )  # fmt: skip
+    if type(weights[0]) is not Parameter or type(weights[1]) is not Parameter:
+        weights = experts.projections
+    elif weights[2] is None or weights[3] is None:  # not there, or under another name
+        b_gate_up, b_down = experts.gate_up_proj_bias, experts.down_proj_bias
+        weights = (*weights[:2], b_gate_up, b_down)
+    weight = gate._parameters.get("weight")
+    return gate, gate.weight if weight is None else weight, gate.bias if bias is None else bias, weights
 
 
 def is_ordinary(gate: Router) -> bool:

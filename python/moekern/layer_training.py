@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moekern import autograd, dispatch, eager, functional, ops, router
-from moekern.layer_inference import fits, is_ordinary
+from moekern.layer_inference import fits, is_ordinary, parameters_of
 from moekern.parts import wide_linear
 
 if TYPE_CHECKING:
@@ -39,9 +39,7 @@ def train(layer: MoE, x: Tensor) -> tuple[Tensor, Latest] | None:
     """The layer's output for ``[..., H]`` and what was decided, or None if the call must take the long way."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return None
-    gate = layer.gate
-    weights = layer.experts.projections
-    router_weight, router_bias = gate.weight, gate.bias
+    gate, router_weight, router_bias, weights = parameters_of(layer)
     signature = eager.signature(x, router_weight, None, *weights, layer.activation, False, False, None)
     if signature is None:
         return None
