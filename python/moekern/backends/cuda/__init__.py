@@ -201,9 +201,10 @@ def makes_logits(x: Tensor, weight: Tensor) -> bool:
 
 def logits(x: Tensor, weight: Tensor) -> Tensor:
     """``x @ weight.T`` in float32 of half-precision tensors, which are plain and of matching sizes."""
-    if makes_logits(x, weight) and x.is_contiguous() and weight.is_contiguous() and _aligned(x, weight):
+    if makes_logits(x, weight) and weight.is_contiguous() and _aligned(weight):
         from moekern.backends.cuda import forward, routing
 
+        x = _copied(x.contiguous())
         out = torch.empty(x.shape[0], weight.shape[0], dtype=torch.float32, device=x.device)
         with forward.on_device(x.get_device()):
             routing.logits(x, weight, None, out)
