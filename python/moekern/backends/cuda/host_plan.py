@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from moekern.backends.cuda.forward import on_device
 
 MOST_STREAMS = 16  # whose memory is kept
 _must_not_wait = getattr(torch._C, "_cuda_get_sync_debug_mode", torch.cuda.get_sync_debug_mode)
+_is_capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", torch.cuda.is_current_stream_capturing)
 
 
 class _Staging:
@@ -41,18 +43,25 @@ class _Staging:
 
 _staging: OrderedDict[tuple[int, int], _Staging] = OrderedDict()
 _lock = threading.Lock()
+_memory_of = lru_cache(maxsize=256)(_core.cuda_plan_memory)
 
 
-def _memory(device: int, stream: torch.cuda.Stream, slots: int, num_experts: int) -> _Staging:
+@cache
+def _kernels(device: int) -> tuple[int, int]:
+    narrow = kernels._function(device, "host_plan.cu", "narrow_ids", 0, ())
+    return narrow, kernels._function(device, "host_plan.cu", "spread_plan", 0, ())
+
+
+def _memory(device: int, stream: int, slots: int, num_experts: int) -> _Staging:
     """The stream's memory, grown to the sizes; memory that is given up is in nobody's use any more."""
-    key = (device, stream.cuda_stream)
-    marks, size = _core.cuda_plan_memory(slots, num_experts)
+    key = (device, stream)
+    marks, size = _memory_of(slots, num_experts)
     found = _staging.get(key)
     if found is not None and found.marks.numel() >= marks and found.memory.numel() >= size:
         _staging.move_to_end(key)
         return found
     if found is not None:
-        stream.synchronize()
+        torch.cuda.current_stream(device).synchronize()
     elif len(_staging) >= MOST_STREAMS:
         torch.cuda.synchronize(device)
         _staging.clear()
@@ -64,22 +73,20 @@ def _memory(device: int, stream: torch.cuda.Stream, slots: int, num_experts: int
 def plan(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Order, inverse and offsets on the device of the ids, which are contiguous and not empty."""
     device, slots = topk_ids.get_device(), topk_ids.numel()
-    if torch.cuda.is_current_stream_capturing():
+    if _is_capturing():
         raise RuntimeError(
             "planner: got 'host' while a CUDA graph is being captured, where nothing can wait for the device; "
             "expected 'device', or a plan made before the capture"
         )
-    stream = torch.cuda.current_stream(device)
     if _must_not_wait():  # torch says so, where it is to be said
-        stream.synchronize()
+        torch.cuda.current_stream(device).synchronize()
     order = torch.empty(slots, dtype=torch.int32, device=topk_ids.device)
-    inverse, offsets = torch.empty_like(order), order.new_empty(num_experts + 1)
-    narrow = kernels._function(device, "host_plan.cu", "narrow_ids", 0, ())
-    spread = kernels._function(device, "host_plan.cu", "spread_plan", 0, ())
+    inverse, offsets = order.new_empty(slots), order.new_empty(num_experts + 1)
     with _lock, on_device(device):
+        stream = torch._C._cuda_getCurrentRawStream(device)  # type: ignore[attr-defined]
         staging = _memory(device, stream, slots, num_experts)
         _core.cuda_plan(
-            narrow, spread, device, stream.cuda_stream, staging.marks.data_ptr(), staging.next_epoch(),
+            *_kernels(device), device, stream, staging.marks.data_ptr(), staging.next_epoch(),
             staging.memory.data_ptr(), topk_ids.data_ptr(), kernels.ID_TYPE[topk_ids.dtype], slots, num_experts,
             order.data_ptr(), inverse.data_ptr(), offsets.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
