@@ -29,6 +29,11 @@ class Shape(NamedTuple):
     top_k: int
     shared: int
 
+    def on_a_gpu(self) -> Shape:
+        """The sizes of the model, and more tokens unless one is the point."""
+        tokens = self.tokens if self.tokens == 1 else 32 * self.tokens
+        return self._replace(tokens=tokens, hidden=2 * self.hidden, inter=2 * self.inter)
+
 
 SHAPES = {
     "Qwen2-MoE": Shape(256, 1024, 704, 60, 4, 4),
@@ -113,6 +118,8 @@ def bench_shared(benchmark: Any, way: str, shape: str, dtype: str, train: bool, 
     sizes = SHAPES[shape]
     if benchmark.disabled:  # run once by the tests
         sizes = Shape(min(sizes.tokens, 9), 64, 32, 10, sizes.top_k, sizes.shared)
+    elif device == "cuda":
+        sizes = sizes.on_a_gpu()
     problem = Problem(sizes, getattr(torch, dtype), device, train)
 
     def run() -> Tensor:

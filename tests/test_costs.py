@@ -91,7 +91,7 @@ def costs(run: Callable[[], object], *, short: bool = True) -> Costs:
     with pytest.MonkeyPatch.context() as patch, counted_calls() as calls:
         if short:
             patch.setattr(eager, "undisturbed", lambda: True)
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
             kept = run()
         del kept
     events = profiled.profiler.kineto_results.events()

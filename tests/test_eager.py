@@ -118,7 +118,7 @@ def test_both_ways_give_the_same_bits(device: str) -> None:
 def test_the_profiler_sees_operators() -> None:
     p = make(9, 16, 8, 4, 2)
     p.run()
-    with torch.profiler.profile() as profile:
+    with torch.profiler.profile(acc_events=True) as profile:
         p.run()
     names = {event.key for event in profile.key_averages()}
     assert {"moekern::plan", "moekern::experts_forward"} <= names

@@ -333,7 +333,7 @@ class MoE(nn.Module):
 
     def _record(self, logits: Tensor, counts: Tensor, ids: Tensor | None, shape: tuple[int, ...]) -> None:
         """Keep what the losses need, in training only."""
-        if not self.training or torch.compiler.is_exporting():
+        if not self.training or _is_exporting():
             return
         self._latest_routing = Routing(logits, counts, ids, tuple(shape))
         total = self.gate.tokens_since_update
@@ -361,6 +361,12 @@ class MoE(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave out the latest routing: it belongs to a graph that they do not."""
         return {**self.__dict__, "_latest_routing": None}
+
+
+def _is_exporting() -> bool:
+    """As torch.compiler.is_exporting(), which torch 2.11's Dynamo takes for true in every compilation."""
+    flag: bool | None = getattr(torch.compiler, "_is_exporting_flag", None)
+    return torch.compiler.is_exporting() if flag is None else flag
 
 
 def _is_recomputing() -> bool:

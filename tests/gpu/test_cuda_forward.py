@@ -182,6 +182,43 @@ def test_plan_of_a_slice_of_sorted_experts() -> None:
         assert torch.equal(got, wanted)
 
 
+def _even(rows: int, most: int) -> int:
+    """Rows of an expert's tiles: as few as can be, of one size in multiples of 16."""
+    tiles = max(-(-rows // most), 1)
+    return max(min(-(-rows // tiles // 16) * 16, most), 16)
+
+
+@pytest.mark.parametrize("experts", [1, 5, 128, 1024])
+@pytest.mark.parametrize("mean", [0, 3, 256, 300])
+def test_tables_hold_every_row_once(mean: int, experts: int) -> None:
+    from moekern.backends.cuda import kernels
+
+    torch.manual_seed(mean + experts)
+    rows = (torch.rand(experts) * 2 * mean).int()
+    rows[experts // 2] *= 9  # one with more than a band of eight tiles
+    offsets = torch.cat((torch.zeros(1, dtype=torch.int32), rows.cumsum(0).int()))
+    total = int(offsets[-1])
+    memory = torch.full((kernels.Tables.size(total, experts),), 255, dtype=torch.uint8, device="cuda")
+    kernels.Tables(offsets.cuda(), total, memory)
+    words = memory.view(torch.int32).cpu()
+    entries = kernels.Tables._entries(total, experts)
+    for i, most in enumerate((256, 272)):
+        table = words[4 * entries * i :][: 4 * entries].view(-1, 4).tolist()
+        expected = []
+        sizes = {e: _even(int(r), most) for e, r in enumerate(rows)}
+        for e in range(experts):
+            first, size, count = int(offsets[e]), sizes[e], -(-int(rows[e]) // sizes[e])
+            for tile in range(count):
+                band = min(8, count - tile // 8 * 8)
+                height = min(size, int(rows[e]) - tile * size)
+                expected.append([e, first + tile * size, height, tile % 8 | band << 16])
+        assert table[0] == [len(expected), 0, 0, 0]
+        assert table[1 : 1 + len(expected)] == expected
+    by_rows = words[8 * entries :][:experts].tolist()
+    assert by_rows == sorted(range(experts), key=lambda e: (-int(rows[e]), e))
+    assert words[8 * entries + experts :].tolist() == [0] * kernels.COUNTERS
+
+
 def layer(tokens: int, hidden: int, inter: int, experts: int, top_k: int) -> tuple[Tensor, ...]:
     """x, ids, scores, weights of a bfloat16 layer."""
     dtype = torch.bfloat16
@@ -248,7 +285,6 @@ def test_forward_on_two_streams_at_once() -> None:
         assert all(torch.equal(out, right) for out in kept)
 
 
-@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 def test_first_use_inside_a_capture_is_an_error() -> None:
     from moekern.backends.cuda import kernels
 

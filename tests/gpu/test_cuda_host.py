@@ -187,7 +187,6 @@ def test_host_plans_of_many_sizes_streams_and_threads() -> None:
     assert not wrong
 
 
-@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_the_host_planner_waits_and_says_so() -> None:
     ids = torch.randint(0, E, (T, K), device="cuda")
@@ -248,7 +247,6 @@ def test_the_layer_in_a_cuda_graph_follows_the_routing(grad: bool) -> None:
             assert torch.equal(a, b)
 
 
-@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # inductor's advice on the router's product
 def test_reduce_overhead() -> None:
     torch.compiler.reset()
     torch.manual_seed(0)

@@ -14,12 +14,14 @@ import os
 import re
 import threading
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .compilers import Answer, Compilers, Job
+from .compilers import Answer, Compilers, Job, NoProcessError, loaded_library
+from .nvrtc_process import open_builtins
 from .wgmma import wgmma_source
 
 if TYPE_CHECKING:
@@ -166,8 +168,15 @@ def _job(source: KernelSource, arch: str) -> Job:
     return source.file, expand(source.file), options
 
 
+@cache
+def _open_builtins() -> None:
+    with suppress(NoProcessError, OSError):  # compiling says what is missing
+        open_builtins(loaded_library())
+
+
 def _compile_here(job: Job) -> Answer:
     nvrtc = _nvrtc()
+    _open_builtins()
     name, text, options = job
     program = nvrtc.createProgram(text, name, (), ())
     try:

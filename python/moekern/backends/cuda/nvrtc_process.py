@@ -6,9 +6,20 @@ library's version; then for every (name, text, options) a (cubin, log), or with 
 """
 
 import ctypes
+import glob
 import os
 import pickle
 import sys
+
+
+def open_builtins(path: str) -> None:
+    """Open the second half of an NVRTC library, which NVRTC itself opens by its name alone.
+
+    The wheel of 13.0 does not say where it lies, so what is found beside the library is opened here, and NVRTC finds it
+    loaded. Toolkits keep theirs where the dynamic linker looks.
+    """
+    for builtins in glob.glob(os.path.join(os.path.dirname(path), "libnvrtc-builtins.so.*")):
+        ctypes.CDLL(builtins, ctypes.RTLD_GLOBAL)
 
 
 class Library:
@@ -17,6 +28,7 @@ class Library:
     def __init__(self, path: str):
         """Open the library."""
         self._library = ctypes.CDLL(path)
+        open_builtins(path)
         self._library.nvrtcGetErrorString.restype = ctypes.c_char_p
 
     def _call(self, name: str, *arguments: object) -> int:
