@@ -6,8 +6,12 @@ CARGO ?= cargo
 # The first Python >= 3.11 on the PATH; name another with `make PYTHON=/path/to/python3 …`.
 PYTHON ?= $(or $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done),python3)
+# The oldest release of torch.
+TORCH ?= 2.11.0
 # The oldest release of transformers that moekern.hf serves, and one between it and the newest.
 TRANSFORMERS ?= 5.0.0 5.17.0
+# What rests on torch's compiler, exporter, profiler and libraries.
+TORCH_TESTS := torch_integration stacks layer balance eager costs experts cuda_compilers
 # With the few of its dependencies that its experts import.
 TORCHTITAN := torchtitan==0.3.0 spmd_types==0.2.3 tyro docstring_parser
 # Which CuPy the tests compile the kernels with; cuda12 on a machine with an older driver, empty for none.
@@ -46,17 +50,18 @@ test: $(INSTALLED) ## set up, then run every test that needs no GPU, and each be
 	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
 
 # Each in a folder of its own ahead of the environment, which keeps the newest.
-releases: $(INSTALLED) ## the tests beside older releases of transformers, and beside torchtitan
+releases: $(INSTALLED) ## the tests beside older releases of torch and transformers, and beside torchtitan
 	@set -e; beside() { \
-		there=$(abspath $(VENV))/beside-$$1; what="$$2"; shift 2; \
+		there=$(abspath $(VENV))/beside-$$1; what="$$2"; which="$$3"; shift 3; \
 		[ -d $$there ] || { $(call install,-q --target $$there $$what) || { rm -rf $$there; exit 1; }; }; \
 		echo "$$what"; \
-		PYTHONPATH=$$there$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/python -m pytest -q -m "not gpu and not slow" $(ARGS) $$@; \
+		PYTHONPATH=$$there$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/python -m pytest -q -m "$$which" $(ARGS) $$@; \
 	}; \
+	beside torch-$(TORCH) "torch==$(TORCH)" "not gpu" $(foreach part,$(TORCH_TESTS),tests/test_$(part).py); \
 	for release in $(TRANSFORMERS); do \
-		beside $$release "transformers==$$release" tests/test_hf.py tests/test_router.py tests/test_shared_expert.py; \
+		beside $$release "transformers==$$release" "not gpu and not slow" tests/test_hf.py tests/test_router.py tests/test_shared_expert.py; \
 	done; \
-	beside torchtitan "--no-deps $(TORCHTITAN)" tests/test_torchtitan.py
+	beside torchtitan "--no-deps $(TORCHTITAN)" "not gpu and not slow" tests/test_torchtitan.py
 
 doctor: $(INSTALLED) ## say what this machine can run
 	$(BIN)/moekern doctor
