@@ -111,6 +111,43 @@ impl<F: Format> Kernel for PackPanels<'_, F> {
     }
 }
 
+/// The same for bf16 as fp32, where a panel's first vector holds its even columns and its second one the odd ones. The
+/// last panel, if it is not whole, keeps its order.
+pub struct PackSplit<'a, F> {
+    /// The rows, in the order of the sum.
+    pub rows: &'a [*const u8],
+    /// How many columns, from the first.
+    pub columns: usize,
+    /// `rows * 2 * LANES` for each panel.
+    pub to: *mut f32,
+    pub format: PhantomData<F>,
+}
+
+impl<F: Format> Kernel for PackSplit<'_, F> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let width = 2 * S::LANES;
+        let whole = self.columns / width;
+        for (word, row) in self.rows.iter().enumerate() {
+            let mut to = self.to.add(word * width);
+            for panel in 0..whole {
+                let pairs = S::load(row.add(panel * width * F::BYTES).cast());
+                S::store(to, S::widen_even(pairs));
+                S::store(to.add(S::LANES), S::widen_odd(pairs));
+                to = to.add(self.rows.len() * width);
+            }
+            if whole * width < self.columns {
+                for i in 0..width {
+                    let c = whole * width + i;
+                    *to.add(i) = if c < self.columns { F::load_one(row.add(c * F::BYTES)) } else { 0.0 };
+                }
+            }
+        }
+    }
+}
+
 /// The rows whose elements word `word` holds. The second is the first again where a word holds one element,
 /// and null past the last row.
 #[inline(always)]

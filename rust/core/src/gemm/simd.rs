@@ -30,6 +30,10 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// 32-bit lanes of a vector.
     const LANES: usize;
 
+    /// Whether columns of bf16 are cheaper to take apart, and to put together again, as even and odd ones: where
+    /// rounding takes several instructions and the instruction set moves halves of vectors with further ones.
+    const SPLITS: bool = false;
+
     /// Runs `kernel` compiled for this instruction set.
     unsafe fn enter<K: Kernel>(kernel: K) -> K::Output;
 
@@ -47,6 +51,18 @@ pub trait Simd: Copy + Send + Sync + 'static {
     unsafe fn store_bf16_pair(p: *mut u16, a: Self::V, b: Self::V);
     /// The same without passing through the caches; `p` is aligned to the vector.
     unsafe fn stream_bf16_pair(p: *mut u16, a: Self::V, b: Self::V);
+
+    /// `even` and `odd` values in turns, rounded to nearest even. Only if [`Simd::SPLITS`]. A NaN must be one of a sum of
+    /// products of bf16 values: its payload has no bits that would be rounded.
+    unsafe fn store_bf16_split(p: *mut u16, even: Self::V, odd: Self::V) {
+        _ = (p, even, odd);
+        unreachable!("no use is made of it")
+    }
+    /// The same without passing through the caches; `p` is aligned to the vector.
+    unsafe fn stream_bf16_split(p: *mut u16, even: Self::V, odd: Self::V) {
+        _ = (p, even, odd);
+        unreachable!("no use is made of it")
+    }
 
     unsafe fn zero() -> Self::V;
     unsafe fn splat(x: f32) -> Self::V;

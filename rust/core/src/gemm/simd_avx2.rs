@@ -14,9 +14,7 @@ pub struct Avx2;
 #[inline(always)]
 unsafe fn round_bf16(a: __m256) -> __m256i {
     let bits = _mm256_castps_si256(a);
-    let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
-    let half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
-    let rounded = _mm256_srli_epi32::<16>(_mm256_add_epi32(bits, half));
+    let rounded = _mm256_srli_epi32::<16>(add_half(bits));
     let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(a, a));
     _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), nan)
 }
@@ -223,7 +221,31 @@ macro_rules! simd_256 {
 }
 pub(super) use simd_256;
 
+/// Values that come in turns, the upper halves of words that are what is rounded to.
+#[inline(always)]
+unsafe fn join_bf16(even: __m256, odd: __m256) -> __m256i {
+    let (even, odd) = (add_half(_mm256_castps_si256(even)), add_half(_mm256_castps_si256(odd)));
+    _mm256_blend_epi16::<0xaa>(_mm256_srli_epi32::<16>(even), odd)
+}
+
+/// What makes the upper halves of words nearest, and even in the middle.
+#[inline(always)]
+unsafe fn add_half(bits: __m256i) -> __m256i {
+    let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+    _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)))
+}
+
 simd_256!(Avx2, "avx2,fma,f16c", {
+    const SPLITS: bool = true;
+
+    #[inline(always)]
+    unsafe fn store_bf16_split(p: *mut u16, even: __m256, odd: __m256) {
+        _mm256_storeu_si256(p.cast(), join_bf16(even, odd))
+    }
+    #[inline(always)]
+    unsafe fn stream_bf16_split(p: *mut u16, even: __m256, odd: __m256) {
+        _mm256_stream_si256(p.cast(), join_bf16(even, odd))
+    }
     #[inline(always)]
     unsafe fn store_bf16(p: *mut u16, a: __m256) {
         store_bf16(p, a)

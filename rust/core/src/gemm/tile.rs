@@ -30,6 +30,10 @@ pub enum Store {
     Bf16,
     /// bf16 past the caches; aligned to vectors.
     StreamBf16,
+    /// bf16, the tile's two vectors being even and odd columns.
+    SplitBf16,
+    /// The same past the caches; aligned to vectors.
+    StreamSplitBf16,
     /// fp16.
     F16,
 }
@@ -235,6 +239,10 @@ unsafe fn store<S: Simd, const ROWS: usize>(how: Store, to: *mut u8, stride: usi
         }),
         Store::Bf16 => each_row!(u16, |to, a, b| S::store_bf16_pair(to, a, b)),
         Store::StreamBf16 => each_row!(u16, |to, a, b| S::stream_bf16_pair(to, a, b)),
+        // Without the condition what is never called would be compiled.
+        Store::SplitBf16 if S::SPLITS => each_row!(u16, |to, a, b| S::store_bf16_split(to, a, b)),
+        Store::StreamSplitBf16 if S::SPLITS => each_row!(u16, |to, a, b| S::stream_bf16_split(to, a, b)),
+        Store::SplitBf16 | Store::StreamSplitBf16 => unreachable!("columns were not split"),
         Store::F16 => each_row!(u16, |to, a, b| {
             S::store_f16(to, a);
             S::store_f16(to.add(S::LANES), b)

@@ -12,7 +12,7 @@ use super::format::{Format, Kind};
 use super::grouped::Gather;
 use super::isa::{Isa, with_kernels};
 use super::jobs::{Job, Worker, run_jobs};
-use super::panels::{PackBands, PackPanels, band_words};
+use super::panels::{PackBands, PackPanels, PackSplit, band_words};
 use super::round::RoundRows;
 use super::scratch::advise_huge_pages;
 use super::simd::{Simd, fence};
@@ -131,15 +131,20 @@ impl<S: Simd, F: Format> TnJob<S, F> {
         Part { expert, first, depth: offset(expert + 1) - first, p, height: self.rows.min(a.p - p) }
     }
 
-    /// Packs all columns of `b` in rows `first..first + depth`.
-    unsafe fn pack_right(&self, first: usize, depth: usize, worker: &mut Worker) -> *mut f32 {
+    /// Packs all columns of `b` in rows `first..first + depth`, as even and odd ones if `split`.
+    unsafe fn pack_right(&self, first: usize, depth: usize, split: bool, worker: &mut Worker) -> *mut f32 {
         let a = &self.args;
         let to = worker.scratch.panels.words(F::words(depth) * a.n.next_multiple_of(2 * S::LANES));
         // No two experts with rows start at the same one.
         if depth > 0 && worker.packed != first {
             let list = &mut worker.scratch.rows;
             a.gather_b.addresses(first..first + depth, a.b, a.n * F::BYTES, list);
-            S::enter(PackPanels::<F> { rows: list, column: 0, columns: a.n, in_order: true, to, format: PhantomData });
+            if split {
+                S::enter(PackSplit::<F> { rows: list, columns: a.n, to, format: PhantomData });
+            } else {
+                let rows = list;
+                S::enter(PackPanels::<F> { rows, column: 0, columns: a.n, in_order: true, to, format: PhantomData });
+            }
             worker.packed = first;
         }
         to
@@ -167,7 +172,8 @@ impl<S: Simd, F: Format> TnJob<S, F> {
     /// Multiplies rows `first..first + depth`. Tiles go to `out`, whose rows are `out_stride` bytes apart and
     /// whose panels `out_step`; the last `n % width` columns, if `whole` says so, go to fp32 rows in `rest`.
     unsafe fn multiply(&self, part: &Part, first: usize, depth: usize, to: &Target, worker: &mut Worker) {
-        let right = self.pack_right(first, depth, worker);
+        let split = matches!(to.store, Store::SplitBf16 | Store::StreamSplitBf16);
+        let right = self.pack_right(first, depth, split, worker);
         let left = self.pack_left(part, first, depth, worker);
         let (words, width) = (F::words(depth), 2 * S::LANES);
         let at_once = (PANEL_BYTES / (words * width * 4).max(1)).max(1);
@@ -245,6 +251,8 @@ impl<S: Simd, F: Format> TnJob<S, F> {
             Kind::F32 if stream => Store::Stream,
             Kind::F32 => Store::Set,
             Kind::F16 => Store::F16,
+            Kind::Bf16 if S::SPLITS && stream => Store::StreamSplitBf16,
+            Kind::Bf16 if S::SPLITS => Store::SplitBf16,
             _ if stream => Store::StreamBf16,
             _ => Store::Bf16,
         }
