@@ -20,7 +20,7 @@ pub const fn axpy_rows<S: Simd>() -> usize {
 
 /// Columns that the kernel moves at once; it takes whole steps only.
 pub const fn axpy_columns<S: Simd, F: Format>() -> usize {
-    S::LANES * F::PER_WORD
+    if S::LANES == 8 { 2 * S::LANES } else { S::LANES * F::PER_WORD }
 }
 
 /// The kernel sums over multiples of this many elements: a group, or half of one where words are pairs.
@@ -82,6 +82,16 @@ impl<F: Format, const ROWS: usize> Kernel for AxpyRows<F, ROWS> {
         let (mut left, mut weights) = (c.left, c.weights);
         let mut fresh = c.fresh;
         let mut word = 0;
+        if const { S::LANES == 8 } {
+            while word + GROUP / 2 <= words {
+                wide_group::<S, F, ROWS, { GROUP / 2 }>(c, left, weights, fresh);
+                left = left.add(GROUP / 2 * ROWS);
+                weights = weights.wrapping_add(GROUP / 2 * c.weight_stride);
+                fresh = false;
+                word += GROUP / 2;
+            }
+            return;
+        }
         while word + GROUP <= words {
             group::<S, F, ROWS, GROUP>(c, left, weights, fresh);
             left = left.add(GROUP * ROWS);
@@ -142,6 +152,44 @@ unsafe fn group<S: Simd, F: Format, const ROWS: usize, const WORDS: usize>(
             S::store(to, a);
         }
         column += step;
+    }
+}
+
+/// The same for sixteen registers: half as many weight rows, twice as many columns. A splat then serves two vectors of
+/// sums, and splats are most of what is loaded.
+#[inline(always)]
+unsafe fn wide_group<S: Simd, F: Format, const ROWS: usize, const WORDS: usize>(
+    c: &Axpy<F>,
+    left: *const f32,
+    weights: *const u8,
+    fresh: bool,
+) {
+    let next = weights.wrapping_add(2 * WORDS * c.weight_stride);
+    let mut column = 0;
+    while column < c.columns {
+        let at = column * F::BYTES;
+        if c.prefetch && at.is_multiple_of(64) {
+            for i in 0..WORDS {
+                prefetch(next.wrapping_add(i * c.weight_stride + at));
+            }
+        }
+        let mut w = [[S::zero(); 2]; WORDS];
+        for (i, w) in w.iter_mut().enumerate() {
+            let row = weights.add(i * c.weight_stride + at);
+            *w = [F::load_widened::<S>(row), F::load_widened::<S>(row.add(S::LANES * F::BYTES))];
+        }
+        for r in 0..ROWS {
+            let to = c.sums.add(r * c.sums_stride + column);
+            let (mut a, mut b) = if fresh { (S::zero(), S::zero()) } else { (S::load(to), S::load(to.add(S::LANES))) };
+            for (i, w) in w.iter().enumerate() {
+                let l = S::splat(*left.add(i * ROWS + r));
+                a = S::fma(l, w[0], a);
+                b = S::fma(l, w[1], b);
+            }
+            S::store(to, a);
+            S::store(to.add(S::LANES), b);
+        }
+        column += 2 * S::LANES;
     }
 }
 
