@@ -1,12 +1,13 @@
 """A grid over experts, tokens and dtypes of what `moekern bench` measures on a CPU, as one table.
 
     python benches/cpu_experts.py [--experts 8,64,128] [--tokens 64,256,2048] [--dtypes bf16,fp32]
-        [--passes forward,both] [--peers loop,grouped_mm] [--rounds 5] [--json FILE.json] [--out FILE.md]
+        [--passes forward,both] [--peers loop,grouped_mm] [--rounds 5] [--json FILE.json [--add]] [--out FILE.md]
 
 H = 2048, I = 1024, SwiGLU, top-8 (top-2 with 8 experts), uniform routing, all threads. "of bound" is the share of the
 ceiling of moekern.bench.ceiling; loop (transformers' own) and grouped_mm are in multiples of moekern's time. A round
 runs each once; times are medians of the rounds. GB/s: memory read and, with the backward pass, written. --json writes
-the record, of which `python benches/figures.py` makes the page and the blocks `figures:NAME grid`.
+the record, of which `python benches/figures.py` makes the page and the blocks `figures:NAME grid`; with --add it keeps
+the cases of a record that is there, and measured ones replace theirs: a long grid can be made in short runs.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from moekern import _core, machine
 from moekern.bench.cases import Options
 from moekern.bench.peers import PEERS
-from moekern.bench.record import BOTH, FORWARD, MOEKERN, Record, Row, save
+from moekern.bench.record import BOTH, FORWARD, MOEKERN, Record, Row, load, save
 from moekern.bench.runner import Session
 from moekern.bench.shapes import Shape
 
@@ -32,6 +33,11 @@ VERBS = {"forward": FORWARD, "both": BOTH}
 
 def shape_of(experts: int, tokens: int) -> Shape:
     return Shape(f"cpu-{experts}-{tokens}", tokens, 2048, 1024, experts, 2 if experts == 8 else 8)
+
+
+def place(row: Row) -> tuple[str, int, int, str]:
+    """Where a row stands in the grid."""
+    return row.dtype, row.experts, row.tokens, row.verb
 
 
 def line(rows: dict[str, Row], session: Session) -> str:
@@ -61,6 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--peers", type=words, default=list(NAMES))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--add", action="store_true")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
 
@@ -79,8 +86,12 @@ def main(arguments: list[str] | None = None) -> None:
     ))  # fmt: skip
     command = " ".join(["python benches/cpu_experts.py", *(sys.argv[1:] if arguments is None else arguments)])
     record = Record(datetime.now(UTC).isoformat(timespec="seconds"), command, session.machine)
+    if options.add and options.json and options.json.exists():
+        before = load(options.json)
+        record.rows, record.command = before.rows, f"{before.command} && {command}"
     for rows in session.run():
-        record.rows += rows
+        measured = {row.case for row in rows}
+        record.rows = sorted([*(row for row in record.rows if row.case not in measured), *rows], key=place)
         for verb in dict.fromkeys(row.verb for row in rows):
             lines.append(line({row.implementation: row for row in rows if row.verb == verb}, session))
             print(lines[-1], flush=True)
