@@ -35,7 +35,7 @@ install = if [ -x $(BIN)/uv ]; then $(BIN)/uv pip install --python $(BIN)/python
 	else $(BIN)/python -m pip install $(1); fi
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test releases doctor lint format bench figures build wheel sdist dev clean
+.PHONY: help demo test releases sanitize doctor lint format bench figures build wheel sdist dev clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -62,6 +62,12 @@ releases: $(INSTALLED) ## the tests beside older releases of torch and transform
 		beside $$release "transformers==$$release" "not gpu and not slow" tests/test_hf.py tests/test_router.py tests/test_shared_expert.py; \
 	done; \
 	beside torchtitan "--no-deps $(TORCHTITAN)" "not gpu and not slow" tests/test_torchtitan.py
+
+sanitize: $(INSTALLED) ## every eighth test of the CUDA kernels under compute-sanitizer (needs a GPU and a CUDA toolkit)
+	@set -e; for tool in memcheck racecheck synccheck; do \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 \
+			$(BIN)/python -m pytest -q -m gpu tests/gpu --every 8 $(ARGS); \
+	done
 
 doctor: $(INSTALLED) ## say what this machine can run
 	$(BIN)/moekern doctor
