@@ -131,6 +131,17 @@ def test_logits_of_few_tokens(tokens: int, experts: int, hidden: int, bias: bool
     assert torch.equal(out[:tokens], again)
 
 
+def test_a_router_of_another_size_is_refused() -> None:
+    moe = mk.MoE(256, 136, 16, 2).to("cuda", BF16)
+    x = torch.randn(16, 256, dtype=BF16, device="cuda")
+    moe.gate.weight = torch.nn.Parameter(torch.zeros(16, 128, dtype=BF16, device="cuda"))
+    for mode in (True, False):
+        with pytest.raises(RuntimeError, match="cannot be multiplied"), torch.set_grad_enabled(mode):
+            moe.train(mode)(x)
+    with pytest.raises(RuntimeError):
+        moe.gate(x.view(4, 4, 256))
+
+
 def test_a_router_that_was_changed_is_asked() -> None:
     torch.manual_seed(0)
     moe = mk.MoE(256, 136, 16, 2, router_bias=True).to("cuda", BF16).eval()

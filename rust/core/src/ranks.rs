@@ -16,11 +16,14 @@ use crate::pool::parallel;
 /// Slots of the smallest chunk, and the step of larger ones.
 pub const CHUNK_STEP: usize = 1 << 12;
 
-/// A rank is 16 bits wide.
-const MOST_CHUNK: usize = 1 << 16;
+/// A rank is 16 bits wide, and so is a chunk's count of an expert's slots.
+const MOST_CHUNK: usize = 15 * CHUNK_STEP;
 
 /// A chunk has so many times as many slots as there are experts, else the table would outgrow the ranks.
 const SLOTS_PER_BUCKET: usize = 8;
+
+/// Counts between those of two chunks, so that threads do not write the same cache line: 64 bytes of them.
+const LINE: usize = 32;
 
 /// Chunks that one thread goes through side by side, so that their counters' latencies overlap.
 const LANES: usize = 2;
@@ -87,10 +90,15 @@ pub unsafe fn rank<I: Id>(
     threads: usize,
     arrived: &(dyn Fn(Range<usize>) -> bool + Sync),
 ) -> bool {
-    let job = Job { ids, chunks, ranks, table: first_rows.cast() };
+    let stride = chunks.experts + 1 + LINE;
+    let mut counts = vec![0u16; chunks.count() * stride];
+    let job = Job { ids, chunks, ranks, counts: counts.as_mut_ptr(), stride };
     let (next, lost) = (AtomicUsize::new(0), AtomicUsize::new(0));
     // Threads draw units one by one: one that wakes late leaves its share to the others.
     parallel(threads.min(chunks.units()).max(1), &|index| {
+        // Of the thread's own, on cache lines that no other thread writes.
+        let mut memory = vec![0u32; LANES * (chunks.experts + 1) + LINE];
+        let counters = &mut memory[LINE / 2..][..LANES * (chunks.experts + 1)];
         loop {
             let unit = next.fetch_add(1, Relaxed);
             if unit >= chunks.units() {
@@ -101,7 +109,7 @@ pub unsafe fn rank<I: Id>(
                 lost.store(1, Relaxed);
                 break;
             }
-            unsafe { job.rank_unit(unit) };
+            unsafe { job.rank_unit(unit, counters) };
         }
         // The caller does not sleep while another thread waits: it alone may be able to tell that ids are lost.
         if index == 0 && !arrived(0..chunks.slots) {
@@ -112,7 +120,7 @@ pub unsafe fn rank<I: Id>(
         return false;
     }
     // Safety: the caller's; the threads are done.
-    scan(unsafe { std::slice::from_raw_parts_mut(first_rows.cast(), chunks.table_len()) }, chunks.experts + 1);
+    scan(&counts, stride, unsafe { std::slice::from_raw_parts_mut(first_rows.cast(), chunks.table_len()) }, chunks);
     true
 }
 
@@ -120,26 +128,27 @@ struct Job<'a, I> {
     ids: *const I,
     chunks: &'a Chunks,
     ranks: *mut u16,
-    table: *mut u32,
+    counts: *mut u16,
+    stride: usize,
 }
 
 // Safety: threads touch disjoint elements behind the pointers, see `rank`.
 unsafe impl<I: Sync> Sync for Job<'_, I> {}
 
 impl<I: Id> Job<'_, I> {
-    /// Ranks the slots of `LANES` chunks and leaves their counts in the table.
+    /// Ranks the slots of `LANES` chunks, with the thread's own counters, and leaves their counts.
     ///
     /// # Safety
     /// No other thread runs it for the same unit, whose ids have arrived.
-    unsafe fn rank_unit(&self, unit: usize) {
+    unsafe fn rank_unit(&self, unit: usize, own: &mut [u32]) {
         let (experts, buckets) = (self.chunks.experts as u32, self.chunks.experts + 1);
         let first = unit * LANES;
         let lanes = LANES.min(self.chunks.count() - first);
         let slots: [Range<usize>; LANES] = std::array::from_fn(|i| self.chunks.slots_of(first + i));
-        let counters: [*mut u32; LANES] = std::array::from_fn(|i| self.table.wrapping_add((first + i) * buckets));
+        own.fill(0);
+        let counters: [*mut u32; LANES] = std::array::from_fn(|i| own[i * buckets..].as_mut_ptr());
         // Safety: a bucket is at most `experts`, the last of a chunk's counters; slots are in bounds.
         unsafe {
-            std::slice::from_raw_parts_mut(counters[0], lanes * buckets).fill(0);
             let next = |lane: usize, slot: usize| {
                 let counter = counters[lane].add((*self.ids.add(slot)).bucket(experts) as usize);
                 let rank = *counter;
@@ -164,25 +173,32 @@ impl<I: Id> Job<'_, I> {
                     *self.ranks.add(slot) = next(lane, slot) as u16;
                 }
             }
+            for (lane, own) in own.chunks_exact(buckets).enumerate().take(lanes) {
+                for (bucket, &count) in own.iter().enumerate() {
+                    *self.counts.add((first + lane) * self.stride + bucket) = count as u16;
+                }
+            }
         }
     }
 }
 
 /// Turns the counts of every chunk into first rows, line by line so that it vectorises.
-fn scan(table: &mut [u32], buckets: usize) {
+fn scan(counts: &[u16], stride: usize, table: &mut [u32], chunks: &Chunks) {
+    let buckets = chunks.experts + 1;
     let mut rows = vec![0u32; buckets];
-    for line in table.chunks_exact(buckets) {
-        for (row, count) in rows.iter_mut().zip(line) {
-            *row += count;
+    for line in counts.chunks_exact(stride) {
+        for (row, &count) in rows.iter_mut().zip(line) {
+            *row += u32::from(count);
         }
     }
     let mut next = 0;
     for row in &mut rows {
         next += std::mem::replace(row, next);
     }
-    for line in table.chunks_exact_mut(buckets) {
-        for (row, count) in rows.iter_mut().zip(line) {
-            *row += std::mem::replace(count, *row);
+    for (line, counts) in table.chunks_exact_mut(buckets).zip(counts.chunks_exact(stride)) {
+        for ((first, row), &count) in line.iter_mut().zip(&mut rows).zip(counts) {
+            *first = *row;
+            *row += u32::from(count);
         }
     }
 }

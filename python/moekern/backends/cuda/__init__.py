@@ -192,7 +192,8 @@ def prepare_training(
 
 def makes_logits(x: Tensor, weight: Tensor) -> bool:
     """Whether a kernel of our own serves the router's product ``x @ weight.T`` of half-precision tensors."""
-    if _capability(x.get_device()) != (9, 0) or x.dtype not in _HALF or x.dtype != weight.dtype:
+    fits = x.ndim == 2 and weight.ndim == 2 and x.shape[1] == weight.shape[1] and x.device == weight.device
+    if not fits or x.dtype not in _HALF or x.dtype != weight.dtype or _capability(x.get_device()) != (9, 0):
         return False
     from moekern.backends.cuda import routing
 
@@ -200,7 +201,7 @@ def makes_logits(x: Tensor, weight: Tensor) -> bool:
 
 
 def logits(x: Tensor, weight: Tensor) -> Tensor:
-    """``x @ weight.T`` in float32 of half-precision tensors, which are plain and of matching sizes."""
+    """``x @ weight.T`` in float32 of half-precision tensors, which are plain; torch refuses what does not fit."""
     if makes_logits(x, weight) and weight.is_contiguous() and _aligned(weight):
         from moekern.backends.cuda import forward, routing
 
