@@ -16,30 +16,32 @@ def plan(
     """
 
 def cuda_plan_memory(slots: int, experts: int) -> tuple[int, int]:
-    """What :func:`cuda_plan` needs of pinned memory: int32 words of marks, bytes beside them."""
+    """What a :class:`CudaPlan` needs of pinned memory: int32 words of marks, bytes beside them."""
 
-def cuda_plan(
-    narrow: int,
-    spread: int,
-    device: int,
-    stream: int,
-    marks: int,
-    epoch: int,
-    memory: int,
-    ids: int,
-    id_type: int,
-    slots: int,
-    experts: int,
-    order: int,
-    inverse: int,
-    offsets: int,
-    threads: int,
-) -> None:
-    """As :func:`plan` for ids and outputs on a device: waits for the ids, then leaves the rest to the stream.
+class CudaPlan:
+    """As :func:`plan` for ids and outputs on a device; begins when it is made.
 
     ``narrow`` and ``spread`` are the kernels of cuda/host_plan.cu. No two plans in a row with the same marks have the
     same ``epoch``, which is not 0.
     """
+
+    def __init__(
+        self,
+        narrow: int,
+        spread: int,
+        device: int,
+        stream: int,
+        marks: int,
+        epoch: int,
+        memory: int,
+        ids: int,
+        id_type: int,
+        slots: int,
+        experts: int,
+        threads: int,
+    ) -> None: ...
+    def finish(self, order: int, inverse: int, offsets: int) -> None:
+        """Wait for the ids, sort them, and leave the rest to the stream."""
 
 def tiles(offsets: int, experts: int, height: int, longest_first: bool, out: int, capacity: int) -> int:
     """Write int32 ``out[capacity, 3]``, rows of (expert, first row, rows); return how many."""

@@ -73,6 +73,11 @@ impl Chunks {
     }
 }
 
+/// Wakes threads that sleep, so that a call of [`rank`] which follows within 200 us finds them awake.
+pub fn wake(chunks: &Chunks, threads: usize) {
+    parallel(threads.min(chunks.units()), &|_| {});
+}
+
 /// Fills `ranks`, one a slot, and `first_rows`, `[chunks, experts + 1]`; its first line are the plan's offsets.
 ///
 /// `arrived` is called with a range of slots before their ids are read, by any thread, and with all slots by the calling
@@ -216,6 +221,7 @@ mod tests {
         let chunks = Chunks::new(ids.len(), experts).unwrap();
         let (mut ranks, mut table) = (vec![7; ids.len()], vec![-1; chunks.table_len()]);
         let seen: Vec<AtomicBool> = ids.iter().map(|_| AtomicBool::new(false)).collect();
+        wake(&chunks, threads);
         let arrived = |slots: Range<usize>| {
             seen[slots].iter().for_each(|slot| slot.store(true, Relaxed));
             true

@@ -10,7 +10,8 @@ use std::sync::atomic::Ordering::{Acquire, Relaxed};
 use std::sync::atomic::{AtomicI32, AtomicU32};
 use std::thread;
 
-use moekern_core::ranks::{Chunks, rank};
+use moekern_core::buckets::Id;
+use moekern_core::ranks::{Chunks, rank, wake};
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 
@@ -28,7 +29,7 @@ const POLLS: u32 = 1 << 12;
 
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(cuda_plan_memory, module)?)?;
-    module.add_function(wrap_pyfunction!(cuda_plan, module)?)
+    module.add_class::<CudaPlan>()
 }
 
 /// Where in pinned memory the host's side of a plan lies.
@@ -126,12 +127,10 @@ impl Arrivals<'_> {
     }
 }
 
-/// See `python/moekern/_core.pyi`.
-#[pyfunction]
-#[allow(clippy::too_many_arguments)]
-fn cuda_plan(
-    py: Python<'_>,
-    narrow: u64,
+/// A plan under way.
+#[pyclass(frozen)]
+struct CudaPlan {
+    layout: Layout,
     spread: u64,
     device: i32,
     stream: u64,
@@ -142,66 +141,112 @@ fn cuda_plan(
     id_type: usize,
     slots: usize,
     experts: usize,
-    order: usize,
-    inverse: usize,
-    offsets: usize,
     threads: usize,
-) -> PyResult<()> {
-    let layout = Layout::new(slots, experts)?;
-    if slots == 0 || marks == 0 || !marks.is_multiple_of(4) || memory == 0 || !memory.is_multiple_of(16) {
-        return Err(PyValueError::new_err("slots, marks, memory: got 0 or an address that is not aligned"));
-    }
-    let driver = Driver::get()?;
-    driver.ensure_context(device)?;
-    let (ranks, first_rows) = (memory + layout.ranks, memory + layout.first_rows);
-    let blocks = layout.marks(slots);
-    py.detach(|| {
-        let params =
-            Params::pointers(&[ids, memory, marks]).ints(&[slots, experts, id_type, layout.width, epoch as usize, 0]);
-        let shape =
-            |function: u64, grid: usize| LaunchShape { function, grid: grid as u32, block: THREADS as u32, shared: 0 };
-        // Safety: a plain driver call.
-        let is_idle = unsafe { (driver.stream_query)(stream) } == 0;
-        driver.launch_plain(&shape(narrow, blocks), stream, &params.0)?;
-        let arrivals = Arrivals {
-            driver,
-            stream,
-            // Safety: Python vouches for the memory; the device and this function treat its words as atomics.
-            marks: unsafe { std::slice::from_raw_parts(marks as *const AtomicU32, blocks) },
-            epoch,
-            caller: thread::current().id(),
-            failed: AtomicI32::new(0),
-        };
-        // Where the stream is at other work, let threads sleep until that is done.
-        let mut done = is_idle || arrivals.wait(0..1);
-        let arrived = |slots: Range<usize>| {
-            let start = slots.start * layout.width / BLOCK_BYTES;
-            arrivals.wait(start..(slots.end * layout.width).div_ceil(BLOCK_BYTES))
-        };
-        // Safety: Python vouches for the memory, which no kernel uses between the marks and the next launch.
-        done = done
-            && unsafe {
-                let (ranks, first_rows) = (ranks as *mut u16, first_rows as *mut i32);
-                match layout.width {
-                    1 => rank(memory as *const u8, &layout.chunks, ranks, first_rows, threads, &arrived),
-                    2 => rank(memory as *const u16, &layout.chunks, ranks, first_rows, threads, &arrived),
-                    _ => rank(memory as *const i32, &layout.chunks, ranks, first_rows, threads, &arrived),
-                }
-            };
-        if !done {
-            return Err(match arrivals.failed.load(Relaxed) {
-                Arrivals::LOST => {
-                    PyRuntimeError::new_err("the ids have not come over to the host, yet the device is done")
-                }
-                state => driver.check(state, || "while the ids were on their way to the host".into()).unwrap_err(),
-            });
+}
+
+fn shape(function: u64, blocks: usize) -> LaunchShape {
+    LaunchShape { function, grid: blocks as u32, block: THREADS as u32, shared: 0 }
+}
+
+#[pymethods]
+impl CudaPlan {
+    /// Sends the ids on their way, and wakes threads for them: what Python does next overlaps with both.
+    #[new]
+    #[allow(clippy::too_many_arguments)]
+    fn new(
+        py: Python<'_>,
+        narrow: u64,
+        spread: u64,
+        device: i32,
+        stream: u64,
+        marks: usize,
+        epoch: u32,
+        memory: usize,
+        ids: usize,
+        id_type: usize,
+        slots: usize,
+        experts: usize,
+        threads: usize,
+    ) -> PyResult<CudaPlan> {
+        let layout = Layout::new(slots, experts)?;
+        if slots == 0 || marks == 0 || !marks.is_multiple_of(4) || memory == 0 || !memory.is_multiple_of(16) {
+            return Err(PyValueError::new_err("slots, marks, memory: got 0 or an address that is not aligned"));
         }
-        let params = Params::pointers(&[ids, ranks, first_rows, order, inverse, offsets]).ints(&[
-            slots,
-            experts,
-            id_type,
-            layout.chunks.size(),
-        ]);
-        driver.launch_plain(&shape(spread, slots.div_ceil(BLOCK_SLOTS)), stream, &params.0)
-    })
+        let driver = Driver::get()?;
+        driver.ensure_context(device)?;
+        py.detach(|| {
+            // Safety: a plain driver call.
+            let is_idle = unsafe { (driver.stream_query)(stream) } == 0;
+            let params = Params::pointers(&[ids, memory, marks]).ints(&[
+                slots,
+                experts,
+                id_type,
+                layout.width,
+                epoch as usize,
+                0,
+            ]);
+            driver.launch_plain(&shape(narrow, layout.marks(slots)), stream, &params.0)?;
+            if is_idle {
+                // Where the stream is at other work, threads had better sleep until that is done.
+                wake(&layout.chunks, threads);
+            }
+            Ok(CudaPlan { layout, spread, device, stream, marks, epoch, memory, ids, id_type, slots, experts, threads })
+        })
+    }
+
+    /// Waits for the ids, ranks them and leaves the rest to the stream.
+    fn finish(&self, py: Python<'_>, order: usize, inverse: usize, offsets: usize) -> PyResult<()> {
+        let driver = Driver::get()?;
+        driver.ensure_context(self.device)?;
+        py.detach(|| {
+            let blocks = self.layout.marks(self.slots);
+            let arrivals = Arrivals {
+                driver,
+                stream: self.stream,
+                // Safety: Python vouches for the memory; the device and this function treat its words as atomics.
+                marks: unsafe { std::slice::from_raw_parts(self.marks as *const AtomicU32, blocks) },
+                epoch: self.epoch,
+                caller: thread::current().id(),
+                failed: AtomicI32::new(0),
+            };
+            // Safety: Python vouches for the memory, which no kernel uses between the marks and the next launch.
+            let done = arrivals.wait(0..1)
+                && unsafe {
+                    match self.layout.width {
+                        1 => self.rank::<u8>(&arrivals),
+                        2 => self.rank::<u16>(&arrivals),
+                        _ => self.rank::<i32>(&arrivals),
+                    }
+                };
+            if !done {
+                return Err(match arrivals.failed.load(Relaxed) {
+                    Arrivals::LOST => {
+                        PyRuntimeError::new_err("the ids have not come over to the host, yet the device is done")
+                    }
+                    state => driver.check(state, || "while the ids were on their way to the host".into()).unwrap_err(),
+                });
+            }
+            let Layout { chunks, ranks, first_rows, .. } = &self.layout;
+            let params =
+                Params::pointers(&[self.ids, self.memory + ranks, self.memory + first_rows, order, inverse, offsets])
+                    .ints(&[self.slots, self.experts, self.id_type, chunks.size()]);
+            driver.launch_plain(&shape(self.spread, self.slots.div_ceil(BLOCK_SLOTS)), self.stream, &params.0)
+        })
+    }
+}
+
+impl CudaPlan {
+    /// Ranks ids of the narrow type as they arrive; false if they do not.
+    ///
+    /// # Safety
+    /// The memory is there, and nothing but this plan uses it.
+    unsafe fn rank<I: Id>(&self, arrivals: &Arrivals<'_>) -> bool {
+        let Layout { chunks, width, ranks, first_rows, .. } = &self.layout;
+        let arrived = |slots: Range<usize>| {
+            arrivals.wait(slots.start * width / BLOCK_BYTES..(slots.end * width).div_ceil(BLOCK_BYTES))
+        };
+        let (ranks, first_rows) = ((self.memory + ranks) as *mut u16, (self.memory + first_rows) as *mut i32);
+        // Safety: the caller's.
+        unsafe { rank(self.memory as *const I, chunks, ranks, first_rows, self.threads, &arrived) }
+    }
 }

@@ -2,7 +2,7 @@
 
 The ids come over in the narrowest type, Rust's threads rank them as they arrive, and what goes back is two bytes a slot
 and a small table, of which a kernel makes the plan (cuda/host_plan.cu, rust/core/src/ranks.rs). Both kernels work on
-pinned memory in place, and one call into Rust does it all.
+pinned memory in place, and Rust launches them.
 """
 
 from __future__ import annotations
@@ -80,14 +80,16 @@ def plan(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
         )
     if _must_not_wait():  # torch says so, where it is to be said
         torch.cuda.current_stream(device).synchronize()
-    order = torch.empty(slots, dtype=torch.int32, device=topk_ids.device)
-    inverse, offsets = order.new_empty(slots), order.new_empty(num_experts + 1)
     with _lock, on_device(device):
         stream = torch._C._cuda_getCurrentRawStream(device)  # type: ignore[attr-defined]
         staging = _memory(device, stream, slots, num_experts)
-        _core.cuda_plan(
+        begun = _core.CudaPlan(
             *_kernels(device), device, stream, staging.marks.data_ptr(), staging.next_epoch(),
             staging.memory.data_ptr(), topk_ids.data_ptr(), kernels.ID_TYPE[topk_ids.dtype], slots, num_experts,
-            order.data_ptr(), inverse.data_ptr(), offsets.data_ptr(), torch.get_num_threads(),
+            torch.get_num_threads(),
         )  # fmt: skip
+        # While the ids are on their way and threads wake:
+        order = torch.empty(slots, dtype=torch.int32, device=topk_ids.device)
+        inverse, offsets = order.new_empty(slots), order.new_empty(num_experts + 1)
+        begun.finish(order.data_ptr(), inverse.data_ptr(), offsets.data_ptr())
     return order, inverse, offsets
