@@ -1,0 +1,70 @@
+"""The host's side of a plan of ids on a GPU, on a pretended driver: marks, threads, ranks, and ids that never come."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = """
+import ctypes, sys, torch
+from moekern import _core
+from moekern.backends import reference
+
+driver = ctypes.CDLL("libcuda.so.1")
+plans = 0
+
+def plan(ids, experts, threads):
+    global plans
+    plans += 1
+    marks, size = _core.cuda_plan_memory(ids.numel(), experts)
+    key = (ids.numel(), experts)
+    if key not in memory:
+        memory[key] = torch.zeros(marks, dtype=torch.int32), torch.empty(size, dtype=torch.uint8)
+    marks, staging = memory[key]
+    order = torch.empty(ids.numel(), dtype=torch.int32)
+    inverse, offsets = torch.empty_like(order), torch.empty(experts + 1, dtype=torch.int32)
+    begun = _core.CudaPlan(
+        1, 2, 0, 0, marks.data_ptr(), plans, staging.data_ptr(), ids.data_ptr(), 3, ids.numel(), experts, threads
+    )
+    begun.finish(order.data_ptr(), inverse.data_ptr(), offsets.data_ptr())
+    return order, inverse, offsets
+
+memory = {}
+sizes = [(1, 1), (5, 7), (4096, 128), (4097, 128), (262144, 128), (200001, 255), (33333, 256), (262144, 1024),
+         (501, 70000), (300000, 70000), (140000, 3)]
+for slots, experts in sizes:
+    for threads in (1, 2, 5, 16):
+        many = [torch.randint(-2, experts + 2, (slots,)) for _ in range(2)]
+        for ids in (*many, torch.full((slots,), experts // 2)):
+            wanted = reference.plan(ids.view(-1, 1), experts)
+            for a, b in zip(plan(ids, experts, threads), wanted, strict=True):
+                assert torch.equal(a, b), (slots, experts, threads)
+for failing, message in ((1, "the ids have not come over"), (2, "CUDA_ERROR_ILLEGAL_ADDRESS")):
+    ctypes.c_int.in_dll(driver, "failing").value = failing
+    for threads in (1, 4):
+        try:
+            plan(torch.zeros(50000, dtype=torch.int64), 8, threads)
+        except RuntimeError as error:
+            assert message in str(error), error
+        else:
+            raise AssertionError("no error")
+print("all right")
+"""
+
+
+def test_plans_on_a_pretended_driver(tmp_path: Path) -> None:
+    compiler = shutil.which("cc")
+    if compiler is None or sys.platform != "linux":
+        pytest.skip("no C compiler, or not Linux")
+    source = Path(__file__).with_name("pretended_driver.c")
+    library = tmp_path / "libcuda.so.1"
+    subprocess.run([compiler, "-O2", "-shared", "-fPIC", "-pthread", "-o", library, source], check=True)
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
+    command = [sys.executable, "-c", PROGRAM]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.stdout.strip() == "all right", result.stderr
