@@ -1,8 +1,8 @@
 """A shared expert beside the routed ones, or as further experts that every token chooses.
 
 A gated MLP of n times the routed width is the sum of n experts, so it can be fused where its width is a multiple of
-theirs. State dicts keep its three matrices apart from the routed experts': either they are joined at every pass, or a
-second copy of all weights has to be kept. Both are timed, and the dense MLP through moekern's kernels too.
+theirs. State dicts keep its three matrices apart from the routed experts': either they are joined at every pass, or the
+parameters are the joined ones. Both are timed, the dense MLP through moekern's kernels too, and the layer both ways.
 """
 
 from __future__ import annotations
@@ -108,6 +108,13 @@ WAYS = {
 }
 
 
+def sizes_for(benchmark: Any, shape: str, device: str) -> Shape:
+    sizes = SHAPES[shape]
+    if benchmark.disabled:  # run once by the tests
+        return Shape(min(sizes.tokens, 9), 64, 32, 10, sizes.top_k, sizes.shared)
+    return sizes.on_a_gpu() if device == "cuda" else sizes
+
+
 @pytest.mark.benchmark(group="shared expert")
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("train", [False, True], ids=["forward", "with backward"])
@@ -115,12 +122,7 @@ WAYS = {
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("way", WAYS)
 def bench_shared(benchmark: Any, way: str, shape: str, dtype: str, train: bool, device: str) -> None:
-    sizes = SHAPES[shape]
-    if benchmark.disabled:  # run once by the tests
-        sizes = Shape(min(sizes.tokens, 9), 64, 32, 10, sizes.top_k, sizes.shared)
-    elif device == "cuda":
-        sizes = sizes.on_a_gpu()
-    problem = Problem(sizes, getattr(torch, dtype), device, train)
+    problem = Problem(sizes_for(benchmark, shape, device), getattr(torch, dtype), device, train)
 
     def run() -> Tensor:
         out = problem.step(WAYS[way])
@@ -130,3 +132,36 @@ def bench_shared(benchmark: Any, way: str, shape: str, dtype: str, train: bool, 
 
     expected = problem.step(Problem.beside)
     assert torch.allclose(benchmark(run).float(), expected.float(), atol=0.05, rtol=0.05)
+
+
+@pytest.mark.benchmark(group="layer with a shared expert")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("train", [False, True], ids=["forward", "with backward"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("fused", [False, True], ids=["beside", "fused"])
+def bench_layer(benchmark: Any, fused: bool, shape: str, dtype: str, train: bool, device: str) -> None:
+    tokens, H, I, E, K, n = sizes_for(benchmark, shape, device)
+    torch.manual_seed(0)
+    made = {
+        way: mk.MoE(
+            H, I, E, K, shared_intermediate_size=n * I, shared_gate=shape == "Qwen2-MoE", fuse_shared_expert=way,
+            device=device, dtype=getattr(torch, dtype),
+        ).train(train)
+        for way in (False, True)
+    }  # fmt: skip
+    made[True].load_state_dict(made[False].state_dict())
+    layer, x = made[fused], torch.randn(tokens, H, device=device).to(getattr(torch, dtype)).requires_grad_(train)
+    dout = torch.randn_like(x)
+
+    def run() -> Tensor:
+        with torch.set_grad_enabled(train):
+            out = layer(x)
+            if train:
+                torch.autograd.grad(out, (x, *layer.parameters()), dout)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return out.detach()
+
+    expected = made[False](x).detach().float()
+    assert torch.allclose(benchmark(run).float(), expected, atol=0.05, rtol=0.05)

@@ -117,6 +117,10 @@ def call_round_tokens(**changed: Any) -> mk.Rounded:
     return mk.round_tokens(**given)
 
 
+def fused_layer(width: int, **options: Any) -> mk.MoE:
+    return mk.MoE(H, I, E, K, shared_intermediate_size=width, **{"fuse_shared_expert": True, **options})
+
+
 def aux_loss_after_a_pass(mask: Any) -> torch.Tensor:
     moe = mk.MoE(H, I, E, K)
     moe(torch.randn(T, H))
@@ -209,6 +213,17 @@ BAD_OTHERS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: mk.MoE(H, I, E, K, selection_bias=1), TypeError, "selection_bias: got int"),
     (lambda: mk.MoE(H, I, E, K, shared_intermediate_size=0), ValueError, "shared_intermediate_size: got 0"),
     (lambda: mk.MoE(H, I, E, K, shared_gate=True), ValueError, "shared_gate: got True"),
+    (lambda: mk.MoE(H, I, E, K, fuse_shared_expert=True), ValueError, "fuse_shared_expert: got True, expected False"),
+    (lambda: fused_layer(I, fuse_shared_expert=1), TypeError, "fuse_shared_expert: got int"),
+    (
+        lambda: fused_layer(I + 4),
+        ValueError,
+        f"shared_intermediate_size: got {I + 4}, expected a multiple of intermediate_size, {I}",
+    ),
+    (lambda: fused_layer(I - 4, device="nowhere"), ValueError, "shared_intermediate_size: got 4"),  # allocates nothing
+    (lambda: fused_layer(I, bias=True), ValueError, "bias: got True, not accepted with fuse_shared_expert"),
+    (lambda: fused_layer(I, scale_input=True), ValueError, "scale_input: got True, not accepted with"),
+    (lambda: fused_layer(I, routing="expert_choice"), ValueError, "routing: got 'expert_choice', not accepted with"),
     (
         lambda: mk.MoE(H, I, E, K, routing="expert_choice", capacity_factor=1.0),
         ValueError,

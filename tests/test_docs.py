@@ -48,7 +48,9 @@ def test_shared_experts() -> None:
     gate, up = (x @ w_gate_up[8].T).chunk(2, 1)
     beside = mk.experts(x, names["ids"][:, :2], names["weights"][:, :2], w_gate_up[:8], w_down[:8])
     beside = beside + (torch.nn.functional.silu(gate) * up) @ w_down[8].T
-    torch.testing.assert_close(names["fused"], beside, rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(names["out"], beside, rtol=1e-4, atol=1e-2)
+    assert names["parameters"]["experts.gate_up_proj"] == (8 + 3, 32, 32)
+    torch.testing.assert_close(names["fused"](x), names["mlp"](x))
 
 
 def test_dispatched_rows() -> None:

@@ -147,6 +147,7 @@ def test_both_ways(
         {"scale_input": True},
         {"n_group": 3, "topk_group": 2},
         {"shared_intermediate_size": 8},
+        {"shared_intermediate_size": 2 * I, "fuse_shared_expert": True},
         {"routing": "expert_choice"},
     ],
     ids=str,

@@ -84,6 +84,38 @@ def dtensor(rank: int) -> None:
             split(x)
 
 
+def fused_shared_expert(rank: int) -> None:
+    """Sharded, its state dict has the joined weights; a layer that is not sharded reads them and takes them apart."""
+    from torch.distributed.fsdp import fully_shard
+
+    options = {"shared_intermediate_size": 2 * I, "shared_gate": True, "fuse_shared_expert": True}
+    plain, sharded = model_of(**options), model_of(**options)
+    fully_shard(sharded[1])
+    fully_shard(sharded)
+    for each in range(RANKS):
+        (plain(batch(each)).square().mean() / RANKS).backward()
+    sharded(batch(rank)).square().mean().backward()
+    for p, expected in zip(sharded.parameters(), plain.parameters(), strict=True):
+        assert error(p.grad.full_tensor(), expected.grad) < 1e-5
+    parallel = nn.parallel.DistributedDataParallel(model_of(**options))
+    parallel(batch(rank)).square().mean().backward()
+    for p, expected in zip(parallel.parameters(), plain.parameters(), strict=True):
+        assert error(p.grad, expected.grad) < 1e-5
+    gathered = {name: value.full_tensor() for name, value in sharded.state_dict().items()}
+    assert gathered["1.experts.down_proj"].shape == (E + 2, H, I)
+    before = plain.state_dict()
+    nn.init.zeros_(plain[1].experts.down_proj)
+    plain.load_state_dict(gathered)
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, before[name])
+    with pytest.raises(RuntimeError, match="whose fused weights are DTensors: load before sharding"):
+        sharded.load_state_dict(before)
+    sharded[1].reset_parameters()
+    down = sharded[1].experts.down_proj.full_tensor().abs().amax((1, 2))
+    assert down[:E].min() > I**-0.5 * 0.9
+    assert down[E:].max() < (2 * I) ** -0.5
+
+
 def balance_over_ranks(rank: int) -> None:
     """The mean over ranks of the grouped loss, and its gradient, are those of the whole batch on one rank."""
     options = {"routing": "deepseek_v3", "selection_bias": True}
@@ -111,7 +143,7 @@ def worker(rank: int, store: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
     try:
-        for check in (ddp, fsdp2, dtensor, balance_over_ranks):
+        for check in (ddp, fsdp2, dtensor, fused_shared_expert, balance_over_ranks):
             check(rank)
     finally:
         dist.destroy_process_group()
@@ -129,6 +161,7 @@ def test_two_processes(tmp_path: Path) -> None:
     "options",
     [
         {"shared_intermediate_size": 24, "shared_gate": True},
+        {"shared_intermediate_size": 32, "shared_gate": True, "fuse_shared_expert": True},
         {"routing": "deepseek_v3", "selection_bias": True, "n_group": 3, "topk_group": 2},
         {"capacity_factor": 1.0},
         {"round_tokens_to": 16},
@@ -261,6 +294,16 @@ def test_scaler_skips_a_step_that_overflows(device: str) -> None:
         moved = [not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True)]
         assert all(moved) if step == 1 else not any(moved)
     assert scaler.get_scale() == 2.0**10
+
+
+def test_safetensors_of_a_fused_shared_expert(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+    options = {"shared_intermediate_size": I, "fuse_shared_expert": True}
+    moe, other = (mk.MoE(H, I, E, K, **options) for _ in range(2))  # type: ignore[arg-type]
+    safetensors.save_file(moe.state_dict(), str(tmp_path / "moe.safetensors"))
+    other.load_state_dict(safetensors.load_file(str(tmp_path / "moe.safetensors")))
+    x = torch.randn(5, H)
+    assert torch.equal(other(x), moe(x))
 
 
 def test_safetensors(place: tuple[str, torch.dtype], tmp_path: Path) -> None:

@@ -66,6 +66,7 @@ def test_compile_fullgraph(device: str, compiler: str, dynamic: bool) -> None:
             "shared_intermediate_size": 8,
         },
         {"capacity_factor": 1.0, "round_tokens_to": 2},
+        {"shared_intermediate_size": 2 * I, "shared_gate": True, "fuse_shared_expert": True, "selection_bias": True},
         {"round_tokens_to": 8, "rounding": "up"},
         {"routing": "llama4", "scale_input": True},
         {"routing": "expert_choice"},

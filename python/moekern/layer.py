@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moekern import capacity, checks, functional, router
+from moekern import capacity, checks, functional, joined, router
 from moekern.activations import ACTIVATIONS
 from moekern.expert_choice import expert_choice, run_chosen
 from moekern.layer_inference import infer
@@ -64,13 +64,20 @@ class MoE(nn.Module):
             weights are ``shared_expert.gate_proj``, ``.up_proj`` and ``.down_proj``.
         shared_gate: Scale that MLP's output by the sigmoid of a linear map of the token, ``shared_expert_gate``
             (Qwen2-MoE).
+        fuse_shared_expert: Keep that MLP's weights behind those of the routed experts, ``n = shared_intermediate_size /
+            intermediate_size`` more experts that every token chooses, and compute all at once. A little faster in most
+            cases, but the parameters are then ``[E + n, …]``, and this is what optimisers, LoRA and sharding see. State
+            dicts keep the names and shapes of a layer that is not fused, and are interchangeable with its. Losses,
+            capacity and rounding are about the routed experts only.
         device, dtype: Of the parameters.
 
     The state dict has the names and layouts of transformers' MoE blocks: ``gate.weight``, ``experts.gate_up_proj``,
     ``experts.down_proj``.
 
     Raises:
-        TypeError, ValueError: A size is not a positive integer, ``top_k`` exceeds ``num_experts``, a name is unknown.
+        TypeError, ValueError: A size is not a positive integer, ``top_k`` exceeds ``num_experts``, a name is unknown;
+            ``fuse_shared_expert`` with a width that is no multiple of ``intermediate_size``, ``bias``, ``scale_input``
+            or expert choice.
     """
 
     def __init__(
@@ -97,6 +104,7 @@ class MoE(nn.Module):
         rounding: str = "nearest",
         shared_intermediate_size: int | None = None,
         shared_gate: bool = False,
+        fuse_shared_expert: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -117,6 +125,7 @@ class MoE(nn.Module):
             ("selection_bias", selection_bias),
             ("scale_input", scale_input),
             ("shared_gate", shared_gate),
+            ("fuse_shared_expert", fuse_shared_expert),
         ):
             checks.is_bool(name, flag)
         self._is_expert_choice = routing == "expert_choice"
@@ -143,6 +152,8 @@ class MoE(nn.Module):
             checks.is_int("shared_intermediate_size", shared_intermediate_size, 1)
         elif shared_gate:
             raise ValueError("shared_gate: got True, expected False without shared_intermediate_size")
+        if fuse_shared_expert:
+            _refuse_with_fused(shared_intermediate_size, intermediate_size, bias, scale_input, routing)
         if dtype is not None and dtype not in checks.FLOATING:
             raise TypeError(f"dtype: got {dtype}, expected one of float32, bfloat16, float16, float64")
         self.hidden_size = hidden_size
@@ -162,10 +173,17 @@ class MoE(nn.Module):
         self.round_tokens_to = round_tokens_to
         self.rounding = rounding
         self.gate = Router(hidden_size, num_experts, router_bias, device, dtype, selection_bias)
-        self.experts = Experts(hidden_size, intermediate_size, num_experts, activation, bias, device, dtype)
+        self.num_fused_experts = 0
+        if fuse_shared_expert and shared_intermediate_size is not None:
+            self.num_fused_experts = shared_intermediate_size // intermediate_size
+            self.register_state_dict_post_hook(joined.write_apart)
+            self.register_load_state_dict_pre_hook(joined.read_apart)
+        self.experts = Experts(
+            hidden_size, intermediate_size, num_experts, activation, bias, device, dtype, self.num_fused_experts
+        )
         self.shared_expert: SharedExpert | None = None
         self.shared_expert_gate: nn.Linear | None = None
-        if shared_intermediate_size is not None:
+        if shared_intermediate_size is not None and not fuse_shared_expert:
             self.shared_expert = SharedExpert(hidden_size, shared_intermediate_size, activation, device, dtype)
         if shared_gate:
             self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False, device=device, dtype=dtype)
@@ -288,12 +306,20 @@ class MoE(nn.Module):
             topk_group=self.topk_group,
             routed_scaling_factor=self.routed_scaling_factor,
         )
+        multiple = self.round_tokens_to if self.training else 1
+        is_limited = self.capacity_factor is not None or multiple > 1
+        if self.num_fused_experts and not is_limited:
+            ids_of_all, weights = self._with_fused(tokens, ids, weights)
+            if not self.training:  # planned with the experts, in one program where there is one
+                return self._run(tokens, ids_of_all, weights)
+            chosen = plan(ids_of_all, self.num_experts + self.num_fused_experts)
+            self._record(logits, chosen.counts[: self.num_experts], ids, shape)
+            return self._run(tokens, ids_of_all, weights, chosen)
         chosen = plan(ids, self.num_experts)
         self._record(logits, chosen.counts, ids, shape)
-        multiple = self.round_tokens_to if self.training else 1
         added: Rounded | None = None
-        if self.capacity_factor is not None or multiple > 1:
-            limit = None
+        if is_limited:
+            unrounded, limit = tokens, None
             if self.capacity_factor is not None:
                 limit = capacity.capacity_of(self.capacity_factor, ids.shape[0], self.top_k, self.num_experts)
             if multiple > 1 and self.rounding != "down":
@@ -304,15 +330,24 @@ class MoE(nn.Module):
                 tokens, ids, weights = added.extend(tokens, weights)
             else:
                 ids = capacity.drop(chosen, ids, weights, limit, multiple, self.drop_by)
-            chosen = plan(ids, self.num_experts)
+            if self.num_fused_experts:
+                ids, weights = self._with_fused(unrounded, ids, weights)
+            chosen = plan(ids, self.num_experts + self.num_fused_experts)
         out = self._run(tokens, ids, weights, chosen)
         return out if added is None else added.fold(out)
 
-    def _run(self, tokens: Tensor, ids: Tensor, weights: Tensor, chosen: Plan) -> Tensor:
-        """The experts' output ``[T, H]`` for chosen experts."""
+    def _with_fused(self, tokens: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """The choice ``[T, K]`` and its weights, with the fused experts appended, which all of ``tokens`` take."""
+        gate = None if self.shared_expert_gate is None else self.shared_expert_gate(tokens)
+        fused = range(self.num_experts, self.num_experts + self.num_fused_experts)
+        return joined.chosen_by_all(ids, weights, fused, gate, ids.shape[0] - tokens.shape[0])
+
+    def _run(self, tokens: Tensor, ids: Tensor, weights: Tensor, chosen: Plan | None = None) -> Tensor:
+        """The experts' output ``[T, H]`` for chosen experts, and their plan if it has been made."""
         if not self.scale_input:
+            own_ids = ids if chosen is None else None
             return functional.experts(
-                tokens, None, weights, *self.experts.projections, activation=self.activation, plan=chosen
+                tokens, own_ids, weights, *self.experts.projections, activation=self.activation, plan=chosen
             )
         # Each slot has an input of its own, so each becomes a token with one expert.
         scaled = (tokens.unsqueeze(1) * weights.unsqueeze(2).to(tokens.dtype)).flatten(0, 1)
@@ -378,6 +413,24 @@ def _refuse_with_expert_choice(**used: bool) -> None:
     for name, is_used in used.items():
         if is_used:
             raise ValueError(f"{name}: not accepted with routing 'expert_choice', where experts choose the tokens")
+
+
+def _refuse_with_fused(width: int | None, inter: int, bias: bool, scale_input: bool, routing: str) -> None:
+    """What a shared expert of `width` cannot be fused with."""
+    if width is None:
+        raise ValueError("fuse_shared_expert: got True, expected False without shared_intermediate_size")
+    if width % inter:
+        raise ValueError(
+            f"shared_intermediate_size: got {width}, expected a multiple of intermediate_size, {inter}, "
+            "with fuse_shared_expert"
+        )
+    for name, value, refused, why in (
+        ("bias", bias, True, "a shared expert has none"),
+        ("scale_input", scale_input, True, "a shared expert's input is not scaled"),
+        ("routing", routing, "expert_choice", "tokens do not choose, and each passes the shared expert"),
+    ):
+        if value == refused:
+            raise ValueError(f"{name}: got {value!r}, not accepted with fuse_shared_expert: {why}")
 
 
 def _refuse_with_copies(options: dict[str, Any]) -> None:

@@ -170,7 +170,8 @@ class Experts(nn.Module):
     """The experts' weights, in the layout and under the names of Hugging Face transformers.
 
     ``gate_up_proj`` ``[E, 2I, H]`` (gate rows, then up rows; ``[E, I, H]`` without gate), ``down_proj`` ``[E, H, I]``,
-    ``gate_up_proj_bias`` ``[E, 2I]`` and ``down_proj_bias`` ``[E, H]`` or None.
+    ``gate_up_proj_bias`` ``[E, 2I]`` and ``down_proj_bias`` ``[E, H]`` or None. With `fused` experts, which together
+    are a shared expert, all have E + fused in place of E.
     """
 
     def __init__(
@@ -182,9 +183,12 @@ class Experts(nn.Module):
         bias: bool,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        fused: int = 0,
     ) -> None:
         super().__init__()
         self.activation = activation
+        self.fused = fused
+        num_experts += fused
         width = intermediate_size * (2 if ACTIVATIONS[activation].gated else 1)
 
         def parameter(*shape: int) -> nn.Parameter:
@@ -209,9 +213,14 @@ class Experts(nn.Module):
         return self
 
     def reset_parameters(self) -> None:
-        """Every expert starts as an nn.Linear pair does."""
+        """Every expert starts as an nn.Linear pair does, and so does a shared one whose width is that of the fused."""
         _uniform(self.gate_up_proj, self.gate_up_proj_bias, inputs=self.gate_up_proj.shape[2])
         _uniform(self.down_proj, self.down_proj_bias, inputs=self.down_proj.shape[2])
+        if self.fused:
+            with torch.no_grad():
+                scale = self.down_proj.new_ones(self.down_proj.shape[0], 1, 1)
+                scale[-self.fused :] = self.fused**-0.5
+                self.down_proj.mul_(scale)
 
     @property
     def projections(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -227,8 +236,10 @@ class Experts(nn.Module):
     def extra_repr(self) -> str:
         """Sizes and activation."""
         num_experts, hidden_size, intermediate_size = self.down_proj.shape
+        fused = f", fused={self.fused}" if self.fused else ""
         return (
-            f"num_experts={num_experts}, hidden_size={hidden_size}, intermediate_size={intermediate_size}, "
+            f"num_experts={num_experts - self.fused}{fused}, hidden_size={hidden_size}, "
+            f"intermediate_size={intermediate_size}, "
             f"activation={self.activation!r}, bias={self.down_proj_bias is not None}"
         )
 
