@@ -178,7 +178,8 @@ def choose(ranking: Tensor, k: int) -> Tensor:
     """
     small = not torch.compiler.is_compiling() and ranking.numel() < _SMALL
     if ranking.device.type != "cpu" or ranking.dtype != torch.float32 or small:
-        return torch.sort(ranking, dim=-1, descending=True, stable=True)[1][..., :k]
+        order = torch.sort(ranking, dim=-1, descending=True, stable=True)[1]
+        return order[..., :k].contiguous()  # a slice would be copied by each of its users, and takes their long way
     bits = (ranking + 0.0).view(torch.int32)  # adding zero makes one zero of the two
     ascending = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # negative floats order backwards
     last = ranking.shape[-1] - 1
