@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shlex
 from typing import Any
@@ -16,6 +17,7 @@ from moekern.bench.shapes import SHAPES
 from moekern.doctor import driver_version
 
 PACKAGES = ("moekern", "torch", "numpy", "cupy-cuda12x", "cupy-cuda13x", "transformers")
+THREADS = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")  # what changes the figures of torch's operators beside the kernels
 
 
 def facts() -> dict[str, Any]:
@@ -66,7 +68,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_benchmark_generate_machine_info(config: Any) -> dict[str, Any]:
     """Replaces pytest-benchmark's own description, which names the host but not the cores or the versions."""
-    return {**facts(), "command": " ".join(["python -m pytest", *map(shlex.quote, config.invocation_params.args)])}
+    waiting = [f"{name}={os.environ[name]}" for name in THREADS if name in os.environ]
+    arguments = [*waiting, "python", "-m", "pytest", *map(shlex.quote, config.invocation_params.args)]
+    return {**facts(), "command": " ".join(arguments)}
 
 
 def pytest_benchmark_update_json(config: Any, benchmarks: Any, output_json: dict[str, Any]) -> None:
