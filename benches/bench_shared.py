@@ -135,11 +135,13 @@ def bench_shared(benchmark: Any, way: str, shape: str, dtype: str, train: bool, 
 
 
 @pytest.mark.benchmark(group="layer with a shared expert")
+@pytest.mark.parametrize(
+    "fused", [False, True], ids=["beside", "fused"]
+)  # the first varies fastest: side by side in time
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("train", [False, True], ids=["forward", "with backward"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("fused", [False, True], ids=["beside", "fused"])
 def bench_layer(benchmark: Any, fused: bool, shape: str, dtype: str, train: bool, device: str) -> None:
     tokens, H, I, E, K, n = sizes_for(benchmark, shape, device)
     torch.manual_seed(0)
