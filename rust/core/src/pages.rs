@@ -5,7 +5,7 @@
 //! So blocks that are given back are kept, marked as free to the kernel (`MADV_FREE`): it takes their pages when it
 //! runs short of memory, and otherwise the next result finds them where they were.
 //!
-//! Small blocks are not marked but simply kept, [`MOST_UNMARKED`] bytes at most: every core that has written a block
+//! Small blocks are not marked but simply kept, `MOST_UNMARKED` bytes at most: every core that has written a block
 //! must forget the old state of its pages, which costs more (70 us for the 2 MiB of a plan) than is gained.
 
 use std::sync::Mutex;
