@@ -27,7 +27,7 @@ struct spread {
 enum { BLOCK_BYTES = 4096, BLOCK_SLOTS = 2048, INVALID = 1, NOT_READY = 600, ILLEGAL_ADDRESS = 700 };
 
 int failing = 0;  // 1: the ids never come; 2: nor does the device survive
-static int busy = 0;
+static int busy = 0;  // kernels at work: the next plan may begin before this thread has ended
 
 static uint32_t bucket(int64_t id, int experts) { return id >= 0 && id < experts ? (uint32_t)id : (uint32_t)experts; }
 
@@ -44,7 +44,7 @@ static void* bring_ids(void* argument) {
     __atomic_store_n(p.marks + block, p.epoch, __ATOMIC_RELEASE);
     if (block % 8 == 0) usleep(10);
   }
-  __atomic_store_n(&busy, 0, __ATOMIC_RELEASE);
+  __atomic_fetch_sub(&busy, 1, __ATOMIC_RELEASE);
   return 0;
 }
 
@@ -69,7 +69,7 @@ int cuLaunchKernel(uint64_t function, unsigned grid, unsigned grid_y, unsigned g
   struct narrow* p = malloc(sizeof *p);
   memcpy(p, arguments[0], sizeof *p);
   if (grid != ((uint64_t)p->slots * p->bytes + BLOCK_BYTES - 1) / BLOCK_BYTES || p->id_type != 3) return INVALID;
-  __atomic_store_n(&busy, 1, __ATOMIC_RELEASE);
+  __atomic_fetch_add(&busy, 1, __ATOMIC_RELEASE);
   pthread_t thread;
   return pthread_create(&thread, 0, bring_ids, p) || pthread_detach(thread) ? INVALID : 0;
 }
