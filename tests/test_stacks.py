@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 from functools import partial
 from pathlib import Path
@@ -146,6 +147,7 @@ def worker(rank: int, store: str) -> None:
         for check in (ddp, fsdp2, dtensor, fused_shared_expert, balance_over_ranks):
             check(rank)
     finally:
+        gc.collect()  # wrapped models are cycles that hold the group; its threads abort a process that ends with them
         dist.destroy_process_group()
 
 
