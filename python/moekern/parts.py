@@ -218,9 +218,9 @@ class Experts(nn.Module):
         _uniform(self.down_proj, self.down_proj_bias, inputs=self.down_proj.shape[2])
         if self.fused:
             with torch.no_grad():
-                scale = self.down_proj.new_ones(self.down_proj.shape[0], 1, 1)
-                scale[-self.fused :] = self.fused**-0.5
-                self.down_proj.mul_(scale)
+                down = self.down_proj
+                routed, fused = down.new_ones(len(down) - self.fused, 1, 1), down.new_ones(self.fused, 1, 1)
+                down.mul_(torch.cat((routed, fused * self.fused**-0.5)))  # a DTensor refuses to be filled in part
 
     @property
     def projections(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
