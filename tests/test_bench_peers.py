@@ -62,6 +62,8 @@ def sonicmoe(monkeypatch: pytest.MonkeyPatch) -> None:
         assert activation == "swiglu"
         assert is_inference_mode_enabled != torch.is_grad_enabled()
         assert bool((tokens.diff() >= 0).all())
+        assert tokens.dtype == ids.dtype == torch.int32
+        assert scores.dtype == torch.float32
         inner = torch.stack([w1[:, :, e] @ x[t] for t, e in zip(tokens.tolist(), ids.tolist(), strict=True)])
         rows = F.silu(inner[:, ::2]) * inner[:, 1::2]
         y = torch.stack([w2[:, :, e] @ row for row, e in zip(rows, ids.tolist(), strict=True)])
@@ -87,6 +89,8 @@ def megablocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
         def forward_once(self, x: Tensor, scores: Tensor, ids: Tensor) -> tuple[Tensor, None]:
             a = self.arguments
+            assert all(w.is_contiguous() for w in self.mlp.parameters())
+            assert scores.dtype == x.dtype
             w1, v1, w2 = (w.view(a.moe_num_experts, a.ffn_hidden_size, -1) for w in self.mlp.parameters())
             out = torch.zeros_like(x)
             for expert in range(a.moe_num_experts):

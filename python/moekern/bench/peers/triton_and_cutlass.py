@@ -102,7 +102,7 @@ class MegaBlocks(Peer):
     def missing(self, problem: Problem) -> str | None:
         if problem.dtype != torch.bfloat16:
             return "runs bfloat16 only"
-        return not_installed("megablocks", "grouped_gemm")
+        return not_installed("megablocks", "megablocks_ops", "grouped_gemm", "stk")
 
     def build(self, problem: Problem) -> Layer:
         from megablocks.layers.arguments import Arguments
