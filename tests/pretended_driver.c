@@ -60,8 +60,14 @@ static int complete(const struct spread* p) {
   return p->chunk % BLOCK_SLOTS ? INVALID : 0;
 }
 
+// Two devices with a context each; the first is current on every thread at the start.
+static int contexts[2];
+static __thread int current;
+int launched_on;
+
 int cuLaunchKernel(uint64_t function, unsigned grid, unsigned grid_y, unsigned grid_z, unsigned block, unsigned block_y,
                    unsigned block_z, unsigned shared, uint64_t stream, void** arguments, void** extra) {
+  launched_on = current;
   if (function == 2) {
     const struct spread* p = arguments[0];
     return grid == (p->slots + BLOCK_SLOTS - 1) / BLOCK_SLOTS ? complete(p) : INVALID;
@@ -80,12 +86,25 @@ int cuStreamQuery(uint64_t stream) {
 }
 
 int cuCtxGetCurrent(void** context) {
-  *context = &busy;
+  *context = contexts + current;
   return 0;
 }
 
-int cuCtxSetCurrent(void* context) { return 0; }
-int cuDevicePrimaryCtxRetain(void** context, int device) { return 0; }
+int cuCtxGetDevice(int* device) {
+  *device = current;
+  return 0;
+}
+
+int cuCtxSetCurrent(void* context) {
+  current = (int*)context - contexts;
+  return 0;
+}
+
+int cuDevicePrimaryCtxRetain(void** context, int device) {
+  *context = contexts + device;
+  return 0;
+}
+
 int cuTensorMapEncodeTiled(void) { return INVALID; }
 
 int cuGetErrorName(int error, const char** name) {

@@ -18,7 +18,7 @@ from moekern.backends import reference
 driver = ctypes.CDLL("libcuda.so.1")
 plans = 0
 
-def plan(ids, experts, threads):
+def plan(ids, experts, threads, device=0):
     global plans
     plans += 1
     marks, size = _core.cuda_plan_memory(ids.numel(), experts)
@@ -29,7 +29,7 @@ def plan(ids, experts, threads):
     order = torch.empty(ids.numel(), dtype=torch.int32)
     inverse, offsets = torch.empty_like(order), torch.empty(experts + 1, dtype=torch.int32)
     begun = _core.CudaPlan(
-        1, 2, 0, 0, marks.data_ptr(), plans, staging.data_ptr(), ids.data_ptr(), 3, ids.numel(), experts, threads
+        1, 2, device, 0, marks.data_ptr(), plans, staging.data_ptr(), ids.data_ptr(), 3, ids.numel(), experts, threads
     )
     begun.finish(order.data_ptr(), inverse.data_ptr(), offsets.data_ptr())
     return order, inverse, offsets
@@ -44,6 +44,11 @@ for slots, experts in sizes:
             wanted = reference.plan(ids.view(-1, 1), experts)
             for a, b in zip(plan(ids, experts, threads), wanted, strict=True):
                 assert torch.equal(a, b), (slots, experts, threads)
+current = ctypes.c_int()
+for device in (1, 0):  # the kernels of either device run in its context, and the caller's is put back
+    plan(torch.zeros(100, dtype=torch.int64), 8, 1, device)
+    assert ctypes.c_int.in_dll(driver, "launched_on").value == device
+    assert driver.cuCtxGetDevice(ctypes.byref(current)) == 0 and current.value == 0
 for failing, message in ((1, "the ids have not come over"), (2, "CUDA_ERROR_ILLEGAL_ADDRESS")):
     ctypes.c_int.in_dll(driver, "failing").value = failing
     for threads in (1, 4):

@@ -66,6 +66,7 @@ pub(crate) struct Driver {
     launch_kernel: LaunchKernel,
     pub(crate) stream_query: unsafe extern "C" fn(u64) -> c_int,
     context_current: unsafe extern "C" fn(*mut *mut c_void) -> c_int,
+    context_device: unsafe extern "C" fn(*mut c_int) -> c_int,
     context_set: unsafe extern "C" fn(*mut c_void) -> c_int,
     context_retain: unsafe extern "C" fn(*mut *mut c_void, c_int) -> c_int,
     error_name: unsafe extern "C" fn(c_int, *mut *const c_char) -> c_int,
@@ -96,6 +97,7 @@ impl Driver {
                 launch_kernel: symbol(library, c"cuLaunchKernel")?,
                 stream_query: symbol(library, c"cuStreamQuery")?,
                 context_current: symbol(library, c"cuCtxGetCurrent")?,
+                context_device: symbol(library, c"cuCtxGetDevice")?,
                 context_set: symbol(library, c"cuCtxSetCurrent")?,
                 context_retain: symbol(library, c"cuDevicePrimaryCtxRetain")?,
                 error_name: symbol(library, c"cuGetErrorName")?,
@@ -121,21 +123,26 @@ impl Driver {
         Err(PyRuntimeError::new_err(format!("{}: {name} ({result})", what())))
     }
 
-    /// A thread that has not used CUDA yet (autograd's, say) has no current context: give it the device's primary one,
-    /// which torch and CuPy use too.
-    pub(crate) fn ensure_context(&self, device: c_int) -> PyResult<()> {
-        let mut context = std::ptr::null_mut();
+    /// Makes sure that a context of the device is current until the guard is dropped.
+    ///
+    /// A thread that has not used CUDA yet (autograd's, say) has none: it is given the device's primary one, which torch
+    /// and CuPy use too, and keeps it. One of another device, which torch can leave behind since it returns to a device
+    /// only when that is used, is put back. One of the device that is not the primary one may be a green context of the
+    /// user's and stays.
+    pub(crate) fn enter(&'static self, device: c_int) -> PyResult<Entered> {
+        let (mut before, mut context) = (std::ptr::null_mut(), std::ptr::null_mut());
+        let mut current = -1;
         // SAFETY: plain driver calls with valid out pointers.
         unsafe {
-            self.check((self.context_current)(&mut context), || "cuCtxGetCurrent".into())?;
-            if context.is_null() {
-                self.check((self.context_retain)(&mut context, device), || {
-                    format!("cuDevicePrimaryCtxRetain({device})")
-                })?;
-                self.check((self.context_set)(context), || "cuCtxSetCurrent".into())?;
+            if (self.context_device)(&mut current) == 0 && current == device {
+                return Ok(Entered { driver: self, before });
             }
+            self.check((self.context_current)(&mut before), || "cuCtxGetCurrent".into())?;
+            // Retained for good: that is rare, and torch keeps it as long.
+            self.check((self.context_retain)(&mut context, device), || format!("cuDevicePrimaryCtxRetain({device})"))?;
+            self.check((self.context_set)(context), || "cuCtxSetCurrent".into())?;
         }
-        Ok(())
+        Ok(Entered { driver: self, before })
     }
 
     fn encode(&self, description: &MapDescription, pointer: u64) -> PyResult<TensorMap> {
@@ -171,6 +178,22 @@ impl Driver {
             format!("tensor map of {pointer:#x}, dims {dims:?}, strides {strides:?}, box {extent:?}")
         })?;
         Ok(map)
+    }
+}
+
+/// While it lives, a context of the device that was entered is current.
+pub(crate) struct Entered {
+    driver: &'static Driver,
+    /// What to put back; null for nothing.
+    before: *mut c_void,
+}
+
+impl Drop for Entered {
+    fn drop(&mut self) {
+        if !self.before.is_null() {
+            // SAFETY: the context was current when it was left, on this thread: a pointer keeps the guard there.
+            unsafe { (self.driver.context_set)(self.before) };
+        }
     }
 }
 
@@ -240,7 +263,7 @@ fn cuda_launch(
 ) -> PyResult<()> {
     let driver = Driver::get()?;
     check_map_count(maps.len())?;
-    driver.ensure_context(device)?;
+    let _context = driver.enter(device)?;
     let mut encoded = [TensorMap([0; 16]); MOST_MAPS];
     for (target, description) in encoded.iter_mut().zip(&maps) {
         *target = driver.encode(description, description.1)?;
@@ -321,7 +344,7 @@ impl CudaProgram {
             )));
         }
         let driver = Driver::get()?;
-        driver.ensure_context(self.device)?;
+        let _context = driver.enter(self.device)?;
         let mut encoded = [TensorMap([0; 16]); MOST_MAPS];
         let mut params = Vec::new();
         for launch in &self.launches {

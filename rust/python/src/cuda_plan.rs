@@ -173,7 +173,7 @@ impl CudaPlan {
             return Err(PyValueError::new_err("slots, marks, memory: got 0 or an address that is not aligned"));
         }
         let driver = Driver::get()?;
-        driver.ensure_context(device)?;
+        let _context = driver.enter(device)?;
         py.detach(|| {
             // Safety: a plain driver call.
             let is_idle = unsafe { (driver.stream_query)(stream) } == 0;
@@ -197,7 +197,7 @@ impl CudaPlan {
     /// Waits for the ids, ranks them and leaves the rest to the stream.
     fn finish(&self, py: Python<'_>, order: usize, inverse: usize, offsets: usize) -> PyResult<()> {
         let driver = Driver::get()?;
-        driver.ensure_context(self.device)?;
+        let _context = driver.enter(self.device)?;
         py.detach(|| {
             let blocks = self.layout.marks(self.slots);
             let arrivals = Arrivals {
