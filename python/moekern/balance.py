@@ -123,6 +123,9 @@ def aux_loss(
             sequence.
         group: See :func:`load_balancing_loss`.
 
+    Returns:
+        A scalar; of a model spread over devices, on that of its last layer.
+
     Raises:
         TypeError, ValueError: An argument is of the wrong kind; the model has no MoE layer, or one that has not run in
             training mode yet, or ran without gradient.
@@ -144,7 +147,7 @@ def aux_loss(
                 "checkpoint activations with use_reentrant=False, and do not run the model under torch.no_grad()"
             )
         losses.append(_layer_loss(layer, routing, attention_mask, balance, z, sequence, group))
-    return torch.stack(losses).sum()
+    return torch.stack([loss.to(losses[-1].device) for loss in losses]).sum()
 
 
 def update_selection_bias(model: nn.Module, rate: float = 0.001, group: Any = None) -> None:

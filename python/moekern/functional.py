@@ -222,8 +222,9 @@ class _Call:
         if plan is None:
             assert topk_ids is not None
             if not differentiable:
-                if self._prepare is not None:
-                    self._inference = self._prepare(
+                prepare = self._prepare  # read once: another thread may be through with it in between
+                if prepare is not None:
+                    self._inference = prepare(
                         x, topk_ids, topk_weights, w_gate_up, w_down, b_gate_up, b_down, *self._settings
                     )  # fmt: skip
                     self._prepare = None

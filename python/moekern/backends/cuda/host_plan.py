@@ -41,8 +41,16 @@ class _Staging:
         return self.plans
 
 
-_staging: OrderedDict[tuple[int, int], _Staging] = OrderedDict()
-_lock = threading.Lock()
+class _Device:
+    """The memory of a device's streams. Its lock is held while a plan waits: devices do not wait for each other."""
+
+    def __init__(self) -> None:
+        """Start without any."""
+        self.lock = threading.Lock()
+        self.staging: OrderedDict[int, _Staging] = OrderedDict()
+
+
+_devices: dict[int, _Device] = {}
 _memory_of = lru_cache(maxsize=256)(_core.cuda_plan_memory)
 
 
@@ -52,37 +60,39 @@ def _kernels(device: int) -> tuple[int, int]:
     return narrow, kernels._function(device, "host_plan.cu", "spread_plan", 0, ())
 
 
-def _memory(device: int, stream: int, slots: int, num_experts: int) -> _Staging:
+def _memory(staging: OrderedDict[int, _Staging], device: int, stream: int, slots: int, num_experts: int) -> _Staging:
     """The stream's memory, grown to the sizes; memory that is given up is in nobody's use any more."""
-    key = (device, stream)
     marks, size = _memory_of(slots, num_experts)
-    found = _staging.get(key)
+    found = staging.get(stream)
     if found is not None and found.marks.numel() >= marks and found.memory.numel() >= size:
-        _staging.move_to_end(key)
+        staging.move_to_end(stream)
         return found
     if found is not None:
         torch.cuda.current_stream(device).synchronize()
-    elif len(_staging) >= MOST_STREAMS:
+    elif len(staging) >= MOST_STREAMS:
         torch.cuda.synchronize(device)
-        _staging.clear()
+        staging.clear()
     # Sizes grow in powers of two; a multiple of 16 bytes holds every array.
-    _staging[key] = _Staging(1 << marks.bit_length(), max(1 << (size - 1).bit_length(), 1 << 14))
-    return _staging[key]
+    staging[stream] = _Staging(1 << marks.bit_length(), max(1 << (size - 1).bit_length(), 1 << 14))
+    return staging[stream]
 
 
 def plan(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Order, inverse and offsets on the device of the ids, which are contiguous and not empty."""
     device, slots = topk_ids.get_device(), topk_ids.numel()
-    if _is_capturing():
+    with on_device(device):  # whose stream is asked
+        capturing = _is_capturing()
+    if capturing:
         raise RuntimeError(
             "planner: got 'host' while a CUDA graph is being captured, where nothing can wait for the device; "
             "expected 'device', or a plan made before the capture"
         )
     if _must_not_wait():  # torch says so, where it is to be said
         torch.cuda.current_stream(device).synchronize()
-    with _lock, on_device(device):
+    owner = _devices.get(device) or _devices.setdefault(device, _Device())
+    with owner.lock, on_device(device):
         stream = torch._C._cuda_getCurrentRawStream(device)  # type: ignore[attr-defined]
-        staging = _memory(device, stream, slots, num_experts)
+        staging = _memory(owner.staging, device, stream, slots, num_experts)
         begun = _core.CudaPlan(
             *_kernels(device), device, stream, staging.marks.data_ptr(), staging.next_epoch(),
             staging.memory.data_ptr(), topk_ids.data_ptr(), kernels.ID_TYPE[topk_ids.dtype], slots, num_experts,

@@ -121,9 +121,9 @@ class Layer:
         self._stream_of = torch._C._cuda_getCurrentRawStream  # type: ignore[attr-defined]
 
     def accepts(self, x: Tensor, router_weight: Tensor, w_gate_up: Tensor, w_down: Tensor) -> bool:
-        """Whether the kernels can read these where they lie, and the current device is theirs."""
+        """Whether the kernels can read these where they lie."""
         addresses = x.data_ptr() | router_weight.data_ptr() | w_gate_up.data_ptr() | w_down.data_ptr()
-        return addresses % ALIGNMENT == 0 and router_weight.is_contiguous() and _current_device() == self._device
+        return addresses % ALIGNMENT == 0 and router_weight.is_contiguous()
 
     def forward(
         self,
@@ -136,6 +136,9 @@ class Layer:
         b_down: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Output, logits ``[T, E]``, what :class:`Kept` describes, and the pre-activation; x has any leading sizes."""
+        if _current_device() != self._device:
+            with torch.cuda.device(self._device):
+                return self.forward(x, router_weight, router_bias, w_gate_up, w_down, b_gate_up, b_down)
         if self._makes_logits:
             logits = self._floats(self._logits_shape)
         else:
