@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import shutil
 from functools import partial
 from pathlib import Path
@@ -18,143 +17,11 @@ from moekern.backends import cpu, cuda, reference
 from problems import error, forbid_torch_path
 
 H, I, E, K = 32, 16, 6, 2
-RANKS = 2
 
 
 def model_of(**options: object) -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(H, H), mk.MoE(H, I, E, K, **options))  # type: ignore[arg-type]
-
-
-def batch(rank: int) -> torch.Tensor:
-    """One token a rank: most experts get none."""
-    return torch.randn(1, H, generator=torch.Generator().manual_seed(rank))
-
-
-def whole_batch_gradients() -> list[torch.Tensor]:
-    model = model_of()
-    for rank in range(RANKS):
-        (model(batch(rank)).square().mean() / RANKS).backward()
-    return [p.grad for p in model.parameters()]
-
-
-def ddp(rank: int) -> None:
-    model = nn.parallel.DistributedDataParallel(model_of())
-    for _ in range(2):  # the second pass would complain of parameters that had no gradient
-        model.zero_grad()
-        model(batch(rank)).square().mean().backward()
-    for p, expected in zip(model.parameters(), whole_batch_gradients(), strict=True):
-        assert error(p.grad, expected) < 1e-5
-
-
-def fsdp2(rank: int) -> None:
-    from torch.distributed.fsdp import fully_shard
-
-    model = model_of()
-    fully_shard(model[1])
-    fully_shard(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    model(batch(rank)).square().mean().backward()
-    for p, expected in zip(model.parameters(), whole_batch_gradients(), strict=True):
-        assert error(p.grad.full_tensor(), expected) < 1e-5
-    before = model[1].experts.down_proj.full_tensor().clone()
-    optimizer.step()
-    assert not torch.equal(model[1].experts.down_proj.full_tensor(), before)
-    model(batch(rank))
-
-
-def dtensor(rank: int) -> None:
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-
-    mesh = dist.init_device_mesh("cpu", (RANKS,))
-    plain, moe = (mk.MoE(H, I, E, K, bias=True, router_bias=True) for _ in range(2))
-    moe.load_state_dict(plain.state_dict())
-    for module in (moe.gate, moe.experts):
-        for name, p in list(module.named_parameters(recurse=False)):
-            setattr(module, name, nn.Parameter(distribute_tensor(p.detach(), mesh, [Replicate()])))
-    x = torch.randn(7, H, generator=torch.Generator().manual_seed(5))
-    for module in (plain, moe):
-        module(x).square().sum().backward()
-    for p, expected in zip(moe.parameters(), plain.parameters(), strict=True):
-        assert error(p.grad.to_local(), expected.grad) < 1e-6
-    for name, dimension in (("gate_up_proj", 0), ("gate_up_proj", 1), ("down_proj", 2)):
-        split = mk.MoE(H, I, E, K)
-        weight = distribute_tensor(getattr(split.experts, name).detach(), mesh, [Shard(dimension)])
-        setattr(split.experts, name, nn.Parameter(weight))
-        with pytest.raises(ValueError, match=rf"experts.{name}: got a DTensor placed as S.*{dimension}.*replicated"):
-            split(x)
-
-
-def fused_shared_expert(rank: int) -> None:
-    """Sharded, its state dict has the joined weights; a layer that is not sharded reads them and takes them apart."""
-    from torch.distributed.fsdp import fully_shard
-
-    options = {"shared_intermediate_size": 2 * I, "shared_gate": True, "fuse_shared_expert": True}
-    plain, sharded = model_of(**options), model_of(**options)
-    fully_shard(sharded[1])
-    fully_shard(sharded)
-    for each in range(RANKS):
-        (plain(batch(each)).square().mean() / RANKS).backward()
-    sharded(batch(rank)).square().mean().backward()
-    for p, expected in zip(sharded.parameters(), plain.parameters(), strict=True):
-        assert error(p.grad.full_tensor(), expected.grad) < 1e-5
-    parallel = nn.parallel.DistributedDataParallel(model_of(**options))
-    parallel(batch(rank)).square().mean().backward()
-    for p, expected in zip(parallel.parameters(), plain.parameters(), strict=True):
-        assert error(p.grad, expected.grad) < 1e-5
-    gathered = {name: value.full_tensor() for name, value in sharded.state_dict().items()}
-    assert gathered["1.experts.down_proj"].shape == (E + 2, H, I)
-    before = plain.state_dict()
-    nn.init.zeros_(plain[1].experts.down_proj)
-    plain.load_state_dict(gathered)
-    for name, value in plain.state_dict().items():
-        assert torch.equal(value, before[name])
-    with pytest.raises(RuntimeError, match="whose fused weights are DTensors: load before sharding"):
-        sharded.load_state_dict(before)
-    sharded[1].reset_parameters()
-    down = sharded[1].experts.down_proj.full_tensor().abs().amax((1, 2))
-    assert down[:E].min() > I**-0.5 * 0.9
-    assert down[E:].max() < (2 * I) ** -0.5
-
-
-def balance_over_ranks(rank: int) -> None:
-    """The mean over ranks of the grouped loss, and its gradient, are those of the whole batch on one rank."""
-    options = {"routing": "deepseek_v3", "selection_bias": True}
-    x = torch.randn(RANKS, 20, H, generator=torch.Generator().manual_seed(9))
-    alone, shared = model_of(**options), model_of(**options)
-    alone(x)
-    whole = mk.aux_loss(alone)
-    whole.backward()
-    shared(x[rank])
-    part = mk.aux_loss(shared, group=dist.group.WORLD)
-    part.backward()
-    gradient = shared[1].gate.weight.grad
-    mean = part.detach().clone()
-    for tensor in (gradient, mean):
-        dist.all_reduce(tensor)
-        tensor /= RANKS
-    assert error(mean, whole) < 1e-5
-    assert error(gradient, alone[1].gate.weight.grad) < 1e-5
-    mk.update_selection_bias(alone)
-    mk.update_selection_bias(shared, group=dist.group.WORLD)
-    assert torch.equal(shared[1].gate.e_score_correction_bias, alone[1].gate.e_score_correction_bias)
-
-
-def worker(rank: int, store: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
-    try:
-        for check in (ddp, fsdp2, dtensor, fused_shared_expert, balance_over_ranks):
-            check(rank)
-    finally:
-        gc.collect()  # wrapped models are cycles that hold the group; its threads abort a process that ends with them
-        dist.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_two_processes(tmp_path: Path) -> None:
-    """DistributedDataParallel with unused experts, fully_shard, DTensor weights, balance over a group."""
-    torch.multiprocessing.spawn(worker, (str(tmp_path / "store"),), nprocs=RANKS)
 
 
 @pytest.mark.gpu
