@@ -93,7 +93,9 @@ def test_selective_checkpointing_routes_once(
     moe = mk.MoE(H, I, E, K).to(device, dtype)
     x = torch.randn(20, H, device=device, dtype=dtype, requires_grad=True)
     dout = torch.randn_like(x)
-    plain = torch.autograd.grad(moe(x), (x, *moe.parameters()), dout)
+    # Under a mode, as checkpointing's are: the layer then runs operator by operator in both.
+    with create_selective_checkpoint_contexts(mk.sac_policy(save_experts=save_experts))[0]:
+        plain = torch.autograd.grad(moe(x), (x, *moe.parameters()), dout)
     calls = dict.fromkeys(("plan", "experts_forward"), 0)
     for module in (cpu, reference, cuda):
         for name in calls:
