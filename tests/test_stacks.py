@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import shutil
 from functools import partial
 from pathlib import Path
@@ -190,6 +191,7 @@ def test_safetensors(place: tuple[str, torch.dtype], tmp_path: Path) -> None:
 
 
 def ahead_of_time(_: int, device: str, folder: Path) -> None:
+    faulthandler.enable()  # a crash says where
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     moe = mk.MoE(H, I, E, K).to(device, dtype).eval()
     tokens = torch.export.Dim("tokens", min=2, max=64)
