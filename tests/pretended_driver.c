@@ -17,14 +17,14 @@ struct narrow {
 
 struct spread {
   const int64_t* ids;
-  const uint16_t* ranks;
-  const int* first_rows;
+  const int16_t* ranks;
+  const int* table;
   int *order, *inverse, *offsets;
   uint32_t slots;
   int experts, id_type, chunk;
 };
 
-enum { BLOCK_BYTES = 4096, BLOCK_SLOTS = 2048, INVALID = 1, NOT_READY = 600, ILLEGAL_ADDRESS = 700 };
+enum { BLOCK_BYTES = 4096, BLOCK_SLOTS = 2048, MARK_WORDS = 16, INVALID = 1, NOT_READY = 600, ILLEGAL_ADDRESS = 700 };
 
 int failing = 0;  // 1: the ids never come; 2: nor does the device survive
 static int busy = 0;  // kernels at work: the next plan may begin before this thread has ended
@@ -41,7 +41,7 @@ static void* bring_ids(void* argument) {
       uint32_t narrowed = bucket(p.ids[slot], p.experts);
       memcpy(p.out + (size_t)slot * p.bytes, &narrowed, p.bytes);
     }
-    __atomic_store_n(p.marks + block, p.epoch, __ATOMIC_RELEASE);
+    __atomic_store_n(p.marks + block * MARK_WORDS, p.epoch, __ATOMIC_RELEASE);
     if (block % 8 == 0) usleep(10);
   }
   __atomic_fetch_sub(&busy, 1, __ATOMIC_RELEASE);
@@ -50,14 +50,14 @@ static void* bring_ids(void* argument) {
 
 static int complete(const struct spread* p) {
   int buckets = p->experts + 1;
-  memcpy(p->offsets, p->first_rows, buckets * sizeof(int));
+  memcpy(p->offsets, p->table, buckets * sizeof(int));
   for (uint32_t slot = 0; slot < p->slots; slot++) {
-    const int* rows = p->first_rows + (size_t)(slot / p->chunk) * buckets;
+    const int* rows = p->table + ((size_t)slot + p->chunk / 2) / p->chunk * buckets;
     int row = rows[bucket(p->ids[slot], p->experts)] + p->ranks[slot];
     p->inverse[slot] = row;
     p->order[row] = (int)slot;
   }
-  return p->chunk % BLOCK_SLOTS ? INVALID : 0;
+  return p->chunk / 2 % BLOCK_SLOTS ? INVALID : 0;
 }
 
 // Two devices with a context each; the first is current on every thread at the start.
@@ -78,6 +78,10 @@ int cuLaunchKernel(uint64_t function, unsigned grid, unsigned grid_y, unsigned g
   __atomic_fetch_add(&busy, 1, __ATOMIC_RELEASE);
   pthread_t thread;
   return pthread_create(&thread, 0, bring_ids, p) || pthread_detach(thread) ? INVALID : 0;
+}
+
+void finish(void) {
+  while (__atomic_load_n(&busy, __ATOMIC_ACQUIRE)) usleep(10);
 }
 
 int cuStreamQuery(uint64_t stream) {

@@ -18,7 +18,7 @@ from moekern.backends import reference
 driver = ctypes.CDLL("libcuda.so.1")
 plans = 0
 
-def plan(ids, experts, threads, device=0):
+def plan(ids, experts, threads, device=0, allocate=None):
     global plans
     plans += 1
     marks, size = _core.cuda_plan_memory(ids.numel(), experts)
@@ -28,10 +28,10 @@ def plan(ids, experts, threads, device=0):
     marks, staging = memory[key]
     order = torch.empty(ids.numel(), dtype=torch.int32)
     inverse, offsets = torch.empty_like(order), torch.empty(experts + 1, dtype=torch.int32)
-    begun = _core.CudaPlan(
-        1, 2, device, 0, marks.data_ptr(), plans, staging.data_ptr(), ids.data_ptr(), 3, ids.numel(), experts, threads
+    _core.cuda_plan(
+        1, 2, device, 0, marks.data_ptr(), plans, staging.data_ptr(), ids.data_ptr(), 3, ids.numel(), experts, threads,
+        allocate or (lambda: (order.data_ptr(), inverse.data_ptr(), offsets.data_ptr())),
     )
-    begun.finish(order.data_ptr(), inverse.data_ptr(), offsets.data_ptr())
     return order, inverse, offsets
 
 memory = {}
@@ -49,6 +49,20 @@ for device in (1, 0):  # the kernels of either device run in its context, and th
     plan(torch.zeros(100, dtype=torch.int64), 8, 1, device)
     assert ctypes.c_int.in_dll(driver, "launched_on").value == device
     assert driver.cuCtxGetDevice(ctypes.byref(current)) == 0 and current.value == 0
+def no_memory():
+    raise MemoryError("of the device")
+for allocate, error in ((no_memory, MemoryError), (lambda: 1, TypeError)):
+    ids = torch.randint(0, 128, (100000,))
+    for threads in (1, 4):
+        try:
+            plan(ids, 128, threads, allocate=allocate)
+        except error:
+            pass
+        else:
+            raise AssertionError("no error")
+        driver.finish()  # the ids still come, to memory that must live so long
+        for a, b in zip(plan(ids, 128, threads), reference.plan(ids.view(-1, 1), 128), strict=True):
+            assert torch.equal(a, b)
 for failing, message in ((1, "the ids have not come over"), (2, "CUDA_ERROR_ILLEGAL_ADDRESS")):
     ctypes.c_int.in_dll(driver, "failing").value = failing
     for threads in (1, 4):

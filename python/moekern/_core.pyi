@@ -5,7 +5,7 @@ Callers have checked shapes, dtypes and devices: sizes that cannot be are refuse
 are trusted. Dtype codes: 0 float32, 1 float64, 2 bfloat16, 3 float16. Long work releases the interpreter lock.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 def plan(
     ids: int, id_type: int, slots: int, experts: int, order: int, inverse: int, offsets: int, threads: int
@@ -16,32 +16,29 @@ def plan(
     """
 
 def cuda_plan_memory(slots: int, experts: int) -> tuple[int, int]:
-    """What a :class:`CudaPlan` needs of pinned memory: int32 words of marks, bytes beside them."""
+    """What :func:`cuda_plan` needs of pinned memory: int32 words of marks, bytes beside them."""
 
-class CudaPlan:
-    """As :func:`plan` for ids and outputs on a device; begins when it is made.
+def cuda_plan(
+    narrow: int,
+    spread: int,
+    device: int,
+    stream: int,
+    marks: int,
+    epoch: int,
+    memory: int,
+    ids: int,
+    id_type: int,
+    slots: int,
+    experts: int,
+    threads: int,
+    allocate: Callable[[], tuple[int, int, int]],
+) -> None:
+    """As :func:`plan` for ids and outputs on a device.
 
     ``narrow`` and ``spread`` are the kernels of cuda/host_plan.cu. No two plans in a row with the same marks have the
-    same ``epoch``, which is not 0.
+    same ``epoch``, which is not 0. ``allocate`` is called once, while the ids are on their way, and returns the
+    addresses of order, inverse and offsets; what it raises is raised.
     """
-
-    def __init__(
-        self,
-        narrow: int,
-        spread: int,
-        device: int,
-        stream: int,
-        marks: int,
-        epoch: int,
-        memory: int,
-        ids: int,
-        id_type: int,
-        slots: int,
-        experts: int,
-        threads: int,
-    ) -> None: ...
-    def finish(self, order: int, inverse: int, offsets: int) -> None:
-        """Wait for the ids, sort them, and leave the rest to the stream."""
 
 def tiles(offsets: int, experts: int, height: int, longest_first: bool, out: int, capacity: int) -> int:
     """Write int32 ``out[capacity, 3]``, rows of (expert, first row, rows); return how many."""

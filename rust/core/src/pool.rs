@@ -1,4 +1,4 @@
-//! A private pool of threads behind one function, [`parallel`].
+//! A private pool of threads behind one function, [`parallel`], and [`parallel_while`].
 //!
 //! Each worker owns a mailbox, one atomic word. A caller posts a pointer to its job, which lives on the
 //! caller's stack, into the mailboxes of idle workers; whoever takes part, the caller included, draws indices
@@ -75,9 +75,16 @@ struct Job<'a> {
 /// number of threads may call at once; a call from inside `f` runs serially. A panic of `f` continues on the
 /// caller's thread, after the other indices have run.
 pub fn parallel(threads: usize, f: &(dyn Fn(usize) + Sync)) {
+    parallel_while(threads, f, || {});
+}
+
+/// As [`parallel`], but the caller does something else first, while the others begin; what that returns is returned. A
+/// panic of it continues too, and indices that nobody has begun do not run then.
+pub fn parallel_while<R>(threads: usize, f: &(dyn Fn(usize) + Sync), meanwhile: impl FnOnce() -> R) -> R {
     if threads <= 1 || INSIDE.get() || !fork::guarded() {
+        let result = meanwhile();
         (0..threads).for_each(f); // a panic ends this at once
-        return;
+        return result;
     }
     start_workers(threads - 1);
     let job = Job {
@@ -89,12 +96,17 @@ pub fn parallel(threads: usize, f: &(dyn Fn(usize) + Sync)) {
         panic: Mutex::new(None),
     };
     job.post();
-    job.work(Some(0));
+    let result = catch_unwind(AssertUnwindSafe(meanwhile));
+    if result.is_ok() {
+        job.work(Some(0));
+    }
     job.revoke();
     job.wait();
+    let result = result.unwrap_or_else(|panic| resume_unwind(panic));
     if let Some(panic) = job.panic.into_inner().unwrap_or_else(|e| e.into_inner()) {
         resume_unwind(panic);
     }
+    result
 }
 
 impl Job<'_> {

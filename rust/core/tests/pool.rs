@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::thread;
 use std::time::Duration;
 
-use moekern_core::pool::parallel;
+use moekern_core::pool::{parallel, parallel_while};
 
 fn calls_of_each_index(threads: usize, call: impl Fn(&(dyn Fn(usize) + Sync))) -> Vec<usize> {
     let calls: Vec<AtomicUsize> = (0..threads).map(|_| AtomicUsize::new(0)).collect();
@@ -134,4 +134,35 @@ fn a_forked_child_has_a_working_pool() {
         assert_eq!(status, 0, "the child's answer");
         assert_eq!(calls_of_each_index(4, |f| parallel(4, f)), vec![1; 4]);
     }
+}
+
+#[test]
+fn others_begin_while_the_caller_does_something_else() {
+    for threads in [1, 2, 5] {
+        for _ in 0..50 {
+            let begun = AtomicUsize::new(0);
+            let f = |_| {
+                begun.fetch_add(1, Relaxed);
+            };
+            let result = parallel_while(threads, &f, || {
+                while threads > 1 && begun.load(Relaxed) == 0 {
+                    thread::yield_now();
+                }
+                "done"
+            });
+            assert_eq!((result, begun.into_inner()), ("done", threads));
+        }
+    }
+}
+
+#[test]
+fn a_panic_meanwhile_reaches_the_caller_too() {
+    let hook = std::panic::take_hook();
+    std::panic::set_hook(Box::new(|_| {}));
+    for threads in [1, 4] {
+        let result = catch_unwind(AssertUnwindSafe(|| parallel_while(threads, &|_| {}, || panic!("meanwhile"))));
+        assert_eq!(*result.expect_err("propagates").downcast::<&str>().unwrap(), "meanwhile");
+        assert_eq!(calls_of_each_index(4, |f| parallel(4, f)), vec![1; 4]);
+    }
+    std::panic::set_hook(hook);
 }

@@ -2,7 +2,8 @@
 //! takes ranks and first rows and completes the plan (`cuda/host_plan.cu`, [`moekern_core::ranks`]).
 //!
 //! Both kernels work on pinned memory in place. The host does not wait for the stream but for the ids themselves: every
-//! block of the first kernel leaves a mark behind those that it has written.
+//! block of the first kernel leaves a mark behind those that it has written. While they are on their way Python allocates
+//! the outputs.
 
 use std::ffi::c_int;
 use std::ops::Range;
@@ -11,7 +12,7 @@ use std::sync::atomic::{AtomicI32, AtomicU32};
 use std::thread;
 
 use moekern_core::buckets::Id;
-use moekern_core::ranks::{Chunks, rank, wake};
+use moekern_core::ranks::{Chunks, rank};
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 
@@ -22,6 +23,8 @@ const THREADS: usize = 256;
 /// Bytes of ids that a block of the first kernel writes, and slots that one of the second completes.
 const BLOCK_BYTES: usize = 16 * THREADS;
 const BLOCK_SLOTS: usize = 8 * THREADS;
+/// Words from one mark to the next: a cache line, which threads poll while the device writes others.
+const MARK_WORDS: usize = 16;
 /// What `cuStreamQuery` says of a stream that has work left.
 const NOT_READY: c_int = 600;
 /// Looks at a mark between two looks at the stream: some 100 us.
@@ -29,7 +32,7 @@ const POLLS: u32 = 1 << 12;
 
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(cuda_plan_memory, module)?)?;
-    module.add_class::<CudaPlan>()
+    module.add_function(wrap_pyfunction!(cuda_plan, module)?)
 }
 
 /// Where in pinned memory the host's side of a plan lies.
@@ -38,7 +41,7 @@ struct Layout {
     /// Bytes of an id: the narrowest that can name every expert, and none.
     width: usize,
     ranks: usize,
-    first_rows: usize,
+    table: usize,
     bytes: usize,
 }
 
@@ -53,11 +56,12 @@ impl Layout {
             4
         };
         let ranks = (slots * width).next_multiple_of(64);
-        let first_rows = ranks + (2 * slots).next_multiple_of(64);
-        Ok(Layout { chunks, width, ranks, first_rows, bytes: first_rows + 4 * chunks.table_len() })
+        let table = ranks + (2 * slots).next_multiple_of(64);
+        Ok(Layout { chunks, width, ranks, table, bytes: table + 4 * chunks.table_len() })
     }
 
-    fn marks(&self, slots: usize) -> usize {
+    /// Blocks of the first kernel that bring the first slots.
+    fn blocks(&self, slots: usize) -> usize {
         (slots * self.width).div_ceil(BLOCK_BYTES)
     }
 }
@@ -66,7 +70,7 @@ impl Layout {
 #[pyfunction]
 fn cuda_plan_memory(slots: usize, experts: usize) -> PyResult<(usize, usize)> {
     let layout = Layout::new(slots, experts)?;
-    Ok((layout.marks(slots), layout.bytes))
+    Ok((layout.blocks(slots) * MARK_WORDS, layout.bytes))
 }
 
 /// A kernel's parameter structure, built up field by field.
@@ -83,7 +87,7 @@ impl Params {
     }
 }
 
-/// Waits for marks.
+/// Waits for the ids that the first kernel's blocks bring.
 struct Arrivals<'a> {
     driver: &'static Driver,
     stream: u64,
@@ -91,16 +95,18 @@ struct Arrivals<'a> {
     epoch: u32,
     /// Asks the stream, whose context it has.
     caller: thread::ThreadId,
-    /// What the stream said, once it is known that the marks will not come.
+    /// What the stream said, once it is known that the marks will not come, or one of the constants below.
     failed: AtomicI32,
 }
 
 impl Arrivals<'_> {
     /// The stream is done and the marks are not there.
     const LOST: i32 = -1;
+    /// Nobody wants the plan any more.
+    const GIVEN_UP: i32 = -2;
 
-    fn wait(&self, marks: Range<usize>) -> bool {
-        self.marks[marks].iter().all(|mark| self.wait_for(mark))
+    fn wait(&self, blocks: Range<usize>) -> bool {
+        blocks.into_iter().all(|block| self.wait_for(&self.marks[block * MARK_WORDS]))
     }
 
     fn wait_for(&self, mark: &AtomicU32) -> bool {
@@ -125,12 +131,25 @@ impl Arrivals<'_> {
         }
         true
     }
+
+    fn error(&self) -> PyErr {
+        match self.failed.load(Relaxed) {
+            Self::LOST => PyRuntimeError::new_err("the ids have not come over to the host, yet the device is done"),
+            state => self.driver.check(state, || "while the ids were on their way to the host".into()).unwrap_err(),
+        }
+    }
 }
 
-/// A plan under way.
-#[pyclass(frozen)]
-struct CudaPlan {
-    layout: Layout,
+fn shape(function: u64, blocks: usize) -> LaunchShape {
+    LaunchShape { function, grid: blocks as u32, block: THREADS as u32, shared: 0 }
+}
+
+/// See `python/moekern/_core.pyi`.
+#[pyfunction]
+#[allow(clippy::too_many_arguments)]
+fn cuda_plan(
+    py: Python<'_>,
+    narrow: u64,
     spread: u64,
     device: i32,
     stream: u64,
@@ -142,111 +161,95 @@ struct CudaPlan {
     slots: usize,
     experts: usize,
     threads: usize,
-}
+    allocate: Py<PyAny>,
+) -> PyResult<()> {
+    let layout = Layout::new(slots, experts)?;
+    if slots == 0 || marks == 0 || !marks.is_multiple_of(4) || memory == 0 || !memory.is_multiple_of(16) {
+        return Err(PyValueError::new_err("slots, marks, memory: got 0 or an address that is not aligned"));
+    }
+    let driver = Driver::get()?;
+    let _context = driver.enter(device)?;
+    py.detach(|| {
+        let blocks = layout.blocks(slots);
+        let arrivals = Arrivals {
+            driver,
+            stream,
+            // Safety: Python vouches for the memory; the device and this function treat its words as atomics.
+            marks: unsafe { std::slice::from_raw_parts(marks as *const AtomicU32, blocks * MARK_WORDS) },
+            epoch,
+            caller: thread::current().id(),
+            failed: AtomicI32::new(0),
+        };
+        // Safety: a plain driver call.
+        let is_idle = unsafe { (driver.stream_query)(stream) } == 0;
+        let params =
+            Params::pointers(&[ids, memory, marks]).ints(&[slots, experts, id_type, layout.width, epoch as usize, 0]);
+        driver.launch_plain(&shape(narrow, blocks), stream, &params.0)?;
 
-fn shape(function: u64, blocks: usize) -> LaunchShape {
-    LaunchShape { function, grid: blocks as u32, block: THREADS as u32, shared: 0 }
-}
-
-#[pymethods]
-impl CudaPlan {
-    /// Sends the ids on their way, and wakes threads for them: what Python does next overlaps with both.
-    #[new]
-    #[allow(clippy::too_many_arguments)]
-    fn new(
-        py: Python<'_>,
-        narrow: u64,
-        spread: u64,
-        device: i32,
-        stream: u64,
-        marks: usize,
-        epoch: u32,
-        memory: usize,
-        ids: usize,
-        id_type: usize,
-        slots: usize,
-        experts: usize,
-        threads: usize,
-    ) -> PyResult<CudaPlan> {
-        let layout = Layout::new(slots, experts)?;
-        if slots == 0 || marks == 0 || !marks.is_multiple_of(4) || memory == 0 || !memory.is_multiple_of(16) {
-            return Err(PyValueError::new_err("slots, marks, memory: got 0 or an address that is not aligned"));
-        }
-        let driver = Driver::get()?;
-        let _context = driver.enter(device)?;
-        py.detach(|| {
-            // Safety: a plain driver call.
-            let is_idle = unsafe { (driver.stream_query)(stream) } == 0;
-            let params = Params::pointers(&[ids, memory, marks]).ints(&[
-                slots,
-                experts,
-                id_type,
-                layout.width,
-                epoch as usize,
-                0,
-            ]);
-            driver.launch_plain(&shape(narrow, layout.marks(slots)), stream, &params.0)?;
+        let mut outputs = None;
+        let mut make_outputs = || {
+            let made: PyResult<(usize, usize, usize)> = Python::attach(|py| allocate.call0(py)?.extract(py));
+            if made.is_err() {
+                arrivals.failed.store(Arrivals::GIVEN_UP, Relaxed);
+            }
+            outputs.insert(made).is_ok()
+        };
+        let ranking = Ranking { layout: &layout, memory, threads, arrivals: &arrivals };
+        // Safety: Python vouches for the memory, which no kernel uses between the marks and the next launch.
+        let done = unsafe {
             if is_idle {
+                ranking.run(make_outputs)
+            } else {
                 // Where the stream is at other work, threads had better sleep until that is done.
-                wake(&layout.chunks, threads);
+                make_outputs() && arrivals.wait(0..1) && ranking.run(|| true)
             }
-            Ok(CudaPlan { layout, spread, device, stream, marks, epoch, memory, ids, id_type, slots, experts, threads })
-        })
-    }
-
-    /// Waits for the ids, ranks them and leaves the rest to the stream.
-    fn finish(&self, py: Python<'_>, order: usize, inverse: usize, offsets: usize) -> PyResult<()> {
-        let driver = Driver::get()?;
-        let _context = driver.enter(self.device)?;
-        py.detach(|| {
-            let blocks = self.layout.marks(self.slots);
-            let arrivals = Arrivals {
-                driver,
-                stream: self.stream,
-                // Safety: Python vouches for the memory; the device and this function treat its words as atomics.
-                marks: unsafe { std::slice::from_raw_parts(self.marks as *const AtomicU32, blocks) },
-                epoch: self.epoch,
-                caller: thread::current().id(),
-                failed: AtomicI32::new(0),
-            };
-            // Safety: Python vouches for the memory, which no kernel uses between the marks and the next launch.
-            let done = arrivals.wait(0..1)
-                && unsafe {
-                    match self.layout.width {
-                        1 => self.rank::<u8>(&arrivals),
-                        2 => self.rank::<u16>(&arrivals),
-                        _ => self.rank::<i32>(&arrivals),
-                    }
-                };
-            if !done {
-                return Err(match arrivals.failed.load(Relaxed) {
-                    Arrivals::LOST => {
-                        PyRuntimeError::new_err("the ids have not come over to the host, yet the device is done")
-                    }
-                    state => driver.check(state, || "while the ids were on their way to the host".into()).unwrap_err(),
-                });
-            }
-            let Layout { chunks, ranks, first_rows, .. } = &self.layout;
-            let params =
-                Params::pointers(&[self.ids, self.memory + ranks, self.memory + first_rows, order, inverse, offsets])
-                    .ints(&[self.slots, self.experts, self.id_type, chunks.size()]);
-            driver.launch_plain(&shape(self.spread, self.slots.div_ceil(BLOCK_SLOTS)), self.stream, &params.0)
-        })
-    }
+        };
+        let (order, inverse, offsets) = outputs.expect("made meanwhile")?;
+        if !done {
+            return Err(arrivals.error());
+        }
+        let Layout { chunks, ranks, table, .. } = &layout;
+        let params = Params::pointers(&[ids, memory + ranks, memory + table, order, inverse, offsets]).ints(&[
+            slots,
+            experts,
+            id_type,
+            chunks.size(),
+        ]);
+        driver.launch_plain(&shape(spread, slots.div_ceil(BLOCK_SLOTS)), stream, &params.0)
+    })
 }
 
-impl CudaPlan {
-    /// Ranks ids of the narrow type as they arrive; false if they do not.
+/// What [`rank`] is called with.
+struct Ranking<'a> {
+    layout: &'a Layout,
+    memory: usize,
+    threads: usize,
+    arrivals: &'a Arrivals<'a>,
+}
+
+impl Ranking<'_> {
+    /// Ranks the ids as they arrive; false if they do not, or if `meanwhile` returns false.
     ///
     /// # Safety
-    /// The memory is there, and nothing but this plan uses it.
-    unsafe fn rank<I: Id>(&self, arrivals: &Arrivals<'_>) -> bool {
-        let Layout { chunks, width, ranks, first_rows, .. } = &self.layout;
-        let arrived = |slots: Range<usize>| {
-            arrivals.wait(slots.start * width / BLOCK_BYTES..(slots.end * width).div_ceil(BLOCK_BYTES))
-        };
-        let (ranks, first_rows) = ((self.memory + ranks) as *mut u16, (self.memory + first_rows) as *mut i32);
+    /// The memory is there, and nothing but this plan uses it once its ids arrive.
+    unsafe fn run(&self, meanwhile: impl FnOnce() -> bool) -> bool {
         // Safety: the caller's.
-        unsafe { rank(self.memory as *const I, chunks, ranks, first_rows, self.threads, &arrived) }
+        unsafe {
+            match self.layout.width {
+                1 => self.run_with::<u8>(meanwhile),
+                2 => self.run_with::<u16>(meanwhile),
+                _ => self.run_with::<i32>(meanwhile),
+            }
+        }
+    }
+
+    unsafe fn run_with<I: Id>(&self, meanwhile: impl FnOnce() -> bool) -> bool {
+        let Layout { chunks, width, ranks, table, .. } = self.layout;
+        let arrived = |slots: Range<usize>| {
+            self.arrivals.wait(slots.start * width / BLOCK_BYTES..(slots.end * width).div_ceil(BLOCK_BYTES))
+        };
+        let (ranks, table) = ((self.memory + ranks) as *mut i16, (self.memory + table) as *mut i32);
+        // Safety: the caller's; the kernel gives no id that is greater than the number of experts.
+        unsafe { rank(self.memory as *const I, chunks, ranks, table, self.threads, &arrived, meanwhile) }
     }
 }

@@ -77,12 +77,17 @@ def plan(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     return forward.plan(topk_ids.contiguous(), num_experts)
 
 
+@cache
+def _host_planner() -> Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]:
+    from moekern.backends.cuda import host_plan
+
+    return host_plan.plan
+
+
 def plan_on_host(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """The same plan, sorted by Rust on the host: waits for the device once."""
     if topk_ids.numel() and _capability(topk_ids.get_device()) == (9, 0):
-        from moekern.backends.cuda import host_plan
-
-        return host_plan.plan(topk_ids.contiguous(), num_experts)
+        return _host_planner()(topk_ids.contiguous(), num_experts)
     from moekern.backends import cpu
 
     order, inverse, offsets = cpu.plan(topk_ids.cpu(), num_experts)

@@ -2,7 +2,7 @@
 
 The ids come over in the narrowest type, Rust's threads rank them as they arrive, and what goes back is two bytes a slot
 and a small table, of which a kernel makes the plan (cuda/host_plan.cu, rust/core/src/ranks.rs). Both kernels work on
-pinned memory in place, and Rust launches them.
+pinned memory in place. Rust launches them, and calls back for the outputs while the ids are on their way.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ class _Staging:
 
     def __init__(self, marks: int, size: int):
         """Memory for plans up to these sizes."""
+        self.sizes = marks, size
         self.marks = torch.zeros(marks, dtype=torch.int32, pin_memory=True, device="cpu")
         self.memory = torch.empty(size, dtype=torch.uint8, pin_memory=True, device="cpu")
+        self.marks_at, self.memory_at = self.marks.data_ptr(), self.memory.data_ptr()
         self.plans = 0
 
     def next_epoch(self) -> int:
@@ -64,7 +66,7 @@ def _memory(staging: OrderedDict[int, _Staging], device: int, stream: int, slots
     """The stream's memory, grown to the sizes; memory that is given up is in nobody's use any more."""
     marks, size = _memory_of(slots, num_experts)
     found = staging.get(stream)
-    if found is not None and found.marks.numel() >= marks and found.memory.numel() >= size:
+    if found is not None and found.sizes[0] >= marks and found.sizes[1] >= size:
         staging.move_to_end(stream)
         return found
     if found is not None:
@@ -80,26 +82,30 @@ def _memory(staging: OrderedDict[int, _Staging], device: int, stream: int, slots
 def plan(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Order, inverse and offsets on the device of the ids, which are contiguous and not empty."""
     device, slots = topk_ids.get_device(), topk_ids.numel()
-    with on_device(device):  # whose stream is asked
-        capturing = _is_capturing()
-    if capturing:
-        raise RuntimeError(
-            "planner: got 'host' while a CUDA graph is being captured, where nothing can wait for the device; "
-            "expected 'device', or a plan made before the capture"
-        )
-    if _must_not_wait():  # torch says so, where it is to be said
-        torch.cuda.current_stream(device).synchronize()
-    owner = _devices.get(device) or _devices.setdefault(device, _Device())
-    with owner.lock, on_device(device):
-        stream = torch._C._cuda_getCurrentRawStream(device)  # type: ignore[attr-defined]
-        staging = _memory(owner.staging, device, stream, slots, num_experts)
-        begun = _core.CudaPlan(
-            *_kernels(device), device, stream, staging.marks.data_ptr(), staging.next_epoch(),
-            staging.memory.data_ptr(), topk_ids.data_ptr(), kernels.ID_TYPE[topk_ids.dtype], slots, num_experts,
-            torch.get_num_threads(),
-        )  # fmt: skip
-        # While the ids are on their way and threads wake:
-        order = torch.empty(slots, dtype=torch.int32, device=topk_ids.device)
+    made: list[Tensor] = []
+
+    def allocate() -> tuple[int, int, int]:
+        order = topk_ids.new_empty(slots, dtype=torch.int32)
         inverse, offsets = order.new_empty(slots), order.new_empty(num_experts + 1)
-        begun.finish(order.data_ptr(), inverse.data_ptr(), offsets.data_ptr())
+        made.extend((order, inverse, offsets))
+        return order.data_ptr(), inverse.data_ptr(), offsets.data_ptr()
+
+    with on_device(device):  # whose stream is asked
+        if _is_capturing():
+            raise RuntimeError(
+                "planner: got 'host' while a CUDA graph is being captured, where nothing can wait for the device; "
+                "expected 'device', or a plan made before the capture"
+            )
+        if _must_not_wait():  # torch says so, where it is to be said
+            torch.cuda.current_stream(device).synchronize()
+        owner = _devices.get(device) or _devices.setdefault(device, _Device())
+        with owner.lock:
+            stream = torch._C._cuda_getCurrentRawStream(device)  # type: ignore[attr-defined]
+            staging = _memory(owner.staging, device, stream, slots, num_experts)
+            _core.cuda_plan(
+                *_kernels(device), device, stream, staging.marks_at, staging.next_epoch(), staging.memory_at,
+                topk_ids.data_ptr(), kernels.ID_TYPE[topk_ids.dtype], slots, num_experts, torch.get_num_threads(),
+                allocate,
+            )  # fmt: skip
+    order, inverse, offsets = made
     return order, inverse, offsets
