@@ -29,9 +29,9 @@ def of_forward(problem: Problem, dense: Dense) -> list[Item]:
     def tables() -> kernels.Tables:
         return kernels.Tables(offsets, s.slots)
 
-    def up(t: kernels.Tables, save: bool, few: bool) -> None:
+    def up(t: kernels.Tables, save: bool, few: bool, one_tile: bool = False) -> None:
         kept = pre if save else None
-        kernels.up(p.x, order, p.w_gate_up, None, activated, kept, t, s.top_k, "swiglu", False, False, few)
+        kernels.up(p.x, order, p.w_gate_up, None, activated, kept, t, s.top_k, "swiglu", False, False, few, one_tile)
 
     def down(t: kernels.Tables, stages: int, store_rows: int) -> None:
         kernels.grouped_mm(activated, p.w_down, None, rows, t, False, stages, store_rows)
@@ -46,8 +46,10 @@ def of_forward(problem: Problem, dense: Dense) -> list[Item]:
         item("up, training", "up", partial(up, save=True, few=False)),
         item("up, inference", "up", partial(up, save=False, few=False)),
         item("up, few rows", "up", partial(up, save=False, few=True)),
+        item("up, training, one tile", "up", partial(up, save=True, few=True, one_tile=True)),
         item("down, 3 stages", "down", partial(down, stages=3, store_rows=256)),
         item("down, 4 stages", "down", partial(down, stages=4, store_rows=128)),
+        item("down, one tile", "down", lambda t: kernels.grouped_few(activated, p.w_down, None, rows, t, False)),
         Item("combine", lambda: kernels.combine(rows, p.scores, inverse, offsets, out, s.top_k), beside),
     ]
 
@@ -87,11 +89,12 @@ def of_backward(problem: Problem, dense: Dense, parts: bool = True) -> list[Item
     grad_rows, dx = normal(s.slots, s.hidden), torch.empty_like(p.x)
     dw_gate_up, dw_down = torch.empty_like(p.w_gate_up), torch.empty_like(p.w_down)
 
-    def run_dh(t: kernels.Tables) -> None:
-        backward_kernels.dh(p.dout, p.w_down, pre, rows, t, "swiglu", False, False, dh, scaled, partials)
+    def run_dh(t: kernels.Tables, one_tile: bool) -> None:
+        backward_kernels.dh(p.dout, p.w_down, pre, rows, t, "swiglu", False, False, dh, scaled, partials, one_tile)
 
-    def run_dgrad(t: kernels.Tables) -> None:
-        kernels.grouped_mm(dh, p.w_gate_up, None, grad_rows, t, True, chosen.stages, chosen.store_rows)
+    def run_dgrad(t: kernels.Tables, one_tile: bool) -> None:
+        form = replace(chosen, one_tile=one_tile)
+        kernels.grouped_product(dh, p.w_gate_up, None, grad_rows, t, True, form)
 
     def run_dw_down(t: kernels.Tables, stages: int) -> None:
         backward_kernels.wgrad(p.dout, scaled, rows.token, offsets, t, dw_down, False, stages=stages)
@@ -105,8 +108,8 @@ def of_backward(problem: Problem, dense: Dense, parts: bool = True) -> list[Item
         )
 
     return [
-        item("dh", "dh", run_dh),
-        item("dgrad", "dgrad", run_dgrad),
+        *(item(f"dh{form}", "dh", partial(run_dh, one_tile=bool(form))) for form in ("", ", one tile")),
+        *(item(f"dgrad{form}", "dgrad", partial(run_dgrad, one_tile=bool(form))) for form in ("", ", one tile")),
         *(item(f"dw_down, {n} stages", "dw_down", partial(run_dw_down, stages=n)) for n in (3, 4)),
         *(item(f"dw_gate_up, {n} stages", "dw_gate_up", partial(run_dw_gate_up, stages=n)) for n in (3, 4)),
         Item(

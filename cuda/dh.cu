@@ -6,9 +6,9 @@
 //   A'_r  = s_r A_r                              stored, [S, I]: the operand of the down projection's weight gradient
 //
 // Macros: ELEMENT, ACTIVATION (activation.cuh), INTERLEAVED (gate and up features alternate), TRANSPOSED (W_down is
-// [E, I, H] instead of [E, H, I]).
+// [E, I, H] instead of [E, H, I]), BLOCK_ROWS (136, or 144 where that spares most experts a second tile).
 //
-// A cluster of two blocks computes 256 features x up to 272 rows; the blocks split the rows and share the weights: each
+// A cluster of two blocks computes 256 features x up to 272 rows, or 288; the blocks split the rows and share the weights: each
 // loads half of them and multicasts, each gathers its own rows. Splitting the features instead would make either block
 // gather all rows.
 //
@@ -18,8 +18,8 @@
 // Roles (512 threads)                                                                                registers
 //   warp 0         one thread: TMA of W_down and, in block 0, the tickets                               56
 //   warps 1-3      gather: 96 threads copy rows of dO with cp.async and do nothing else                 56
-//   warps 4-11     two consumer warpgroups, 128 features each: wgmma 2 x m64nNk16, hand-off             168
-//   warps 12-15    epilogue                                                                             120
+//   warps 4-11     two consumer warpgroups, 128 features each: wgmma 2 x m64nNk16, hand-off             168, or 176
+//   warps 12-15    epilogue                                                                             120, or 104
 //
 // Barriers         arrivals                            who releases it
 //   full[stage]    97: TMA's bytes, 96 gatherers       TMA; each gathering thread's copies
@@ -33,7 +33,9 @@
 #include "tickets.cuh"
 
 constexpr u32 BOX = 64 * 128;  // bytes of 64 weight rows or features, 64 wide: one swizzle atom
-constexpr int ROWS = 136;      // of a block
+constexpr int ROWS = BLOCK_ROWS;
+constexpr bool TIGHT = ROWS > 136;  // no room for a second slot of pre: it lies where the hand-off has been read
+constexpr int CONSUMER_REGISTERS = TIGHT ? 176 : 168, EPILOGUE_REGISTERS = 456 - 2 * CONSUMER_REGISTERS;
 constexpr int GATHER_THREADS = 96;
 
 struct Shape {
@@ -45,12 +47,13 @@ struct Shape {
   static constexpr bool A_MN_MAJOR = !TRANSPOSED, B_MN_MAJOR = false, GATHERED = true;
 };
 
-constexpr u32 TILE_BYTES = ROWS * 128;            // a tile of the hand-off: [136 rows][64 features], swizzled; four of them
+constexpr u32 TILE_BYTES = ROWS * 128;            // a tile of the hand-off: [rows][64 features], swizzled; four of them
 constexpr u32 SLOTS = 2, SLOT_BYTES = 128 * 32;   // pre on its way to the epilogue: 32 bytes a thread and slot
-constexpr u32 HAND_OFF = Shape::STAGES * Shape::STAGE_BYTES, PRE = HAND_OFF + 4 * TILE_BYTES, FULL = PRE + SLOTS * SLOT_BYTES;
+constexpr u32 HAND_OFF = Shape::STAGES * Shape::STAGE_BYTES, PRE = HAND_OFF + 4 * TILE_BYTES;
+constexpr u32 FULL = PRE + (TIGHT ? 1 : SLOTS) * SLOT_BYTES;
 constexpr u32 EMPTY = FULL + Shape::STAGES * 8, HANDED = EMPTY + Shape::STAGES * 8, TAKEN = HANDED + 8;
 constexpr u32 RING_AT = (TAKEN + 8 + 15) / 16 * 16;
-static_assert(RING_AT + RING_BYTES + 1024 <= SHARED_BYTES, "the launch reserves SHARED_BYTES");
+static_assert(RING_AT + RING_BYTES + (TIGHT ? 0 : 1024) <= SHARED_BYTES, "the launch reserves SHARED_BYTES");
 
 struct Params {
   const int4* table;       // tickets.cuh
@@ -78,15 +81,14 @@ DEVICE Share share_of(const Tile& tile, u32 rank) {
   return {tile.expert, tile.row + before, min(max(tile.rows - before, 0), half), half, tile.column * 256, tile.column};
 }
 
-// One gathering thread: chunk `chunk` (8 of the 64 k) of the rows first + 12 i, i = 0..11 (i = 11 for first < 4 only, which
-// is warp 1). Rows step by 12 = 4 mod 8, so odd i have bit 6 of the swizzled address flipped: see wgrad.cu. Rows past the
+// One gathering thread: chunk `chunk` (8 of the 64 k) of the rows first + 12 i, i = 0..11 (i = 11 as far as the width goes: whole
+// warps). Rows step by 12 = 4 mod 8, so odd i have bit 6 of the swizzled address flipped: see wgrad.cu. Rows past the
 // share repeat its first row: their columns of the product are computed and never stored, so they need no zeros.
 //
 // The copies leave back to back in groups of three, 36 rows: as many groups as hold the share's width.
 DEVICE void gather_rows(const Params& p, Pipeline pipe, TileReader tiles, u32 rank, int thread) {
   constexpr int STEPS = 12, STRIDE = 12, GROUP = 3;
   const int chunk = thread & 7, first = thread >> 3;
-  const bool twelfth = first < 4;
   const u32 inside = Shape::B_OFFSET + swizzled(first, chunk);
   const int whole_blocks = p.hidden / 64, k_blocks = (p.hidden + 63) / 64;
   Tile tile;
@@ -110,7 +112,7 @@ DEVICE void gather_rows(const Params& p, Pipeline pipe, TileReader tiles, u32 ra
                       row[i], row[i + 1], row[i + 2]);
         if (share.width > 9 * STRIDE) {
           copy_rows(odd + 13824, even + 15360, row[9], row[10]);
-          if (twelfth) copy_16(odd + 16896, row[11]);
+          if (first + 11 * STRIDE < share.width) copy_16(odd + 16896, row[11]);
         }
 #pragma unroll
         for (int i = 0; i < STEPS; i++) row[i] += 128;
@@ -132,7 +134,8 @@ DEVICE void gather_rows(const Params& p, Pipeline pipe, TileReader tiles, u32 ra
 // of a step: 16 bytes of dA, 32 of pre, 32 of dH, 16 of A'.
 //
 // pre comes through a ring of cp.async private to the thread, two items ahead: loads into registers would all wait on
-// one scoreboard and not overlap. A slot is refilled after its values have been consumed.
+// one scoreboard and not overlap. A slot is refilled after its values have been consumed. Where shared memory has room for
+// one slot only, the odd items' is the places of the thread's first two items of dA, which it reads before.
 struct Epilogue {
   const Params& p;
   const u32 hand_off, slots, warp, lane;
@@ -149,15 +152,19 @@ struct Epilogue {
     const u8* pre = p.pre + origin;
     u8* dh = p.dh + origin;
     u8* scaled = p.scaled + ((u64)(share.row + local) * inter + feature) * 2;
-    const u32 own = slots + threadIdx.x % 128 * 16;
+    const u32 own = slots + threadIdx.x % 128 * 16, cell = hand_off + swizzled(local, lane & 7);
+    // Where the first and the second 16 bytes of pre go, of an even and of an odd item.
+    auto slot = [&](int tile, int half) {
+      if (TIGHT && tile % 2) return cell + half * TILE_BYTES;
+      return own + tile % SLOTS * SLOT_BYTES + half * (SLOT_BYTES / 2);
+    };
 
     auto exists = [&](int tile, int step) { return step * STEP_ROWS + local < share.rows && feature + tile * 64 < inter; };
     auto fetch = [&](int tile, int step) {
       if (exists(tile, step)) {
         const u8* from = pre + (u64)(u32)(step * STEP_ROWS) * pre_pitch + tile * PRE_TILE;
-        const u32 to = own + tile % SLOTS * SLOT_BYTES;
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-        if (GATED) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + SLOT_BYTES / 2), "l"(from + second) : "memory");
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(slot(tile, 0)), "l"(from) : "memory");
+        if (GATED) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(slot(tile, 1)), "l"(from + second) : "memory");
       }
       copy_commit();  // empty groups too: copy_wait counts groups
     };
@@ -167,9 +174,14 @@ struct Epilogue {
     };
 
     float next_score = score_of(0);
-#pragma unroll
-    for (int tile = 0; tile < (int)SLOTS; tile++) fetch(tile, 0);
+    fetch(0, 0);
+    if (!TIGHT) fetch(1, 0);
     barrier_wait(handed, parity);
+    uint4 early[2];  // TIGHT: dA of the first two items
+    if (TIGHT) {
+      early[0] = load_shared(cell), early[1] = load_shared(cell + TILE_BYTES);
+      fetch(1, 0);
+    }
     const int steps = (share.rows + STEP_ROWS - 1) / STEP_ROWS;
 #pragma unroll 1
     for (int step = 0; step < steps; step++) {
@@ -180,9 +192,13 @@ struct Epilogue {
         if (tile == TILES - 1) next_score = score_of(step + 1);
         copy_wait<SLOTS - 1>();
         if (exists(tile, step)) {
-          const u32 from = own + tile % SLOTS * SLOT_BYTES, row = step * STEP_ROWS + local;
-          const uint4 da4 = load_shared(hand_off + tile * TILE_BYTES + swizzled(row, lane & 7));
-          const uint4 x4 = load_shared(from), y4 = GATED ? load_shared(from + SLOT_BYTES / 2) : x4;
+          const u32 row = step * STEP_ROWS + local;
+          uint4 da4;
+          if (TIGHT && tile < 2 && step == 0)
+            da4 = early[tile];
+          else
+            da4 = load_shared(hand_off + tile * TILE_BYTES + swizzled(row, lane & 7));
+          const uint4 x4 = load_shared(slot(tile, 0)), y4 = GATED ? load_shared(slot(tile, 1)) : x4;
           const u32 da[4] = {da4.x, da4.y, da4.z, da4.w};
           const u32 x[8] = {x4.x, x4.y, x4.z, x4.w, y4.x, y4.y, y4.z, y4.w};
           u32 out[8], a[4];
@@ -320,7 +336,7 @@ DEVICE void finish(const Params& p, TileReader tiles, u32 rank, u32 hand_off, u3
 
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(512, 1)
     dh(const __grid_constant__ TensorMap weights, const __grid_constant__ Params p) {
-  extern __shared__ u8 shared[];
+  extern __shared__ __align__(1024) u8 shared[];
   const u32 base = align_1024(shared_address(shared)), rank = cluster_rank(), warpgroup = warpgroup_index();
   const Pipeline pipe{base + FULL, base + EMPTY, base, 0, 0};
   const TileReader tiles{base + RING_AT, 0};
@@ -342,10 +358,10 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(512, 1)
     else if (threadIdx.x >= 32)
       gather_rows(p, pipe, tiles, rank, threadIdx.x - 32);
   } else if (warpgroup == 3) {
-    give_registers<120>();
+    give_registers<EPILOGUE_REGISTERS>();
     finish(p, tiles, rank, base + HAND_OFF, base + PRE, base + HANDED, base + TAKEN);
   } else {
-    take_registers<168>();
+    take_registers<CONSUMER_REGISTERS>();
     consume(p, pipe, tiles, rank, warpgroup - 1, base + HAND_OFF, base + HANDED, base + TAKEN);
   }
   __syncwarp();

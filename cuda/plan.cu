@@ -164,20 +164,20 @@ extern "C" __global__ void __launch_bounds__(THREADS) plan_scatter(const __grid_
 }
 
 // The tables of one verb: row tiles (tickets.cuh), experts by rows (most first, then by number), and the ticket counters
-// set to zero. Block 0 writes the table of tiles of up to 256 rows and all else, block 1 that of tiles of up to 272.
+// set to zero. Block b < 3 writes the table of tiles of up to 256 + 16 b rows, block 3, if there is one, the experts' order.
 struct TilesParams {
   const int* offsets;    // [E + 1]
-  int4* table[2];        // [1 + row tiles]
+  int4* table[3];        // [1 + row tiles]
   int* expert_order;     // [E], or null
   int* counters;
   int experts, counter_count;
 };
-static_assert(sizeof(TilesParams) == 48, "filled by the launcher");
+static_assert(sizeof(TilesParams) == 56, "filled by the launcher");
 
 constexpr int BAND = 8, GRANULE = 16;
 // 256 is what one wgmma can take. A block of up.cu and dh.cu has half of a tile's rows and so takes somewhat more: where an
 // expert has 256 rows on average, as powers of two make it, half of the experts have some more and need no second tile.
-constexpr int LOW_TILE = 256, TALL_TILE = 272;
+constexpr int TABLES = 3;
 
 // Rows of a tile: as few tiles as possible, all of one size in multiples of 16 (256 + 14 rows would cost two full tiles).
 DEVICE int even_split(int rows, int most) {
@@ -188,25 +188,29 @@ DEVICE int even_split(int rows, int most) {
 extern "C" __global__ void __launch_bounds__(THREADS) tiles(const __grid_constant__ TilesParams p) {
   __shared__ int rows_of[THREADS], first_tile[THREADS], partial[WARPS];
   const int e = threadIdx.x;
-  const bool tall = blockIdx.x == 1;
-  const int most = tall ? TALL_TILE : LOW_TILE;
-  int4* const table = p.table[tall];
   const int first = e < p.experts ? __ldg(p.offsets + e) : 0;
   const int rows = e < p.experts ? __ldg(p.offsets + e + 1) - first : 0;
-  if (!tall)
+  rows_of[e] = rows;
+  if (blockIdx.x == TABLES) {
+    __syncthreads();
+    if (e >= p.experts) return;
+    int rank = 0;
+#pragma unroll 8
+    for (int other = 0; other < p.experts; other++) rank += rows_of[other] > rows || (rows_of[other] == rows && other < e);
+    p.expert_order[rank] = e;
+    return;
+  }
+  if (blockIdx.x == 0)
     for (int i = e; i < p.counter_count; i += THREADS) p.counters[i] = 0;
 
+  const int most = 256 + 16 * (int)blockIdx.x;
+  int4* const table = p.table[blockIdx.x];
   const int size = even_split(rows, most), count = (rows + size - 1) / size;
   const int before = scan_block(count, partial);
-  rows_of[e] = rows, first_tile[e] = before;
+  first_tile[e] = before;
   if (e == THREADS - 1) table[0] = make_int4(before + count, 0, 0, 0);
   __syncthreads();
 
-  if (!tall && p.expert_order && e < p.experts) {
-    int rank = 0;
-    for (int other = 0; other < p.experts; other++) rank += rows_of[other] > rows || (rows_of[other] == rows && other < e);
-    p.expert_order[rank] = e;
-  }
   // A warp writes the tiles of an expert, so that one expert taking all rows is not one thread's work.
   const int lane = e & 31;
   for (int expert = e >> 5; expert < p.experts; expert += WARPS) {

@@ -19,6 +19,7 @@
 #include "up.cuh"
 
 typedef UpShape<3> Shape;
+constexpr int CONSUMER_REGISTERS = TOKENS > 136 ? 176 : 168, EPILOGUE_REGISTERS = 456 - 2 * CONSUMER_REGISTERS;
 constexpr u32 TILE_BYTES = TOKENS * 128;  // one block of the hand-off
 constexpr u32 HAND_OFF = Shape::STAGES * STAGE_BYTES, BARRIERS = HAND_OFF + 4 * TILE_BYTES;
 constexpr u32 FULL = BARRIERS, EMPTY = FULL + Shape::STAGES * 8, HANDED = EMPTY + Shape::STAGES * 8, TAKEN = HANDED + 8;
@@ -146,10 +147,10 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(512, 1)
     gather_rows<Shape, true>(p, &weights, pipe, tiles, rank);
     __syncwarp();
   } else if (warpgroup == 3) {
-    give_registers<120>();
+    give_registers<EPILOGUE_REGISTERS>();
     finish(p, &pre, tiles, rank, base + RING_AT, base + HAND_OFF, base + HANDED, base + TAKEN);
   } else {
-    take_registers<168>();
+    take_registers<CONSUMER_REGISTERS>();
     consume(p, pipe, tiles, rank, warpgroup - 1, base + HAND_OFF, base + HANDED, base + TAKEN);
     __syncwarp();
   }

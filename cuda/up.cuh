@@ -1,7 +1,7 @@
 // What both forms of the up projection share: the tile of the weights, the gather of token rows, the parameters.
 //
-// A cluster of two blocks computes 256 weight rows x up to 272 tokens of one expert, split along the *tokens*: each block
-// multiplies all 256 weight rows with its own at most 136 tokens, loads half of the weights and multicasts it, and gathers
+// A cluster of two blocks computes 256 weight rows x up to 272 tokens of one expert, or 288, split along the *tokens*: each
+// block multiplies all 256 weight rows with its own at most 136 tokens, or 144, loads half of the weights and multicasts it, and gathers
 // its own token rows with cp.async (the copy engine cannot gather rows on Hopper).
 //
 // Weight rows of a tile, as four blocks of 64 (8192 bytes each); consumer warpgroup w multiplies blocks 2w and 2w + 1:
@@ -11,7 +11,7 @@
 //   plain                256 consecutive rows of 256 features
 //
 // Macros: ELEMENT, ACTIVATION (activation.cuh), TRANSPOSED (weights [E, H, rows]), INTERLEAVED, BIAS, SAVE (the
-// pre-activation is stored).
+// pre-activation is stored), BLOCK_TOKENS (136, or 144 where that spares most experts a second tile).
 #pragma once
 #include "activation.cuh"
 #include "mainloop.cuh"
@@ -19,7 +19,7 @@
 
 constexpr bool HALVES = GATED && !INTERLEAVED;
 constexpr int FEATURES = GATED ? 128 : 256;  // of the activation, in a tile
-constexpr int TOKENS = 136;                  // of a block
+constexpr int TOKENS = BLOCK_TOKENS;         // of a block
 constexpr u32 WEIGHT_BYTES = 256 * 128;
 constexpr u32 STAGE_BYTES = WEIGHT_BYTES + TOKENS * 128;
 constexpr u32 BLOCK_BYTES = 8192;
@@ -34,8 +34,9 @@ struct Params {
   const u16* bias;         // [E, weight rows], or null
   int columns;             // feature tiles: ceil(I / FEATURES)
   int hidden, inter, top_k;
+  u8* pre;                 // [S, weight rows], or null
 };
-static_assert(sizeof(Params) == 64, "filled by the launcher");
+static_assert(sizeof(Params) == 72, "filled by the launcher");
 
 template <int Stages> struct UpShape {
   typedef ELEMENT Element;

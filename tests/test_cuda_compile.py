@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 import subprocess
@@ -58,7 +59,7 @@ def multiplying_loops(lines: list[str]) -> list[list[str]]:
 # A gather's copy of 16 bytes: its source's register. One that may fill with zeros has a predicate behind the address.
 WHOLE_COPY = re.compile(r"LDGSTS\.E\.BYPASS\.LTC256B\.128 .*\[(R\d+)\.64(?:\+0x\w+)?\] ;")
 
-HEAVY_FILES = ("up.cu", "up_few.cu", "grouped_mm.cu", "dh.cu", "wgrad.cu")
+HEAVY_FILES = ("up.cu", "up_few.cu", "grouped_mm.cu", "grouped_few.cu", "dh.cu", "wgrad.cu")
 HEAVY = [s for s in variants.layer(torch.bfloat16, "swiglu") if s.file in HEAVY_FILES]
 
 
@@ -225,8 +226,9 @@ def test_a_verbs_variants_are_listed() -> None:
     from moekern.backends.cuda.configuration import Configuration
 
     seen: list[KernelSource] = []
-    for activation, save, few in (("swiglu", True, False), ("swiglu", False, True), ("relu2", True, False)):
-        chosen = Configuration("hopper", few, *variants.DOWN_FORMS[few])
+    forms = itertools.product(("swiglu", "relu2"), (False, True), ((False, False), (True, False), (True, True)))
+    for activation, save, (few, one_tile) in forms:
+        chosen = Configuration("hopper", few, one_tile, *variants.DOWN_FORMS[few])
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(kernels, "multiprocessors", lambda device: 132)
             patch.setattr(forward, "record", lambda device, verb, meanwhile: seen.extend(program.sources_of(verb)))
@@ -251,17 +253,18 @@ def test_the_backward_passs_variants_are_listed() -> None:
         patch.setattr(kernels, "multiprocessors", lambda device: 132)
         patch.setattr(backward_kernels, "multiprocessors", lambda device: 132)
         patch.setattr(backward, "record_parts", note)
-        for tokens, activation in ((32768, "swiglu"), (16, "relu2")):
+        for tokens, activation, one_tile in ((32768, "swiglu", True), (32768, "swiglu", False), (16, "relu2", False)):
+            chosen = Configuration("hopper", one_tile=one_tile)
             sizes = backward._Sizes(
                 0, torch.bfloat16, tokens, 2048, 768, 64, 8, activation, False, False, True, True, (True,) * 6,
-                Configuration("hopper"),
+                chosen,
             )  # fmt: skip
             before = len(seen)
             programs, _ = backward._programs.__wrapped__(sizes)
             assert len(programs) == (3 if tokens == 32768 else 1)
             named = backward.sources(
                 0, torch.bfloat16, tokens, 2048, 768, 64, 8, activation, False, False, True, True, True,
-                Configuration("hopper"),
+                chosen,
             )  # fmt: skip
             assert set(named) == set(seen[before:])
     assert {"combine_beside.cu", "combine.cu", "dh.cu", "wgrad.cu", "rows.cu"} <= {s.file for s in seen}

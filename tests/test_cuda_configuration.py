@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -36,6 +38,10 @@ def test_few_rows_an_expert(dtype: torch.dtype) -> None:
     few, many = (choose(dtype, HOPPER, slots, 8, 2048, 768) for slots in (8 * 599, 8 * 600))
     assert few == Configuration("hopper", few_rows=True, stages=4, store_rows=128, wgrad_stages=4)
     assert many == Configuration("hopper")
+    for rows, one_tile in ((191, False), (192, True), (288, True), (289, False)):
+        chosen = choose(dtype, HOPPER, 8 * rows, 8, 2048, 768)
+        assert chosen == replace(few, one_tile=one_tile)
+        assert ("288" in str(chosen)) is one_tile
     assert "4 stages" in str(few)
     assert "3 stages" in str(many)
 

@@ -68,7 +68,7 @@ def test_combine(dtype: torch.dtype, hidden: int, top_k: int) -> None:
 
 @pytest.mark.parametrize(("inner", "features"), [(512, 512), (456, 1936), (64, 128), (1408, 456), (8, 8)])
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize(("stages", "store_rows"), [(3, 256), (4, 128)])
+@pytest.mark.parametrize(("stages", "store_rows"), [(3, 256), (4, 128), (0, 0)], ids=["3-256", "4-128", "one-tile"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_grouped_mm_on_ragged_rows(
     dtype: torch.dtype, stages: int, store_rows: int, transposed: bool, inner: int, features: int
@@ -85,7 +85,11 @@ def test_grouped_mm_on_ragged_rows(
         results = []
         for _ in range(2):
             whole, out = guarded(rows, features, dtype=dtype)
-            kernels.grouped_mm(a, w, b, out, kernels.Tables(offsets, rows), transposed, stages, store_rows)
+            tables = kernels.Tables(offsets, rows)
+            if stages:
+                kernels.grouped_mm(a, w, b, out, tables, transposed, stages, store_rows)
+            else:
+                kernels.grouped_few(a, w, b, out, tables, transposed)
             assert_guards(whole)
             results.append(out)
         wanted = plain if b is None else plain + reference._bias_rows(b.float(), offsets, rows)
@@ -126,12 +130,14 @@ def test_up_on_ragged_rows(
     if b is not None:
         wanted = wanted + reference._bias_rows(b.float(), offsets, rows)
     results = []
-    for save in (True, False, True):
+    # Where it has a form of its own, gate and up in halves, "one tile" is of the next test.
+    for save, one_tile in ((True, False), (False, False), (True, not act.gated or interleaved)):
         whole_a, activated = guarded(rows, inter, dtype=dtype)
         whole_p, pre = guarded(rows, columns, dtype=dtype)
         tables = kernels.Tables(offsets, rows)
         kernels.up(
-            x, order, w, b, activated, pre if save else None, tables, 1, activation, transposed, interleaved, False
+            x, order, w, b, activated, pre if save else None, tables, 1, activation, transposed, interleaved, False,
+            one_tile,
         )  # fmt: skip
         assert_guards(whole_a, whole_p)
         results.append(activated)
@@ -165,14 +171,20 @@ def test_up_for_few_rows(
     if b is not None:
         pre = pre + reference._bias_rows(b.float(), offsets, rows)
     results = []
-    for _ in range(2):
+    for save in (False, True, False, True):
         whole, activated = guarded(rows, inter, dtype=dtype)
-        tables = kernels.Tables(offsets, rows)
-        kernels.up(x, order, w, b, activated, None, tables, 1, activation, transposed, False, True)
-        assert_guards(whole)
-        results.append(activated)
-    assert_rows_close(results[0], act.forward(*split(pre, act, False)), offsets, ROUNDING[dtype])
-    assert torch.equal(*results)
+        whole_p, saved = guarded(rows, 2 * inter, dtype=dtype)
+        tables, kept = kernels.Tables(offsets, rows), saved if save else None
+        kernels.up(x, order, w, b, activated, kept, tables, 1, activation, transposed, False, True, save)
+        assert_guards(whole, whole_p)
+        results.append((activated, saved))
+        if save:
+            assert_rows_close(saved, pre, offsets, ROUNDING[dtype])
+        else:
+            assert saved.isnan().all()
+    assert_rows_close(results[0][0], act.forward(*split(pre, act, False)), offsets, ROUNDING[dtype])
+    assert all(torch.equal(activated, results[0][0]) for activated, _ in results)
+    assert torch.equal(results[1][1], results[3][1])
 
 
 def test_plan_of_a_slice_of_sorted_experts() -> None:
@@ -202,7 +214,7 @@ def test_tables_hold_every_row_once(mean: int, experts: int) -> None:
     kernels.Tables(offsets.cuda(), total, memory)
     words = memory.view(torch.int32).cpu()
     entries = kernels.Tables._entries(total, experts)
-    for i, most in enumerate((256, 272)):
+    for i, most in enumerate((256, 272, 288)):
         table = words[4 * entries * i :][: 4 * entries].view(-1, 4).tolist()
         expected = []
         sizes = {e: _even(int(r), most) for e, r in enumerate(rows)}
@@ -214,9 +226,9 @@ def test_tables_hold_every_row_once(mean: int, experts: int) -> None:
                 expected.append([e, first + tile * size, height, tile % 8 | band << 16])
         assert table[0] == [len(expected), 0, 0, 0]
         assert table[1 : 1 + len(expected)] == expected
-    by_rows = words[8 * entries :][:experts].tolist()
+    by_rows = words[12 * entries :][:experts].tolist()
     assert by_rows == sorted(range(experts), key=lambda e: (-int(rows[e]), e))
-    assert words[8 * entries + experts :].tolist() == [0] * kernels.COUNTERS
+    assert words[12 * entries + experts :].tolist() == [0] * kernels.COUNTERS
 
 
 def layer(tokens: int, hidden: int, inter: int, experts: int, top_k: int) -> tuple[Tensor, ...]:

@@ -277,5 +277,5 @@ def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor, kind: str) -> Tensor:
     if out.numel() and a.shape[1]:
         with torch.cuda.device(a.device):
             tables = kernels.Tables(offsets, a.shape[0])
-            kernels.grouped_mm(a, b, None, out, tables, kind == "nn", chosen.stages, chosen.store_rows)
+            kernels.grouped_product(a, b, None, out, tables, kind == "nn", chosen)
     return out

@@ -117,6 +117,7 @@ class _Launches:
         self.score = self._buffer("score", (self.slots,), torch.float32)
         self.grad_pre = self._buffer("grad_pre", (self.slots, z.columns))
         self.grad_rows = self._buffer("in_turn", (self.slots, z.hidden))
+        self.partials = self._buffer("partials", (self.slots, -(-z.inter // own.DH_FEATURES)), torch.float32)
 
     def _place(self, place: int, shape: tuple[int, ...], dtype: torch.dtype | None = None, offset: int = 0) -> Any:
         return Placeholder(place, shape, dtype or self.z.dtype, self.z.device, offset)
@@ -125,7 +126,7 @@ class _Launches:
         return self._place(WORK, shape, dtype, self.work.offset[name])
 
     def first(self) -> None:
-        """Everything up to the rows of dx, and their sum unless that runs beside."""
+        """Everything up to the rows of dx, and their sum and dS unless these run beside."""
         z, wanted = self.z, self.z.wanted
         order = self._place(ORDER, (self.slots,), torch.int32)
         scores = self._place(SCORES, (z.tokens, z.top_k), torch.float32) if z.has_scores else None
@@ -133,15 +134,13 @@ class _Launches:
         self.tables = kernels.Tables(self.offsets, self.slots, self._buffer("table", (table_bytes,), torch.uint8))
         rows = own.Rows(self.dout, order, scores, z.top_k, self.token, self.score)
         scaled = self._buffer("in_turn", (self.slots, z.inter)) if wanted[3] else None
-        columns = -(-z.inter // own.DH_FEATURES)
-        partials = self._buffer("partials", (self.slots, columns), torch.float32) if wanted[1] else None
+        partials = self.partials if wanted[1] else None
         own.dh(
             self.dout, self.w_down, self._place(PRE, (self.slots, z.columns)), rows, self.tables, z.activation,
-            z.transposed, z.interleaved, self.grad_pre, scaled, partials,
+            z.transposed, z.interleaved, self.grad_pre, scaled, partials, z.chosen.one_tile,
         )  # fmt: skip
-        if partials is not None:
-            bias = self._place(B_DOWN, (z.experts, z.hidden)) if z.has_down_bias else None
-            own.score_gradient(partials, self.inverse, self.offsets, self.dout, bias, z.top_k, self.grads[1])
+        if not self.beside:
+            self._score_gradient()
         if scaled is not None:
             own.wgrad(
                 self.dout, scaled, self.token, self.offsets, self.tables, self.grads[3], z.transposed,
@@ -150,12 +149,17 @@ class _Launches:
         if wanted[5]:
             own.bias_gradient(self.dout, self.token, self.score, self.offsets, self.grads[5])
         if wanted[0]:
-            kernels.grouped_mm(
-                self.grad_pre, self.w_up, None, self.grad_rows, self.tables, not z.transposed,
-                z.chosen.stages, z.chosen.store_rows,
-            )  # fmt: skip
+            kernels.grouped_product(
+                self.grad_pre, self.w_up, None, self.grad_rows, self.tables, not z.transposed, z.chosen
+            )
             if not self.beside:
                 kernels.combine(self.grad_rows, None, self.inverse, self.offsets, self.grads[0], z.top_k)
+
+    def _score_gradient(self) -> None:
+        z = self.z
+        if z.wanted[1]:
+            bias = self._place(B_DOWN, (z.experts, z.hidden)) if z.has_down_bias else None
+            own.score_gradient(self.partials, self.inverse, self.offsets, self.dout, bias, z.top_k, self.grads[1])
 
     def up_projection(self) -> None:
         """The gradients of the up projection's weights and bias."""
@@ -179,8 +183,9 @@ class _Launches:
         return [self.first, self.up_projection, self.combine] if self.beside else [self.all]
 
     def combine(self) -> None:
-        """The sum of the rows of dx, in the registers that the weight gradient leaves free."""
+        """The sum of the rows of dx, in the registers that the weight gradient leaves free; then dS, as it is short."""
         own.combine_beside(self.grad_rows, self.inverse, self.offsets, self.grads[0], self.z.top_k)
+        self._score_gradient()
 
 
 @lru_cache(maxsize=PROGRAMS)

@@ -14,10 +14,12 @@ from torch import Tensor
 from moekern.activations import ACTIVATIONS
 from moekern.backends import address
 from moekern.backends.cuda.kernels import (
+    BLOCK_ROWS,
     ELEMENT,
     MAP_ELEMENT,
     MOST_ROWS,
     RAGGED,
+    TALL_BLOCK_ROWS,
     Macros,
     Tables,
     _function,
@@ -25,7 +27,7 @@ from moekern.backends.cuda.kernels import (
 )
 from moekern.backends.cuda.program import Map, launch
 
-DH_SHARED = 230912
+DH_SHARED = {136: 230912, 144: 232448}  # by rows of a block
 WGRAD_SHARED = {3: 214528, 4: 230912}  # by stages
 WGRAD_STORE_FEATURES = {3: 256, 4: 128}
 DH_FEATURES = 256  # of a tile, and of one partial sum of dS
@@ -33,12 +35,16 @@ BESIDE_TOP_K = (1, 2, 4, 8)
 BESIDE_FEATURES = 512  # of a block
 
 
-def dh_variant(dtype: torch.dtype, activation: str, transposed: bool, interleaved: bool) -> Macros:
+def dh_variant(
+    dtype: torch.dtype, activation: str, transposed: bool, interleaved: bool, one_tile: bool = False
+) -> Macros:
     """Macros of the pre-activation's gradient."""
     act = ACTIVATIONS[activation]
+    rows = TALL_BLOCK_ROWS if one_tile else BLOCK_ROWS
     return (
-        ("ACTIVATION", act.code), ("ELEMENT", ELEMENT[dtype]), ("INTERLEAVED", int(interleaved and act.gated)),
-        ("SHARED_BYTES", DH_SHARED), ("TRANSPOSED", int(transposed)),
+        ("ACTIVATION", act.code), ("BLOCK_ROWS", rows), ("ELEMENT", ELEMENT[dtype]),
+        ("INTERLEAVED", int(interleaved and act.gated)), ("SHARED_BYTES", DH_SHARED[rows]),
+        ("TRANSPOSED", int(transposed)),
     )  # fmt: skip
 
 
@@ -86,22 +92,24 @@ def dh(
     grad_pre: Tensor,
     scaled: Tensor | None,
     partials: Tensor | None,
+    one_tile: bool = False,
 ) -> None:
     """Fill the gradient of `pre`, A' ``[S, I]`` and the partial sums of dS, ``[S, ceil(I / 256)]``."""
     device, hidden, experts = dout.get_device(), dout.shape[1], w_down.shape[0]
     inter = w_down.shape[1 if transposed else 2]
-    macros = dh_variant(dout.dtype, activation, transposed, interleaved)
+    macros = dh_variant(dout.dtype, activation, transposed, interleaved, one_tile)
+    rows_of_block, shared = (int(dict(macros)[name]) for name in ("BLOCK_ROWS", "SHARED_BYTES"))
     inner, outer = (hidden, inter) if transposed else (inter, hidden)
     weights: Map = (
         MAP_ELEMENT[dout.dtype], w_down.data_ptr(), (inner, outer, experts), (2 * inner, 2 * inner * outer), (64, 64, 1)
     )  # fmt: skip
     params = struct.pack(
-        "<9Q3iI", tables.tall, tables.counter(), dout.data_ptr(), rows.token.data_ptr(), rows.score.data_ptr(),
-        pre.data_ptr(), grad_pre.data_ptr(), address(scaled), address(partials),
+        "<9Q3iI", tables.for_blocks_of(rows_of_block), tables.counter(), dout.data_ptr(), rows.token.data_ptr(),
+        rows.score.data_ptr(), pre.data_ptr(), grad_pre.data_ptr(), address(scaled), address(partials),
         hidden, inter, -(-inter // DH_FEATURES), hidden // 8,
     )  # fmt: skip
-    function = _function(device, "dh.cu", "dh", DH_SHARED, macros)
-    launch(function, device, multiprocessors(device), 512, DH_SHARED, [weights], params)
+    function = _function(device, "dh.cu", "dh", shared, macros)
+    launch(function, device, multiprocessors(device), 512, shared, [weights], params)
 
 
 def _ragged_rows(tensor: Tensor) -> Map:

@@ -80,9 +80,10 @@ def launch_all(
     activated = work.part((slots, inter), x.dtype, round_up(table_bytes))
     rows = work.part((slots, hidden), x.dtype, round_up(table_bytes) + round_up(2 * slots * inter))
     kernels.up(
-        x, order, w_up, b_up, activated, pre, tables, top_k, activation, transposed, interleaved, chosen.few_rows
+        x, order, w_up, b_up, activated, pre, tables, top_k, activation, transposed, interleaved, chosen.few_rows,
+        chosen.one_tile,
     )  # fmt: skip
-    kernels.grouped_mm(activated, w_down, b_down, rows, tables, transposed, chosen.stages, chosen.store_rows)
+    kernels.grouped_product(activated, w_down, b_down, rows, tables, transposed, chosen)
     kernels.combine(rows, scores, inverse, offsets, out, top_k)
 
 

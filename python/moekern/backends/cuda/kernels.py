@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from moekern.activations import ACTIVATIONS
+from moekern.backends import address
 from moekern.backends.cuda import loader
+from moekern.backends.cuda.configuration import Configuration
 from moekern.backends.cuda.program import Map, collected, launch
 
 ELEMENT = {torch.bfloat16: "Bf16", torch.float16: "F16"}
@@ -21,10 +23,11 @@ MAP_ELEMENT = {torch.bfloat16: 9, torch.float16: 6}  # CU_TENSOR_MAP_DATA_TYPE_*
 ID_TYPE = {torch.uint8: 0, torch.uint16: 1, torch.int32: 2, torch.int64: 3}
 RAGGED = 1 << 30  # hopper.cuh
 MOST_ROWS = (1 << 31) - 1
-UP_SHARED, UP_FEW_SHARED = 221696, 230912
-GROUPED_SHARED = {3: 214528, 4: 230912}
+UP_SHARED, UP_FEW_SHARED = {136: 221696, 144: 228864}, 230912  # by rows of a block
+GROUPED_SHARED, GROUPED_FEW_SHARED = {3: 214528, 4: 230912}, 230912
 TILE_ROWS = 256  # of the lower tiles: plan.cu
-UP_TOKENS, UP_FEW_STORE_TOKENS = 136, 112  # of a block; of one store of a consumer warpgroup
+BLOCK_ROWS, TALL_BLOCK_ROWS = 136, 144  # of a kernel whose blocks split the rows of a tile of up to 272, or 288
+UP_FEW_STORE_TOKENS = 96  # of one store of a consumer warpgroup
 COUNTERS = 8
 COMBINE_TOP_K = (1, 2, 4, 8)
 
@@ -39,17 +42,20 @@ Macros = tuple[tuple[str, int | str], ...]
 
 
 def up_variant(
-    dtype: torch.dtype, activation: str, transposed: bool, interleaved: bool, bias: bool, save: bool, few_rows: bool
-) -> tuple[str, Macros]:
-    """File and macros of the up projection; `few_rows` counts where that form exists: halves, nothing saved."""
+    dtype: torch.dtype, activation: str, transposed: bool, interleaved: bool, bias: bool, save: bool, few_rows: bool,
+    one_tile: bool = False,
+) -> tuple[str, Macros]:  # fmt: skip
+    """File and macros of the up projection; `few_rows` and `one_tile` as in Configuration, where their forms exist."""
     act = ACTIVATIONS[activation]
-    few_rows = few_rows and act.gated and not interleaved and not save
+    halves = act.gated and not interleaved
+    few_form = halves and (one_tile or (few_rows and not save))
+    rows = TALL_BLOCK_ROWS if few_form or one_tile else BLOCK_ROWS
     macros = (
-        ("ACTIVATION", act.code), ("BIAS", int(bias)), ("ELEMENT", ELEMENT[dtype]),
+        ("ACTIVATION", act.code), ("BIAS", int(bias)), ("BLOCK_TOKENS", rows), ("ELEMENT", ELEMENT[dtype]),
         ("INTERLEAVED", int(interleaved and act.gated)), ("SAVE", int(save)),
-        ("SHARED_BYTES", UP_FEW_SHARED if few_rows else UP_SHARED), ("TRANSPOSED", int(transposed)),
+        ("SHARED_BYTES", UP_FEW_SHARED if few_form else UP_SHARED[rows]), ("TRANSPOSED", int(transposed)),
     )  # fmt: skip
-    return "up_few.cu" if few_rows else "up.cu", macros
+    return "up_few.cu" if few_form else "up.cu", macros
 
 
 def grouped_mm_variant(dtype: torch.dtype, bias: bool, transposed: bool, stages: int, store_rows: int) -> Macros:
@@ -57,6 +63,14 @@ def grouped_mm_variant(dtype: torch.dtype, bias: bool, transposed: bool, stages:
     return (
         ("BIAS", int(bias)), ("ELEMENT", ELEMENT[dtype]), ("RING_STAGES", stages),
         ("SHARED_BYTES", GROUPED_SHARED[stages]), ("STORE_ROWS", store_rows), ("TRANSPOSED", int(transposed)),
+    )  # fmt: skip
+
+
+def grouped_few_variant(dtype: torch.dtype, bias: bool, transposed: bool) -> Macros:
+    """Macros of the grouped GEMM in tiles of up to 288 rows."""
+    return (
+        ("BIAS", int(bias)), ("ELEMENT", ELEMENT[dtype]), ("SHARED_BYTES", GROUPED_FEW_SHARED),
+        ("TRANSPOSED", int(transposed)),
     )  # fmt: skip
 
 
@@ -128,13 +142,13 @@ def plan(topk_ids: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor, coun
 class Tables:
     """The tile tables of a verb, its experts by rows, and its ticket counters, all in one small piece of memory.
 
-    `table` is of tiles of up to 256 rows, `tall` of up to 272.
+    `table` is of tiles of up to 256 rows, `tall` of up to 272, `tallest` of up to 288.
     """
 
     @staticmethod
     def size(rows: int, experts: int) -> int:
         """Bytes it needs."""
-        return 2 * 16 * Tables._entries(rows, experts) + 4 * experts + 4 * COUNTERS
+        return 3 * 16 * Tables._entries(rows, experts) + 4 * experts + 4 * COUNTERS
 
     @staticmethod
     def _entries(rows: int, experts: int) -> int:
@@ -148,11 +162,16 @@ class Tables:
         self.memory = memory
         self.table = memory.data_ptr()
         self.tall = self.table + 16 * self._entries(rows, experts)
-        self.expert_order = self.tall + 16 * self._entries(rows, experts)
+        self.tallest = self.tall + 16 * self._entries(rows, experts)
+        self.expert_order = self.tallest + 16 * self._entries(rows, experts)
         self._next_counter = self.expert_order + 4 * experts
-        addresses = offsets.data_ptr(), self.table, self.tall, self.expert_order if ordered else 0, self._next_counter
-        params = struct.pack("<5Q2i", *addresses, experts, COUNTERS)
-        launch(_function(device, "plan.cu", "tiles", 0, ()), device, 2, 1024, 0, [], params)
+        addresses = offsets.data_ptr(), self.table, self.tall, self.tallest, self.expert_order, self._next_counter
+        params = struct.pack("<6Q2i", *addresses, experts, COUNTERS)
+        launch(_function(device, "plan.cu", "tiles", 0, ()), device, 4 if ordered else 3, 1024, 0, [], params)
+
+    def for_blocks_of(self, rows: int) -> int:
+        """The address of the table for a kernel whose blocks take so many rows, half of a tile."""
+        return {BLOCK_ROWS: self.tall, TALL_BLOCK_ROWS: self.tallest}[rows]
 
     def counter(self) -> int:
         """The address of a ticket counter that no other kernel of the verb uses."""
@@ -184,12 +203,12 @@ def _ragged_rows(rows: Tensor, box_rows: int) -> Map:
     return MAP_ELEMENT[rows.dtype], base, (columns, RAGGED, MOST_ROWS), strides, (64, box_rows, 1)
 
 
-def _pre_activation(pre: Tensor, inter: int, halves: bool) -> Map:
+def _pre_activation(pre: Tensor, inter: int, halves: bool, rows: int) -> Map:
     element, columns = MAP_ELEMENT[pre.dtype], pre.shape[1]
     if not halves:
-        return _ragged_rows(pre, UP_TOKENS)
+        return _ragged_rows(pre, rows)
     base, strides = _ragged(pre.data_ptr(), 2 * columns), (2 * inter, 4 * inter, 4 * inter)
-    return element, base, (inter, 2, RAGGED, MOST_ROWS), strides, (64, 1, UP_TOKENS, 1)
+    return element, base, (inter, 2, RAGGED, MOST_ROWS), strides, (64, 1, rows, 1)
 
 
 def up(
@@ -205,32 +224,41 @@ def up(
     transposed: bool,
     interleaved: bool,
     few_rows: bool,
+    one_tile: bool = False,
 ) -> None:
     """Gather, up projection and activation of every row: fills `activated` ``[S, I]`` and `pre` ``[S, 2I]``.
 
-    `few_rows` chooses the form for few rows an expert where it exists: gate and up halves, nothing saved.
+    `few_rows` and `one_tile` choose the forms of configuration.py where they exist.
     """
     device, hidden, inter = x.get_device(), x.shape[1], activated.shape[1]
     act = ACTIVATIONS[activation]
     interleaved = interleaved and act.gated
     halves = act.gated and not interleaved
     file, macros = up_variant(
-        x.dtype, activation, transposed, interleaved, bias is not None, pre is not None, few_rows
+        x.dtype, activation, transposed, interleaved, bias is not None, pre is not None, few_rows, one_tile
     )  # fmt: skip
-    few_rows = file == "up_few.cu"
-    shared = UP_FEW_SHARED if few_rows else UP_SHARED
+    rows, shared = (int(dict(macros)[name]) for name in ("BLOCK_TOKENS", "SHARED_BYTES"))
     params = struct.pack(
-        "<6Q4i", tables.tall, tables.counter(), x.data_ptr(), order.data_ptr(), activated.data_ptr(),
-        0 if bias is None else bias.data_ptr(), -(-inter // (128 if act.gated else 256)), hidden, inter, top_k,
+        "<6Q4iQ", tables.for_blocks_of(rows), tables.counter(), x.data_ptr(), order.data_ptr(), activated.data_ptr(),
+        address(bias), -(-inter // (128 if act.gated else 256)), hidden, inter, top_k, address(pre),
     )  # fmt: skip
     weight_map = _up_weights(weights, hidden, inter, halves, transposed)
     function = _function(device, file, file.removesuffix(".cu"), shared, macros)
-    if few_rows:
+    if file == "up_few.cu":
         second_map = _ragged_rows(activated, UP_FEW_STORE_TOKENS)
     else:
-        second_map = weight_map if pre is None else _pre_activation(pre, inter, halves)
+        second_map = weight_map if pre is None else _pre_activation(pre, inter, halves, rows)
     maps = [weight_map, second_map]
     launch(function, device, multiprocessors(device), 512, shared, maps, params)
+
+
+def _weights(weights: Tensor, transposed: bool) -> Map:
+    """Boxes of 64 x 64, or 64 k x 128 features."""
+    experts, outer, inner = weights.shape
+    strides = (2 * inner, 2 * inner * outer)
+    return MAP_ELEMENT[weights.dtype], weights.data_ptr(), (inner, outer, experts), strides, (
+        64, 64 if transposed else 128, 1
+    )  # fmt: skip
 
 
 def grouped_mm(
@@ -244,17 +272,10 @@ def grouped_mm(
     store_rows: int,
 ) -> None:
     """``out[r] = a[r] @ W_e^T + bias_e`` for the rows of every expert; `transposed` weights are ``[E, k, n]``."""
-    device, inner, features, experts = a.get_device(), a.shape[1], out.shape[1], weights.shape[0]
+    device, inner, features = a.get_device(), a.shape[1], out.shape[1]
     element, shared = MAP_ELEMENT[a.dtype], GROUPED_SHARED[stages]
     macros = grouped_mm_variant(a.dtype, bias is not None, transposed, stages, store_rows)
-    if transposed:
-        weight_map: Map = (
-            element, weights.data_ptr(), (features, inner, experts), (2 * features, 2 * features * inner), (64, 64, 1)
-        )  # fmt: skip
-    else:
-        weight_map = (
-            element, weights.data_ptr(), (inner, features, experts), (2 * inner, 2 * inner * features), (64, 128, 1)
-        )  # fmt: skip
+    weight_map = _weights(weights, transposed)
     row_map: Map = (element, a.data_ptr(), (inner, a.shape[0]), (2 * inner,), (64, 128))
     few_map: Map = (element, a.data_ptr(), (inner, a.shape[0]), (2 * inner,), (64, 32))
     out_map = _ragged_rows(out, store_rows)
@@ -265,6 +286,38 @@ def grouped_mm(
     function = _function(device, "grouped_mm.cu", "grouped_mm", shared, macros)
     maps = [weight_map, row_map, few_map, out_map]
     launch(function, device, multiprocessors(device), 384, shared, maps, params)
+
+
+def grouped_few(a: Tensor, weights: Tensor, bias: Tensor | None, out: Tensor, tables: Tables, transposed: bool) -> None:
+    """:func:`grouped_mm` in tiles of up to 288 rows."""
+    device, inner, features = a.get_device(), a.shape[1], out.shape[1]
+    macros = grouped_few_variant(a.dtype, bias is not None, transposed)
+    row_map, last_map = (
+        (MAP_ELEMENT[a.dtype], a.data_ptr(), (inner, a.shape[0]), (2 * inner,), (64, box)) for box in (64, 16)
+    )
+    params = struct.pack(
+        "<4Q4i", tables.for_blocks_of(TALL_BLOCK_ROWS), tables.counter(), address(bias), out.data_ptr(),
+        -(-features // 256), inner, features, 0,
+    )  # fmt: skip
+    function = _function(device, "grouped_few.cu", "grouped_few", GROUPED_FEW_SHARED, macros)
+    maps = [_weights(weights, transposed), row_map, last_map]
+    launch(function, device, multiprocessors(device), 384, GROUPED_FEW_SHARED, maps, params)
+
+
+def grouped_product(
+    a: Tensor,
+    weights: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    tables: Tables,
+    transposed: bool,
+    chosen: Configuration,
+) -> None:
+    """:func:`grouped_mm` or :func:`grouped_few`, in the form that the configuration says."""
+    if chosen.one_tile:
+        grouped_few(a, weights, bias, out, tables, transposed)
+    else:
+        grouped_mm(a, weights, bias, out, tables, transposed, chosen.stages, chosen.store_rows)
 
 
 def combine(rows: Tensor, scores: Tensor | None, inverse: Tensor, offsets: Tensor, out: Tensor, top_k: int) -> None:

@@ -13,6 +13,9 @@ from moekern.backends.cuda.loader import KernelSource
 
 DTYPES = (torch.bfloat16, torch.float16)
 DOWN_FORMS = ((3, 256), (4, 128))  # stages, rows of a store: configuration.py
+UP_FORMS = (  # saving the pre-activation; few rows, one tile
+    (True, False, False), (False, False, False), (False, True, False), (True, True, True), (False, True, True),
+)  # fmt: skip
 LAUNCH_REGISTERS = (168, 160)  # of the weight gradient: alone, and beside the combine
 WGRAD_STAGES = (3, 4)
 
@@ -26,14 +29,15 @@ def layer(
     routers = [KernelSource.of("route.cu", {"PER_LANE": n}) for n in routing.PER_LANE]
     by_element = [KernelSource.of(f, {"ELEMENT": element}) for f in ("logits.cu", "route_backward.cu", "rows.cu")]
     found = [*planners, *routers, *by_element]
-    for save, few_rows in ((True, False), (False, False), (False, True)):
-        file, macros = kernels.up_variant(dtype, activation, transposed, interleaved, bias, save, few_rows)
+    for save, few_rows, one_tile in UP_FORMS:
+        file, macros = kernels.up_variant(dtype, activation, transposed, interleaved, bias, save, few_rows, one_tile)
         found.append(KernelSource.of(file, dict(macros)))
     # The down projection, and the input gradient of the up projection: the other orientation, without bias.
     for has_bias, way in ((bias, transposed), (False, not transposed)):
         for stages, store_rows in DOWN_FORMS:
             macros = kernels.grouped_mm_variant(dtype, has_bias, way, stages, store_rows)
             found.append(KernelSource.of("grouped_mm.cu", dict(macros)))
+        found.append(KernelSource.of("grouped_few.cu", dict(kernels.grouped_few_variant(dtype, has_bias, way))))
     found += [
         KernelSource.of("combine.cu", dict(kernels.combine_variant(dtype, top_k)))
         for top_k in (*kernels.COMBINE_TOP_K, 0)
@@ -42,8 +46,9 @@ def layer(
         KernelSource.of("combine_beside.cu", dict(backward_kernels.combine_beside_variant(dtype, top_k)))
         for top_k in backward_kernels.BESIDE_TOP_K
     ]
-    macros = backward_kernels.dh_variant(dtype, activation, transposed, interleaved)
-    found.append(KernelSource.of("dh.cu", dict(macros)))
+    for one_tile in (False, True):
+        macros = backward_kernels.dh_variant(dtype, activation, transposed, interleaved, one_tile)
+        found.append(KernelSource.of("dh.cu", dict(macros)))
     for innermost, registers, stages in itertools.product((False, True), LAUNCH_REGISTERS, WGRAD_STAGES):
         macros = backward_kernels.wgrad_variant(dtype, True, innermost, registers, stages)
         found.append(KernelSource.of("wgrad.cu", dict(macros)))
@@ -57,6 +62,8 @@ def products(dtype: torch.dtype) -> list[KernelSource]:
     sources = [KernelSource.of("grouped_mm.cu", dict(macros)) for macros in found]
     found = [backward_kernels.wgrad_variant(dtype, False, False, LAUNCH_REGISTERS[0], s) for s in WGRAD_STAGES]
     gradients = [KernelSource.of("wgrad.cu", dict(macros)) for macros in found]
+    tall = [kernels.grouped_few_variant(dtype, False, transposed) for transposed in (False, True)]
+    sources += [KernelSource.of("grouped_few.cu", dict(macros)) for macros in tall]
     return [KernelSource.of("plan.cu", {}), *sources, *gradients]
 
 
@@ -76,9 +83,15 @@ def covering() -> list[KernelSource]:
     groups = [layer(torch.bfloat16, "swiglu"), products(torch.bfloat16)]
     for i, (activation, layout) in enumerate(zip(ACTIVATIONS, layouts, strict=False)):
         sources = layer(DTYPES[i % 2], activation, *layout)
-        up = [s for s in sources if s.file in ("up.cu", "up_few.cu")]
+        up = list(dict.fromkeys(s for s in sources if s.file in ("up.cu", "up_few.cu")))
         groups.append([up[i % len(up)], *(s for s in sources if s.file == "dh.cu")])
-    groups.append([s for s in layer(torch.float16, "swiglu", bias=True) if s.file in ("grouped_mm.cu", "wgrad.cu")][:3])
+    groups.append(
+        [
+            s
+            for s in layer(torch.float16, "swiglu", bias=True)
+            if s.file in ("grouped_mm.cu", "grouped_few.cu", "wgrad.cu")
+        ][:4]
+    )
     return _distinct(groups)
 
 
