@@ -252,13 +252,15 @@ def _problem(
     return (normal(tokens, hidden, dtype=dtype), x, pre, scores, *plan, *weights, *biases), settings
 
 
-def _kernels(tensors: tuple, settings: tuple, needs: list[bool]) -> tuple[Tensor, ...]:
+def _kernels(tensors: tuple, settings: tuple, needs: list[bool], rows: int = 2048) -> tuple[Tensor, ...]:
+    """With the kernels for so many rows an expert, however many they have."""
     from moekern.backends.cuda import backward
-    from moekern.backends.cuda.configuration import Configuration
+    from moekern.backends.cuda.configuration import choose
 
+    chosen = choose(BF16, (9, 0), rows, 1, 8, 8)
     torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty then hands out NaN
     try:
-        return backward.experts_backward(*tensors, *settings, needs, Configuration("hopper"))
+        return backward.experts_backward(*tensors, *settings, needs, chosen)
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -269,20 +271,21 @@ def _double(tensors: tuple) -> tuple:
 
 def _check_backward(tensors: tuple, settings: tuple) -> None:
     needs = [True] * 6
-    ours = _kernels(tensors, settings, needs)
     truth = reference.experts_backward(*_double(tensors), *settings, needs)
     plain = reference.experts_backward(*tensors, *settings, needs)
     present = (tensors[1], tensors[3], *tensors[7:])
-    for name, like, got, exact, torchs in zip(NAMES, present, ours, truth, plain, strict=True):
-        if like is None:
-            assert got.numel() == 0
-            continue
-        allowed = max(2 * error(torchs, exact), torch.finfo(tensors[1].dtype).eps / 2)
-        assert got.shape == like.shape
-        assert got.dtype == like.dtype
-        assert error(got, exact) <= allowed, f"{name}: {error(got, exact):.3g}, allowed {allowed:.3g}"
-    for first, second in zip(ours, _kernels(tensors, settings, needs), strict=True):
-        assert torch.equal(first, second)
+    for rows in (2048, 512, 256):  # each choice of configuration.py
+        ours = _kernels(tensors, settings, needs, rows)
+        for name, like, got, exact, torchs in zip(NAMES, present, ours, truth, plain, strict=True):
+            if like is None:
+                assert got.numel() == 0
+                continue
+            allowed = max(2 * error(torchs, exact), torch.finfo(tensors[1].dtype).eps / 2)
+            assert got.shape == like.shape
+            assert got.dtype == like.dtype
+            assert error(got, exact) <= allowed, f"{name}, {rows}: {error(got, exact):.3g}, allowed {allowed:.3g}"
+        for first, second in zip(ours, _kernels(tensors, settings, needs, rows), strict=True):
+            assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize(
