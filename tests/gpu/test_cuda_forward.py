@@ -313,7 +313,8 @@ def test_more_than_2_31_elements() -> None:
     scores = torch.rand(tokens, top_k, device="cuda")
     _, inverse, _, out, pre = run(x, ids, scores, w_gate_up, w_down)
     assert pre.numel() > 1 << 31
-    some = torch.cat((torch.arange(64), torch.arange(tokens - 64, tokens))).cuda()
+    # As few that the forms for few rows are chosen, but not those for one tile, which activate unrounded sums.
+    some = torch.cat((torch.arange(96), torch.arange(tokens - 96, tokens))).cuda()
     _, few_inverse, _, few_out, few_pre = run(x[some], ids[some], scores[some], w_gate_up, w_down)
     assert torch.equal(out[some], few_out)
     rows = inverse.reshape(tokens, top_k)[some].reshape(-1).long()
