@@ -63,10 +63,11 @@ releases: $(INSTALLED) ## the tests beside older releases of torch and transform
 	done; \
 	beside torchtitan "--no-deps $(TORCHTITAN)" "not gpu and not slow" tests/test_torchtitan.py
 
-sanitize: $(INSTALLED) ## every eighth test of the CUDA kernels under compute-sanitizer (needs a GPU and a CUDA toolkit)
+# cuBLAS is left out: racecheck reports hazards in its own kernels.
+sanitize: $(INSTALLED) ## every CUDA kernel on small sizes under compute-sanitizer (needs a GPU and a CUDA toolkit)
 	@set -e; for tool in memcheck racecheck synccheck; do \
-		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 \
-			$(BIN)/python -m pytest -q -m gpu tests/gpu --every 8 $(ARGS); \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --kernel-name-exclude kns=nvjet --error-exitcode 9 \
+			$(BIN)/python -m pytest -q -m gpu tests/gpu/test_small.py $(ARGS); \
 	done
 
 doctor: $(INSTALLED) ## say what this machine can run

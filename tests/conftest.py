@@ -17,16 +17,7 @@ if WORKERS := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
 NEEDS_GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--every", type=int, default=1, help="run every n-th of the chosen tests: under slow tools")
-
-
-@pytest.hookimpl(trylast=True)  # after -m and -k
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    left_out = [item for i, item in enumerate(items) if i % config.getoption("--every")]
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = items[:: config.getoption("--every")]
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     skip = pytest.mark.skip(reason="no CUDA device")
     # What the kernels do not serve (float32, float64, odd sizes) is tested too; that it says so is tested elsewhere.
     quiet = pytest.mark.filterwarnings("ignore:moekern.*runs through torch:UserWarning")

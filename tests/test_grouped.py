@@ -124,7 +124,6 @@ def test_grouped_mlp_ignores_rows_past_the_end(place: tuple[str, torch.dtype]) -
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_grouped_mlp_never_synchronises(monkeypatch: pytest.MonkeyPatch) -> None:
     """Offsets that only the device knows, rows past the end, forward and backward."""
     if torch.cuda.get_device_capability() == (9, 0):

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.multiprocessing.spawn import ProcessExitedException, spawn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import moekern as mk
@@ -18,6 +19,7 @@ from moekern.backends import cpu, cuda, reference
 from problems import error, forbid_torch_path
 
 H, I, E, K = 32, 16, 6, 2
+AHEAD_OF_TIME = 200  # seconds, most of which a C++ compiler takes
 
 
 def model_of(**options: object) -> nn.Module:
@@ -26,7 +28,6 @@ def model_of(**options: object) -> nn.Module:
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize(
     "options",
     [
@@ -190,26 +191,42 @@ def test_safetensors(place: tuple[str, torch.dtype], tmp_path: Path) -> None:
     assert torch.equal(other(x), moe(x))
 
 
-def ahead_of_time(_: int, device: str, folder: Path) -> None:
+def ahead_of_time(_: int, device: str, folder: Path, plain: bool) -> None:
     faulthandler.enable()  # a crash says where
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    moe = mk.MoE(H, I, E, K).to(device, dtype).eval()
+    module = (nn.Linear(H, H) if plain else mk.MoE(H, I, E, K)).to(device, dtype).eval()
     tokens = torch.export.Dim("tokens", min=2, max=64)
     example = torch.randn(6, H, device=device, dtype=dtype)
-    program = torch.export.export(moe, (example,), dynamic_shapes=({0: tokens},))
-    path = torch._inductor.aoti_compile_and_package(program, package_path=str(folder / "moe.pt2"))
+    program = torch.export.export(module, (example,), dynamic_shapes=({0: tokens},))
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(folder / f"{type(module).__name__}.pt2"))
     loaded = torch._inductor.aoti_load_package(path)
     for n in (6, 11):
         x = torch.randn(n, H, device=device, dtype=dtype)
         with torch.no_grad():
-            assert error(loaded(x), moe(x)) < (1e-6 if dtype == torch.float32 else 2**-7)
+            assert error(loaded(x), module(x)) < (1e-6 if dtype == torch.float32 else 2**-7)
+
+
+def what_ended(device: str, folder: Path, plain: bool) -> Exception | None:
+    """The crash, or the waiting in vain, of a process that compiles, loads and runs; a wrong result is raised."""
+    process = spawn(ahead_of_time, (device, folder, plain), join=False)
+    try:
+        if process.join(timeout=AHEAD_OF_TIME):
+            return None
+    except ProcessExitedException as crash:
+        return crash
+    process.processes[0].kill()
+    return TimeoutError(f"no end within {AHEAD_OF_TIME} s")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
 def test_ahead_of_time_compilation(device: str, tmp_path: Path) -> None:
-    """Exported with a free number of tokens, compiled by AOTInductor, loaded again.
+    """Exported with a free number of tokens, compiled by AOTInductor, loaded again, all in a process of its own.
 
-    In a process of its own: torch 2.11's loader has crashed on a GPU, which should cost this test alone.
+    torch 2.11's loader has crashed on a GPU, and for an nn.Linear too has not come back: a crash counts if that works.
     """
-    torch.multiprocessing.spawn(ahead_of_time, (device, tmp_path), nprocs=1)
+    if (ended := what_ended(device, tmp_path, plain=False)) is None:
+        return
+    if (also := what_ended(device, tmp_path, plain=True)) is None:
+        raise ended
+    pytest.skip(f"torch {torch.__version__} here does as much to a package of nn.Linear: {ended}; {also}")

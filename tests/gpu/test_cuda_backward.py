@@ -352,7 +352,6 @@ def test_frozen_inputs_get_nothing_and_change_nothing(wanted: int) -> None:
             assert torch.equal(one, of_all)
 
 
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_backward_never_synchronises() -> None:
     tensors, settings = _problem(200, 256, 136, 8, 3, BF16, bias=True)
     _kernels(tensors, settings, [True] * 6)

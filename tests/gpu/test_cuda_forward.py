@@ -254,7 +254,6 @@ def run(x: Tensor, ids: Tensor, scores: Tensor, w_gate_up: Tensor, w_down: Tenso
     return [*plan, *cuda.experts_forward(x, scores, *plan, w_gate_up, w_down, None, None, *settings)]
 
 
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_forward_never_synchronises() -> None:
     inputs = layer(300, 256, 136, 8, 3)
     run(*inputs)

@@ -107,7 +107,6 @@ def _route() -> Step:
     return step
 
 
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("work", [_experts, _moe, _grouped_mlp, _grouped_mm, _route], ids=lambda f: f.__name__[1:])
 def test_nothing_waits_for_the_device(work: Callable[[], Step]) -> None:
     step = work()
@@ -116,7 +115,6 @@ def test_nothing_waits_for_the_device(work: Callable[[], Step]) -> None:
         step()
 
 
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_a_plan_of_the_host_is_reused_without_waiting() -> None:
     p = problem()
     wanted = train(p)
@@ -187,7 +185,6 @@ def test_host_plans_of_many_sizes_streams_and_threads() -> None:
     assert not wrong
 
 
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_the_host_planner_waits_and_says_so() -> None:
     ids = torch.randint(0, E, (T, K), device="cuda")
     mk.plan(ids, E, planner="host")

@@ -1,7 +1,7 @@
 """Every kernel once, on sizes that compute-sanitizer can follow, which makes a kernel a thousand times slower.
 
-`make sanitize` runs this file. Inputs are drawn and results compared on the CPU, so that a tool sees hardly a kernel that is
-not ours. The pipelines still go round more than once, and experts have no row, one, and more than a tile.
+`make sanitize` runs this file. Inputs are drawn and results compared on the CPU, so that a tool sees hardly a kernel of
+others. The pipelines still go round more than once, and experts have no row, one, and more than a tile.
 """
 
 from __future__ import annotations
