@@ -85,19 +85,6 @@ DEVICE void load(const Params& p, const TensorMap* weights, const TensorMap* row
   }
 }
 
-DEVICE void draw_tickets(const Params& p, u32 ring, u32 begun) {
-  TileScheduler scheduler;
-  scheduler.begin(ring, p.table, p.columns, p.counter);
-  scheduler.follow(begun);
-}
-
-DEVICE void sync_consumers(u32 warpgroup) {
-  if (warpgroup == 0)
-    warpgroup_sync<1>();
-  else
-    warpgroup_sync<2>();
-}
-
 DEVICE float bias_of(const Params& p, int expert, int feature) {
   return BIAS && feature < p.features ? ELEMENT::low(__ldg(p.bias + (u64)expert * p.features + feature)) : 0.0f;
 }
@@ -141,10 +128,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
   const Pipeline pipe{base + FULL, base + EMPTY, base, 0, 0};
   const TileReader tiles{base + RING_AT, 0};
   if (threadIdx.x == 0) {
-    for (int stage = 0; stage < Shape::STAGES; stage++) {
-      barrier_init(pipe.full + stage * 8, 1);
-      barrier_init(pipe.empty + stage * 8, EMPTY_ARRIVALS);
-    }
+    pipeline_init<Shape>(pipe, 1);
     barrier_init(base + BEGUN, 1);
     ring_init(base + RING_AT);
     fence_barrier_init();
@@ -153,7 +137,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
   if (warpgroup == 0) {
     give_registers<56>();
     if (threadIdx.x == 0) load(p, &weights, &rows, &few_rows, pipe, tiles, rank, base + BEGUN);
-    if (threadIdx.x == 32 && rank == 0) draw_tickets(p, base + RING_AT, base + BEGUN);
+    if (threadIdx.x == 32 && rank == 0) draw_tickets(p.table, p.columns, p.counter, base + RING_AT, base + BEGUN);
   } else {
     take_registers<224>();
     consume(p, &out, pipe, tiles, rank, warpgroup - 1, base + STORES);

@@ -38,6 +38,22 @@ struct Pipeline {
   }
 };
 
+// One thread of a block, before anybody else sees the barriers.
+template <class Shape> DEVICE void pipeline_init(const Pipeline& pipe, u32 full_arrivals) {
+  for (int stage = 0; stage < Shape::STAGES; stage++) {
+    barrier_init(pipe.full + stage * 8, full_arrivals);
+    barrier_init(pipe.empty + stage * 8, EMPTY_ARRIVALS);
+  }
+}
+
+// The four warps of one consumer warpgroup, 0 or 1, wait for each other.
+DEVICE void sync_consumers(u32 warpgroup) {
+  if (warpgroup == 0)
+    warpgroup_sync<1>();
+  else
+    warpgroup_sync<2>();
+}
+
 template <class Shape> using Accumulators = float[Shape::BLOCKS][Shape::WIDTH / 2];
 
 // `Steps` times 16 k of the stage that comes next, for N token columns; `first`: the old sums do not count.

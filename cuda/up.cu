@@ -132,10 +132,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(512, 1)
   const Pipeline pipe{base + FULL, base + EMPTY, base, 0, 0};
   const TileReader tiles{base + RING_AT, 0};
   if (threadIdx.x == 0) {
-    for (int stage = 0; stage < Shape::STAGES; stage++) {
-      barrier_init(pipe.full + stage * 8, FULL_ARRIVALS);
-      barrier_init(pipe.empty + stage * 8, EMPTY_ARRIVALS);
-    }
+    pipeline_init<Shape>(pipe, FULL_ARRIVALS);
     barrier_init(base + HANDED, 8);
     barrier_init(base + TAKEN, 4);
     ring_init(base + RING_AT);

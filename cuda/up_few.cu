@@ -56,12 +56,6 @@ DEVICE void store_activated(u32 tile, int column, u32 warp, u32 lane, const floa
   store_matrices_transposed(tile + swizzled(column + (lane & 7) + ((lane >> 4) << 3), chunk), out[0], out[1], out[2], out[3]);
 }
 
-DEVICE void sync_consumers(u32 warpgroup) {
-  if (warpgroup == 0)
-    warpgroup_sync<1>();
-  else
-    warpgroup_sync<2>();
-}
 
 // What the warpgroup has put into the buffer, tokens first … of its tile, goes to 64 columns of a matrix [S, columns].
 DEVICE void store_by_threads(u32 buffer, u8* matrix, u32 columns, u32 column, int columns_left, const UpTile& own, int first) {
@@ -148,10 +142,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(512, 1)
   const Pipeline pipe{base + FULL, base + EMPTY, base, 0, 0};
   const TileReader tiles{base + RING_AT, 0};
   if (threadIdx.x == 0) {
-    for (int stage = 0; stage < Shape::STAGES; stage++) {
-      barrier_init(pipe.full + stage * 8, FULL_ARRIVALS);
-      barrier_init(pipe.empty + stage * 8, EMPTY_ARRIVALS);
-    }
+    pipeline_init<Shape>(pipe, FULL_ARRIVALS);
     barrier_init(base + BEGUN, 1);
     ring_init(base + RING_AT);
     fence_barrier_init();

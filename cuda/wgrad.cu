@@ -282,13 +282,6 @@ DEVICE void load(const Params& p, const TensorMap* p_map, const TensorMap* q_map
   }
 }
 
-DEVICE void sync_consumers(u32 warpgroup) {
-  if (warpgroup == 0)
-    warpgroup_sync<1>();
-  else
-    warpgroup_sync<2>();
-}
-
 DEVICE void consume(const TensorMap* result, Pipeline pipe, TileReader tiles, u32 rank, u32 warpgroup, u32 stores) {
   const u32 warp = (threadIdx.x >> 5) & 3, lane = threadIdx.x & 31;
   const u32 buffer = stores + warpgroup * STORE_BYTES;
@@ -342,10 +335,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) LAUNCH
   const Pipeline pipe{base + FULL, base + EMPTY, base, 0, 0};
   const TileReader tiles{base + RING_AT, 0};
   if (threadIdx.x == 0) {
-    for (int stage = 0; stage < Shape::STAGES; stage++) {
-      barrier_init(pipe.full + stage * 8, GATHER ? GATHER_THREADS + 1 : 1);
-      barrier_init(pipe.empty + stage * 8, EMPTY_ARRIVALS);
-    }
+    pipeline_init<Shape>(pipe, GATHER ? GATHER_THREADS + 1 : 1);
     ring_init(base + RING_AT);
     fence_barrier_init();
   }
