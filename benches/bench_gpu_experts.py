@@ -37,7 +37,7 @@ def problem() -> Problem:
 def _no_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every function that would launch a kernel checks the names and number of its arguments, and does nothing."""
     for module, names in (
-        (gpu_kernels.kernels, ("Tables", "up", "grouped_mm", "combine")),
+        (gpu_kernels.kernels, ("Tables", "up", "grouped_mm", "grouped_few", "combine")),
         (gpu_kernels.backward_kernels, ("dh", "wgrad")),
         (gpu_kernels.forward, ("plan",)),
         (gpu_kernels.backward, ("experts_backward",)),
