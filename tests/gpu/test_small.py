@@ -13,7 +13,7 @@ import torch
 
 import moekern as mk
 from moekern.backends import reference
-from moekern.backends.cuda import configuration
+from moekern.backends.cuda import backward, configuration
 from problems import Problem, error, gradients, make
 
 pytestmark = pytest.mark.gpu
@@ -54,14 +54,8 @@ def on_the_gpu(p: Problem) -> Problem:
     return Problem(**{**vars(p), **tensors})
 
 
-@pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("routing", ROUTINGS)
-def test_experts(routing: str, kind: str) -> None:
-    p, choice = problem(routing, **KINDS[kind])
-    p.ids[::7] = -1  # sentinels
-    chosen = configuration.choose(p.x.dtype, (9, 0), p.ids.numel(), len(p.w_down), H, I)
-    assert {name: getattr(chosen, name) for name in choice} == choice
+def check(p: Problem) -> None:
+    """Inference, training and every gradient beside float64 and plain torch, on the CPU."""
     dout = torch.randn(p.x.shape).to(p.x.dtype)
     with mk.backend("reference"):
         truth = gradients(p.cast(torch.float64), dout)
@@ -73,6 +67,26 @@ def test_experts(routing: str, kind: str) -> None:
     for name, value in got.items():
         allowed = max(2 * error(plain[name], truth[name]), torch.finfo(value.dtype).eps / 2, 1e-6)
         assert error(value, truth[name]) <= allowed, f"{name}: {error(value, truth[name]):.3g}, allowed {allowed:.3g}"
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_experts(routing: str, kind: str) -> None:
+    p, choice = problem(routing, **KINDS[kind])
+    p.ids[::7] = -1  # sentinels
+    chosen = configuration.choose(p.x.dtype, (9, 0), p.ids.numel(), len(p.w_down), H, I)
+    assert {name: getattr(chosen, name) for name in choice} == choice
+    check(p)
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_combine_beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sum of dX's rows and dS on the second stream, beside a weight gradient of fewer registers."""
+    monkeypatch.setattr(backward, "LEAST_BESIDE", 0)
+    tokens, hidden, inter, experts, top_k = 130, 136, 512, 3, 2
+    assert backward.combines_beside(tokens * top_k, hidden, inter, top_k)
+    check(make(tokens, hidden, inter, experts, top_k, dtype=BF16))
 
 
 @pytest.mark.usefixtures("poisoned")
