@@ -383,6 +383,26 @@ def test_backward_in_a_cuda_graph(tokens: int) -> None:
         assert torch.equal(a, b)
 
 
+def test_backward_on_a_stream_while_another_is_captured() -> None:
+    """A graph's second stream must not be that of work outside it, which CUDA would refuse or take into the graph."""
+    from moekern.backends.cuda import backward
+    from moekern.backends.cuda.configuration import Configuration
+
+    needs, chosen = [True] * 6, Configuration("hopper")
+    (inside, settings), (outside, _) = (_problem(4096, 1024, 512, 16, 4, BF16) for _ in range(2))
+    wanted = [backward.experts_backward(*t, *settings, needs, chosen) for t in (inside, outside)]
+    torch.cuda.synchronize()
+    graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.graph(graph, capture_error_mode="relaxed"):
+        captured = backward.experts_backward(*inside, *settings, needs, chosen)
+        with torch.cuda.stream(aside):
+            eager = backward.experts_backward(*outside, *settings, needs, chosen)
+    graph.replay()
+    torch.cuda.synchronize()
+    for got, right in zip((captured, eager), wanted, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(got, right, strict=True))
+
+
 def test_backward_on_two_streams_at_once() -> None:
     from moekern.backends.cuda import backward
     from moekern.backends.cuda.configuration import Configuration

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -209,9 +209,13 @@ def sources(
     return [source for part in _Launches(z).parts for source in sources_of(part)]
 
 
-@cache
-def _side_stream(device: int) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+@lru_cache(maxsize=64)
+def _side_stream(device: int, main: int) -> torch.cuda.Stream:
+    """A stream beside `main`. Each has its own: one that a graph is being captured on takes the work of no other."""
+    beside = torch.cuda.Stream(device)
+    while beside.cuda_stream == main:  # torch hands out some thirty, over and over
+        beside = torch.cuda.Stream(device)
+    return beside
 
 
 def _only_down_projection(
@@ -272,7 +276,8 @@ def experts_backward(
         if len(programs) == 3:
             # The second stream starts when the rows of dx are there, and the first one waits for it: memory that is
             # handed out again on the first stream is used after both.
-            main, side = torch.cuda.current_stream(device), _side_stream(device)
+            main = torch.cuda.current_stream(device)
+            side = _side_stream(device, main.cuda_stream)
             side.wait_stream(main)
             programs[1].replay(main.cuda_stream, addresses)
             programs[2].replay(side.cuda_stream, addresses)
