@@ -85,11 +85,20 @@ template <class Shape, int N> DEVICE void multiply(Accumulators<Shape>& sums, Pi
   for (int block = 0; block < k_blocks; block++) multiply_block<Shape, N, 4>(sums, pipe, a_offset, block == 0);
 }
 
-// The same for `rows` of k, of which the last block has only as many steps of 16 as hold any; at least one block.
-template <class Shape, int N> DEVICE void multiply_ragged(Accumulators<Shape>& sums, Pipeline& pipe, u32 a_offset, int rows) {
+struct Nothing {
+  DEVICE void operator()(int) const {}
+};
+
+// The same for `rows` of k, of which the last block has only as many steps of 16 as hold any; at least one block. Behind every
+// whole block `then` is called with its number.
+template <class Shape, int N, class Then = Nothing>
+DEVICE void multiply_ragged(Accumulators<Shape>& sums, Pipeline& pipe, u32 a_offset, int rows, Then then = {}) {
   const int whole = rows / 64, steps = (rows % 64 + 15) / 16;
 #pragma unroll 1
-  for (int block = 0; block < whole; block++) multiply_block<Shape, N, 4>(sums, pipe, a_offset, block == 0);
+  for (int block = 0; block < whole; block++) {
+    multiply_block<Shape, N, 4>(sums, pipe, a_offset, block == 0);
+    then(block);
+  }
   const bool first = whole == 0;
   if (steps == 4)
     multiply_block<Shape, N, 4>(sums, pipe, a_offset, first);

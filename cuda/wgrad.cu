@@ -47,6 +47,7 @@ struct Shape {
   static constexpr bool A_MN_MAJOR = true, B_MN_MAJOR = true, GATHERED = GATHER;
 };
 
+typedef u32 Rounded[STORE_FEATURES / 4];  // a thread's results of one store, in pairs
 constexpr u32 STORE_BYTES = 64 * STORE_FEATURES * 2;  // of a consumer warpgroup: 64 P x STORE_FEATURES of Q
 constexpr u32 STORES = Shape::STAGES * Shape::STAGE_BYTES, FULL = STORES + 2 * STORE_BYTES;
 constexpr u32 EMPTY = FULL + Shape::STAGES * 8, RING_AT = (EMPTY + Shape::STAGES * 8 + 15) / 16 * 16;
@@ -282,49 +283,104 @@ DEVICE void load(const Params& p, const TensorMap* p_map, const TensorMap* q_map
   }
 }
 
-DEVICE void consume(const TensorMap* result, Pipeline pipe, TileReader tiles, u32 rank, u32 warpgroup, u32 stores) {
-  const u32 warp = (threadIdx.x >> 5) & 3, lane = threadIdx.x & 31;
-  const u32 buffer = stores + warpgroup * STORE_BYTES;
-  const bool storing = (threadIdx.x & 127) == 0;
+// The results of a consumer warpgroup on their way out: rounded, put into its buffer, fetched from there by the copy engine.
+class Results {
+  const TensorMap* map;
+  const u32 buffer, rank, warpgroup, warp, lane;
+  const bool storing;
+
+  // A part ends up in the buffer once the part before it has been read.
+  DEVICE void begin() const {
+    if (storing) tma_store_wait_read<0>();
+    sync_consumers(warpgroup);
+  }
+  // Sixteen Q features, from j of the part on. A thread has two P features of them: a, b are P features 0-7 and 8-15 of the
+  // warp's sixteen at the first eight of Q; c, d at the other eight.
+  DEVICE void put(int j, u32 a, u32 b, u32 c, u32 d) const {
+    if constexpr (P_INNERMOST) {  // buffer [STORE_FEATURES q][64 p]
+      const u32 q = j + (lane & 7) + (lane >> 4) * 8, chunk = warp * 2 + ((lane >> 3) & 1);
+      store_matrices_transposed(buffer + swizzled(q, chunk), a, b, c, d);
+    } else {                      // STORE_FEATURES / 64 buffers [64 p][64 q]
+      const u32 p = warp * 16 + (lane & 7) + ((lane >> 3) & 1) * 8, chunk = j / 8 + (lane >> 4);
+      store_matrices(buffer + (chunk >> 3) * BOX + swizzled(p, chunk & 7), a, b, c, d);
+    }
+  }
+  DEVICE void end(const Tile& tile, int part) const {
+    fence_async_shared();
+    sync_consumers(warpgroup);
+    if (!storing) return;
+    const int p = p_begin(tile, rank) + (int)warpgroup * 64, q = q_begin(tile) + part * STORE_FEATURES;
+    if constexpr (P_INNERMOST) {
+      tma_store_3d(map, buffer, p, q, tile.expert);
+    } else {
+#pragma unroll
+      for (int i = 0; i < STORE_FEATURES / 64; i++) tma_store_3d(map, buffer + i * BOX, q + i * 64, p, tile.expert);
+    }
+    tma_store_commit();
+  }
+
+ public:
+  DEVICE Results(const TensorMap* map, u32 stores, u32 rank, u32 warpgroup)
+      : map(map), buffer(stores + warpgroup * STORE_BYTES), rank(rank), warpgroup(warpgroup), warp((threadIdx.x >> 5) & 3),
+        lane(threadIdx.x & 31), storing((threadIdx.x & 127) == 0) {}
+
+  static DEVICE void round(Rounded& rounded, const float* sums) {
+#pragma unroll
+    for (int i = 0; i < STORE_FEATURES / 4; i++) rounded[i] = ELEMENT::pack(sums[2 * i], sums[2 * i + 1]);
+  }
+  DEVICE void store(const Rounded& rounded, const Tile& tile, int part) const {
+    begin();
+#pragma unroll
+    for (int j = 0; j < STORE_FEATURES; j += 16) put(j, rounded[j / 4], rounded[j / 4 + 1], rounded[j / 4 + 2], rounded[j / 4 + 3]);
+    end(tile, part);
+  }
+  DEVICE void store(const float* sums, const Tile& tile, int part) const {
+    begin();
+#pragma unroll
+    for (int j = 0; j < STORE_FEATURES; j += 16) {
+      const float* s = sums + j / 2;
+      put(j, ELEMENT::pack(s[0], s[1]), ELEMENT::pack(s[2], s[3]), ELEMENT::pack(s[4], s[5]), ELEMENT::pack(s[6], s[7]));
+    }
+    end(tile, part);
+  }
+  DEVICE void finish() const {
+    if (storing) tma_store_wait<0>();
+  }
+};
+
+DEVICE void consume(const TensorMap* map, Pipeline pipe, TileReader tiles, u32 rank, u32 warpgroup, u32 stores) {
+  const Results results(map, stores, rank, warpgroup);
   Tile tile;
+#if STORE_FEATURES == 256
+  // The store runs on while the next tile is multiplied; it is waited for only when its buffer is written again.
   while (tiles.next(tile)) {
     Accumulators<Shape> sums;
     multiply_ragged<Shape, 256>(sums, pipe, warpgroup * BOX, tile.rows);
-
-    // The store runs on while the next tile is multiplied; it is waited for only when its buffer is written again.
-#pragma unroll
-    for (int begin = 0; begin < 256; begin += STORE_FEATURES) {
-      if (storing) tma_store_wait_read<0>();
-      sync_consumers(warpgroup);
-#pragma unroll
-      for (int j = 0; j < STORE_FEATURES; j += 16) {  // sixteen Q features
-        // a, b: P features 0-7 and 8-15 of the warp's sixteen at the first eight of Q; c, d: at the other eight.
-        const float* s = sums[0] + (begin + j) / 2;
-        const u32 a = ELEMENT::pack(s[0], s[1]), b = ELEMENT::pack(s[2], s[3]);
-        const u32 c = ELEMENT::pack(s[4], s[5]), d = ELEMENT::pack(s[6], s[7]);
-        if constexpr (P_INNERMOST) {  // buffer [STORE_FEATURES q][64 p]
-          const u32 q = j + (lane & 7) + (lane >> 4) * 8, chunk = warp * 2 + ((lane >> 3) & 1);
-          store_matrices_transposed(buffer + swizzled(q, chunk), a, b, c, d);
-        } else {                      // STORE_FEATURES / 64 buffers [64 p][64 q]
-          const u32 p = warp * 16 + (lane & 7) + ((lane >> 3) & 1) * 8, chunk = j / 8 + (lane >> 4);
-          store_matrices(buffer + (chunk >> 3) * BOX + swizzled(p, chunk & 7), a, b, c, d);
-        }
-      }
-      fence_async_shared();
-      sync_consumers(warpgroup);
-      if (storing) {
-        const int p = p_begin(tile, rank) + (int)warpgroup * 64, q = q_begin(tile) + begin;
-        if constexpr (P_INNERMOST) {
-          tma_store_3d(result, buffer, p, q, tile.expert);
-        } else {
-#pragma unroll
-          for (int i = 0; i < STORE_FEATURES / 64; i++) tma_store_3d(result, buffer + i * BOX, q + i * 64, p, tile.expert);
-        }
-        tma_store_commit();
-      }
-    }
+    results.store(sums[0], tile, 0);
   }
-  if (storing) tma_store_wait<0>();
+#else
+  // The second part would wait for the first to leave the buffer. It stays in registers instead, rounded, and goes between two
+  // k-blocks of the next tile: behind the first one in one warpgroup and the second in the other, so that one of them multiplies.
+  Rounded second;
+  Tile before;
+  bool holds = false;
+  const auto store_second = [&] {
+    if (holds) results.store(second, before, 1);
+    holds = false;
+  };
+  while (tiles.next(tile)) {
+    Accumulators<Shape> sums;
+    multiply_ragged<Shape, 256>(sums, pipe, warpgroup * BOX, tile.rows, [&](int block) {
+      if (block == (int)warpgroup) store_second();
+    });
+    store_second();  // a tile of one k-block
+    results.store(sums[0], tile, 0);
+    Results::round(second, sums[0] + 64);
+    before = tile, holds = true;
+  }
+  store_second();
+#endif
+  results.finish();
 }
 
 extern "C" __global__ void __cluster_dims__(2, 1, 1) LAUNCH
