@@ -29,9 +29,9 @@ def of_forward(problem: Problem, dense: Dense) -> list[Item]:
     def tables() -> kernels.Tables:
         return kernels.Tables(offsets, s.slots)
 
-    def up(t: kernels.Tables, save: bool, few: bool, one_tile: bool = False) -> None:
+    def up(t: kernels.Tables, save: bool, few: bool) -> None:
         kept = pre if save else None
-        kernels.up(p.x, order, p.w_gate_up, None, activated, kept, t, s.top_k, "swiglu", False, False, few, one_tile)
+        kernels.up(p.x, order, p.w_gate_up, None, activated, kept, t, s.top_k, "swiglu", False, False, few, False)
 
     def down(t: kernels.Tables, stages: int, store_rows: int) -> None:
         kernels.grouped_mm(activated, p.w_down, None, rows, t, False, stages, store_rows)
@@ -44,9 +44,9 @@ def of_forward(problem: Problem, dense: Dense) -> list[Item]:
         Item("plan", lambda: forward.plan(p.ids, s.experts), beside),
         Item("tiles", tables, beside),
         item("up, training", "up", partial(up, save=True, few=False)),
+        item("up, training, few rows", "up", partial(up, save=True, few=True)),
         item("up, inference", "up", partial(up, save=False, few=False)),
         item("up, few rows", "up", partial(up, save=False, few=True)),
-        item("up, training, one tile", "up", partial(up, save=True, few=True, one_tile=True)),
         item("down, 3 stages", "down", partial(down, stages=3, store_rows=256)),
         item("down, 4 stages", "down", partial(down, stages=4, store_rows=128)),
         item("down, one tile", "down", lambda t: kernels.grouped_few(activated, p.w_down, None, rows, t, False)),

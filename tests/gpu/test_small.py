@@ -22,10 +22,11 @@ H, I = 328, 296  # six and five k-blocks, the last of them ragged
 
 # tokens, top_k and the rows of the experts but the last, which takes what is left; the choice that it leads to
 ROUTINGS = {
-    "many": (1400, 1, (500,), {"few_rows": False, "one_tile": False}),
-    "few": (1400, 1, (545, 1, 0), {"few_rows": True, "one_tile": False}),
-    "one tile": (460, 2, (300, 340, 1), {"few_rows": True, "one_tile": True}),
-    "a handful": (30, 2, (17, 0, 1, 33, 0), {"few_rows": True, "one_tile": False}),
+    "many": (1400, 1, (500,), {"few_rows": False, "few_saved": False, "one_tile": False}),
+    "few": (1000, 1, (545,), {"few_rows": True, "few_saved": False, "one_tile": False}),
+    "fewer": (700, 1, (345, 1, 0), {"few_rows": True, "few_saved": True, "one_tile": False}),
+    "one tile": (490, 2, (300, 340, 1), {"few_rows": True, "few_saved": True, "one_tile": True}),
+    "a handful": (30, 2, (17, 0, 1, 33, 0), {"few_rows": True, "few_saved": True, "one_tile": False}),
 }
 KINDS = {
     "bfloat16": {"dtype": BF16},

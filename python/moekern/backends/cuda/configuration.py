@@ -13,9 +13,11 @@ MOST_EXPERTS = 1024  # the planner and the tile table give an expert a thread of
 
 # Below this many rows an expert on average the consumers of four stages beat three stages and whole-tile stores.
 FEW_ROWS = 600
+# Below this many the up projection's form for few rows is the faster one even where it saves the pre-activation.
+FEW_ROWS_SAVED = 400
 # Between these means most experts fit a tile of 288 rows, and many have more than the 256 or 272 of the other forms,
 # which then take two.
-ONE_TILE = (192, 288)
+ONE_TILE = (240, 288)
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,8 @@ class Configuration:
 
     path: str  # "hopper" or "torch"
     few_rows: bool = False  # an expert has few rows on average: the up projection's form for that, in inference
-    one_tile: bool = False  # most experts fit a tile of 288 rows: the forms of all but the weight gradients for that
+    few_saved: bool = False  # so few that the up projection takes this form in training too
+    one_tile: bool = False  # most experts fit a tile of 288 rows: the forms of the other GEMMs on tokens for that
     stages: int = 3  # of the down projection's pipeline
     store_rows: int = 256  # rows of one of its stores
     wgrad_stages: int = 3  # of the weight gradients' pipeline
@@ -34,11 +37,10 @@ class Configuration:
     def __str__(self) -> str:
         if self.path == "torch":
             return f"torch ({self.reason})"
-        if self.one_tile:
-            return f"hopper: tiles of 288 rows; weight gradients with {self.wgrad_stages} stages"
-        up = "the consumers' epilogue unless it saves" if self.few_rows else "an epilogue warpgroup"
-        down = f"down with {self.stages} stages, stores of {self.store_rows} rows"
-        return f"hopper: up with {up}; {down}; weight gradients with {self.wgrad_stages} stages"
+        up = "the consumers' epilogue" if self.few_rows else "an epilogue warpgroup"
+        up += " unless it saves" if self.few_rows and not self.few_saved else ""
+        down = "tiles of 288 rows" if self.one_tile else f"{self.stages} stages, stores of {self.store_rows} rows"
+        return f"hopper: up with {up}; down with {down}; weight gradients with {self.wgrad_stages} stages"
 
 
 def choose(
@@ -74,5 +76,8 @@ def choose(
         return Configuration("torch", reason="the Hopper kernels need tensors that start at multiples of 16 bytes")
     if slots < FEW_ROWS * experts:
         one_tile = ONE_TILE[0] * experts <= slots <= ONE_TILE[1] * experts
-        return Configuration("hopper", few_rows=True, one_tile=one_tile, stages=4, store_rows=128, wgrad_stages=4)
+        return Configuration(
+            "hopper", few_rows=True, few_saved=slots < FEW_ROWS_SAVED * experts, one_tile=one_tile,
+            stages=4, store_rows=128, wgrad_stages=4,
+        )  # fmt: skip
     return Configuration("hopper")

@@ -79,8 +79,9 @@ def launch_all(
     tables = kernels.Tables(offsets, slots, work.part((table_bytes,), torch.uint8), ordered=False)
     activated = work.part((slots, inter), x.dtype, round_up(table_bytes))
     rows = work.part((slots, hidden), x.dtype, round_up(table_bytes) + round_up(2 * slots * inter))
+    few_rows = chosen.few_rows if pre is None else chosen.few_saved
     kernels.up(
-        x, order, w_up, b_up, activated, pre, tables, top_k, activation, transposed, interleaved, chosen.few_rows,
+        x, order, w_up, b_up, activated, pre, tables, top_k, activation, transposed, interleaved, few_rows,
         chosen.one_tile,
     )  # fmt: skip
     kernels.grouped_product(activated, w_down, b_down, rows, tables, transposed, chosen)

@@ -43,12 +43,16 @@ Macros = tuple[tuple[str, int | str], ...]
 
 def up_variant(
     dtype: torch.dtype, activation: str, transposed: bool, interleaved: bool, bias: bool, save: bool, few_rows: bool,
-    one_tile: bool = False,
+    one_tile: bool,
 ) -> tuple[str, Macros]:  # fmt: skip
-    """File and macros of the up projection; `few_rows` and `one_tile` as in Configuration, where their forms exist."""
+    """File and macros of the up projection.
+
+    `few_rows` is the form with the consumers' epilogue, for gate and up halves; `one_tile` has tiles of 288 rows in the
+    other form too.
+    """
     act = ACTIVATIONS[activation]
     halves = act.gated and not interleaved
-    few_form = halves and (one_tile or (few_rows and not save))
+    few_form = halves and few_rows
     rows = TALL_BLOCK_ROWS if few_form or one_tile else BLOCK_ROWS
     macros = (
         ("ACTIVATION", act.code), ("BIAS", int(bias)), ("BLOCK_TOKENS", rows), ("ELEMENT", ELEMENT[dtype]),
@@ -224,11 +228,11 @@ def up(
     transposed: bool,
     interleaved: bool,
     few_rows: bool,
-    one_tile: bool = False,
+    one_tile: bool,
 ) -> None:
     """Gather, up projection and activation of every row: fills `activated` ``[S, I]`` and `pre` ``[S, 2I]``.
 
-    `few_rows` and `one_tile` choose the forms of configuration.py where they exist.
+    `few_rows` and `one_tile` choose the form: see `up_variant`.
     """
     device, hidden, inter = x.get_device(), x.shape[1], activated.shape[1]
     act = ACTIVATIONS[activation]

@@ -14,7 +14,8 @@ from moekern.backends.cuda.loader import KernelSource
 DTYPES = (torch.bfloat16, torch.float16)
 DOWN_FORMS = ((3, 256), (4, 128))  # stages, rows of a store: configuration.py
 UP_FORMS = (  # saving the pre-activation; few rows, one tile
-    (True, False, False), (False, False, False), (False, True, False), (True, True, True), (False, True, True),
+    (True, False, False), (False, False, False), (False, True, False), (True, True, False), (True, True, True),
+    (False, True, True),
 )  # fmt: skip
 LAUNCH_REGISTERS = (168, 160)  # of the weight gradient: alone, and beside the combine
 WGRAD_STAGES = (3, 4)
