@@ -38,7 +38,7 @@ def test_few_rows_an_expert(dtype: torch.dtype) -> None:
     few, many = (choose(dtype, HOPPER, slots, 8, 2048, 768) for slots in (8 * 599, 8 * 600))
     assert few == Configuration("hopper", few_rows=True, stages=4, store_rows=128, wgrad_stages=4)
     assert many == Configuration("hopper")
-    for rows, saved, one_tile in ((400, False, False), (399, True, False), (289, True, False), (288, True, True),
+    for rows, saved, one_tile in ((450, False, False), (449, True, False), (289, True, False), (288, True, True),
                                   (240, True, True), (239, True, False), (0, True, False)):  # fmt: skip
         chosen = choose(dtype, HOPPER, 8 * rows, 8, 2048, 768)
         assert chosen == replace(few, few_saved=saved, one_tile=one_tile)

@@ -14,7 +14,7 @@ MOST_EXPERTS = 1024  # the planner and the tile table give an expert a thread of
 # Below this many rows an expert on average the consumers of four stages beat three stages and whole-tile stores.
 FEW_ROWS = 600
 # Below this many the up projection's form for few rows is the faster one even where it saves the pre-activation.
-FEW_ROWS_SAVED = 400
+FEW_ROWS_SAVED = 450
 # Between these means most experts fit a tile of 288 rows, and many have more than the 256 or 272 of the other forms,
 # which then take two.
 ONE_TILE = (240, 288)
