@@ -79,6 +79,16 @@ def bench_layer(problem: Problem) -> None:
     assert tables.kernel_columns(record, names).count("| tiny |") == 1
 
 
+def bench_rows() -> None:
+    options = gpu_experts.parser().parse_args(["--rows", "16,300"])
+    for rows in options.rows:
+        shape = gpu_experts.at_rows(SHAPES["qwen3-30b-a3b"], rows)
+        assert shape.slots == rows * shape.experts
+        assert shape.name == f"qwen3-30b-a3b, {rows} rows"
+    with pytest.raises(SystemExit):
+        gpu_experts.parser().parse_args(["--rows", "16", "--tokens", "1"])
+
+
 def bench_wrong_layer(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not timed but named."""
     ours, dense = OURS.build(problem), Dense(problem, FORWARD)
@@ -94,8 +104,8 @@ def bench_wrong_layer(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(
     ("arguments", "lines"),
     [
-        (["--parts"], 23), (["--parts", "--forward-only", "--only-moekern", "--zipf"], 10),
-        (["--backward-only"], 1), (["--tokens", "1,16"], 8),
+        (["--parts"], 27), (["--parts", "--forward-only", "--only-moekern", "--zipf"], 12),
+        (["--backward-only"], 1), (["--tokens", "1,16"], 8), (["--rows", "8,20", "--only-moekern"], 6),
     ],
 )  # fmt: skip
 def bench_gpu_experts(arguments: list[str], lines: int, tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
 """The experts on a GPU, and each of their kernels, against cuBLAS doing dense matrix products of the same FLOPs.
 
     python benches/gpu_experts.py [--shapes qwen3-30b-a3b,olmoe-1b-7b] [--routing zipf] [--peers grouped_mm,sonicmoe]
-        [--parts] [--forward-only | --backward-only] [--tokens 1,4,16,64,256] [--json FILE]
+        [--parts] [--forward-only | --backward-only] [--tokens 1,4,16,64,256 | --rows 128,256,512] [--json FILE]
 
 The whole layer is what `moekern bench` measures, and the forward pass of training besides. --parts adds each kernel;
 --backward-only takes the backward pass by itself, its plan and forward pass not counted ("serial" is the same with the
 combine of the input gradient on the same stream). With --tokens the shapes have so few tokens, and a line says what a
 call and a synchronisation take on the host, another what a pass takes in a CUDA graph, beside a copy of as many bytes.
+With --rows they have the tokens that give an expert so many rows on average: what configuration.py goes by.
 
 Every measured run directly follows a run of its ceiling in the same process, in random order; the figure is the median
 of the paired ratios, because the clock of a power-limited card drifts by more than the differences of interest
@@ -128,6 +129,15 @@ class Run:
             print(f"{f.shape:<24} {f.what:<38} {f.ms:9.4f} {rate}".rstrip(), flush=True)
 
 
+def at_rows(shape: Shape, rows: int) -> Shape:
+    """The shape with `rows` rows an expert on average, or a little less where K does not divide them."""
+    return replace(shape, name=f"{shape.name}, {rows} rows", tokens=rows * shape.experts // shape.top_k)
+
+
+def numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",") if number]
+
+
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--shapes", default=",".join(list(GPU)[:5]), help="names with commas, or all")
@@ -140,7 +150,9 @@ def parser() -> argparse.ArgumentParser:
     one_pass = made.add_mutually_exclusive_group()
     one_pass.add_argument("--forward-only", action="store_true")
     one_pass.add_argument("--backward-only", action="store_true")
-    made.add_argument("--tokens", default="", help="numbers with commas, in place of the shapes' own")
+    size = made.add_mutually_exclusive_group()
+    size.add_argument("--tokens", type=numbers, default=[], help="numbers with commas, in place of the shapes' own")
+    size.add_argument("--rows", type=numbers, default=[], help="the same, by rows an expert")
     made.add_argument("--only", default="", help="only lines of these names, with semicolons")
     made.add_argument("--without-copies", action="store_true", help="the gather's bound: wrong results")
     made.add_argument("--json", type=Path, default=Path(os.environ.get("OUT", ".")) / "gpu_experts.json")
@@ -159,8 +171,9 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {options.routing} routing, bfloat16")
     print(f"{'shape':<24} {'what':<38} {'ms':>9} {'TFLOP/s':>8} {'share':>6}")
     for shape in chosen(options.shapes.split(","), "cuda"):
-        tokens = [int(number) for number in options.tokens.split(",") if number]
-        works = [partial(run.few, shape, number) for number in tokens] or [partial(run.shape, shape)]
+        works = [partial(run.few, shape, number) for number in options.tokens]
+        works += [partial(run.shape, at_rows(shape, number)) for number in options.rows]
+        works = works or [partial(run.shape, shape)]
         for work in [] if shape.decode else works:
             shown = len(run.figures)
             run.attempt(shape.name, work)

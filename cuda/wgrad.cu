@@ -47,7 +47,6 @@ struct Shape {
   static constexpr bool A_MN_MAJOR = true, B_MN_MAJOR = true, GATHERED = GATHER;
 };
 
-typedef u32 Rounded[STORE_FEATURES / 4];  // a thread's results of one store, in pairs
 constexpr u32 STORE_BYTES = 64 * STORE_FEATURES * 2;  // of a consumer warpgroup: 64 P x STORE_FEATURES of Q
 constexpr u32 STORES = Shape::STAGES * Shape::STAGE_BYTES, FULL = STORES + 2 * STORE_BYTES;
 constexpr u32 EMPTY = FULL + Shape::STAGES * 8, RING_AT = (EMPTY + Shape::STAGES * 8 + 15) / 16 * 16;
@@ -324,29 +323,20 @@ class Results {
       : map(map), buffer(stores + warpgroup * STORE_BYTES), rank(rank), warpgroup(warpgroup), warp((threadIdx.x >> 5) & 3),
         lane(threadIdx.x & 31), storing((threadIdx.x & 127) == 0) {}
 
-  static DEVICE void round(Rounded& rounded, const float* sums) {
-#pragma unroll
-    for (int i = 0; i < STORE_FEATURES / 4; i++) rounded[i] = ELEMENT::pack(sums[2 * i], sums[2 * i + 1]);
-  }
-  DEVICE void store(const Rounded& rounded, const Tile& tile, int part) const {
+  // `pair(i)` is the thread's pair number i of this part, rounded.
+  template <class Pair> DEVICE void store(const Tile& tile, int part, Pair pair) const {
     begin();
 #pragma unroll
-    for (int j = 0; j < STORE_FEATURES; j += 16) put(j, rounded[j / 4], rounded[j / 4 + 1], rounded[j / 4 + 2], rounded[j / 4 + 3]);
-    end(tile, part);
-  }
-  DEVICE void store(const float* sums, const Tile& tile, int part) const {
-    begin();
-#pragma unroll
-    for (int j = 0; j < STORE_FEATURES; j += 16) {
-      const float* s = sums + j / 2;
-      put(j, ELEMENT::pack(s[0], s[1]), ELEMENT::pack(s[2], s[3]), ELEMENT::pack(s[4], s[5]), ELEMENT::pack(s[6], s[7]));
-    }
+    for (int i = 0; i < STORE_FEATURES / 4; i += 4) put(4 * i, pair(i), pair(i + 1), pair(i + 2), pair(i + 3));
     end(tile, part);
   }
   DEVICE void finish() const {
     if (storing) tma_store_wait<0>();
   }
 };
+
+// Pair number i of a thread's sums.
+DEVICE u32 rounded(const float* sums, int i) { return ELEMENT::pack(sums[2 * i], sums[2 * i + 1]); }
 
 DEVICE void consume(const TensorMap* map, Pipeline pipe, TileReader tiles, u32 rank, u32 warpgroup, u32 stores) {
   const Results results(map, stores, rank, warpgroup);
@@ -356,16 +346,16 @@ DEVICE void consume(const TensorMap* map, Pipeline pipe, TileReader tiles, u32 r
   while (tiles.next(tile)) {
     Accumulators<Shape> sums;
     multiply_ragged<Shape, 256>(sums, pipe, warpgroup * BOX, tile.rows);
-    results.store(sums[0], tile, 0);
+    results.store(tile, 0, [&](int i) { return rounded(sums[0], i); });
   }
 #else
   // The second part would wait for the first to leave the buffer. It stays in registers instead, rounded, and goes between two
   // k-blocks of the next tile: behind the first one in one warpgroup and the second in the other, so that one of them multiplies.
-  Rounded second;
+  u32 second[STORE_FEATURES / 4];
   Tile before;
   bool holds = false;
   const auto store_second = [&] {
-    if (holds) results.store(second, before, 1);
+    if (holds) results.store(before, 1, [&](int i) { return second[i]; });
     holds = false;
   };
   while (tiles.next(tile)) {
@@ -374,8 +364,9 @@ DEVICE void consume(const TensorMap* map, Pipeline pipe, TileReader tiles, u32 r
       if (block == (int)warpgroup) store_second();
     });
     store_second();  // a tile of one k-block
-    results.store(sums[0], tile, 0);
-    Results::round(second, sums[0] + 64);
+    results.store(tile, 0, [&](int i) { return rounded(sums[0], i); });
+#pragma unroll
+    for (int i = 0; i < STORE_FEATURES / 4; i++) second[i] = rounded(sums[0] + 64, i);
     before = tile, holds = true;
   }
   store_second();
