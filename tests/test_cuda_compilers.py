@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -13,7 +16,7 @@ import pytest
 pytest.importorskip("cupy")
 
 from moekern.backends.cuda import compilers, loader
-from moekern.backends.cuda.compilers import Answer, Compilers, Job
+from moekern.backends.cuda.compilers import AbandonedError, Answer, Compilers, Job
 from moekern.backends.cuda.loader import CacheError, KernelError, KernelSource
 
 COMBINES = [KernelSource.of("combine.cu", {"ELEMENT": "Bf16", "TOP_K": k}) for k in (1, 2, 4)]
@@ -149,3 +152,43 @@ def test_a_forked_child_compiles_too() -> None:
         finally:
             os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_what_is_abandoned_ends_at_once_and_what_comes_later_is_compiled() -> None:
+    pool = Compilers(version(), refuse, most=1)
+    jobs = [loader._job(source, "sm_90a") for source in COMBINES]
+    futures = [pool.submit(job) for job in jobs]
+    pool.abandon()
+    for future in futures:
+        with pytest.raises(AbandonedError):
+            future.result(timeout=20)
+    assert isinstance(pool.submit(jobs[0]).result(timeout=60)[0], bytes)
+
+
+@pytest.mark.parametrize("end", ["returns", "raises", "exits"])
+def test_a_program_that_ends_while_kernels_compile_says_nothing_of_it(end: str, tmp_path: Path) -> None:
+    last = {"returns": "", "raises": "raise SystemExit(3)", "exits": "import os; os._exit(0)"}[end]
+    script = (
+        "import time\nfrom moekern.backends.cuda import loader, variants\n"
+        f"for source in variants.usual()[:6]: loader.start(source)\ntime.sleep(1.5)\n{last}"
+    )
+    environment = {**os.environ, "MOEKERN_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == (3 if end == "raises" else 0)
+    assert done.stderr == ""
+
+
+def test_ctrl_c_ends_the_compile_command(tmp_path: Path) -> None:
+    environment = {**os.environ, "MOEKERN_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "moekern", "compile", "--set", "all", "--jobs", "2"]
+    process = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not any(tmp_path.glob("*.cubin")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # what a terminal does
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert "Traceback" not in error
+    assert error.rstrip().endswith("moekern compile: interrupted")
+    assert len(list(tmp_path.glob("*.cubin"))) < 20  # of hundreds

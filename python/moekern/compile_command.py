@@ -6,7 +6,9 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -38,6 +40,17 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.set_defaults(run=run)
 
 
+@contextmanager
+def _given_up_on_error(pool: ThreadPoolExecutor, abandon: Callable[[], None]) -> Iterator[None]:
+    """On Ctrl-C too, what has not begun is cancelled and what has is given up: the pool's end would wait for all."""
+    try:
+        yield
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        abandon()
+        raise
+
+
 def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
@@ -49,14 +62,13 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(str(error)) from error
     chosen = {"usual": variants.usual, "covering": variants.covering, "all": variants.every}[args.which]()
     start, failed = time.perf_counter(), []
-    with ThreadPoolExecutor(max(args.jobs, 1)) as pool:
+    with ThreadPoolExecutor(max(args.jobs, 1)) as pool, _given_up_on_error(pool, loader.abandon):
         pending = {pool.submit(loader.cubin_path, source, args.arch): source for source in chosen}
         bar = tqdm(as_completed(pending), total=len(pending), desc=f"moekern {args.arch}", unit="kernel")
         for done in bar:
             bar.set_postfix_str(pending[done].file)
             failure = done.exception()
             if isinstance(failure, loader.CacheError):
-                pool.shutdown(cancel_futures=True)
                 raise OSError(str(failure)) from failure
             if failure is not None:
                 failed.append(failure)

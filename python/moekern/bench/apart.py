@@ -26,6 +26,7 @@ from moekern.bench.record import FAILED, MOEKERN, Machine, Row
 from moekern.bench.runner import SET_UP_SECONDS, LostError, Session, Tick, seconds_left, short, unmeasured
 
 SILENT_SECONDS = 60.0  # beyond what a peer may take to set up, after which the process counts as hung
+GRACE_SECONDS = 10.0  # for a process that is through to end by itself
 ROWS, DOING, MACHINE, LOST = "rows", "doing", "machine", "lost"
 
 
@@ -75,7 +76,9 @@ class Apart:
         return self.receive()
 
     def stop(self) -> None:
-        """End the process, whatever it does."""
+        """End the process, whatever it does; one that is through may first release its semaphores."""
+        if not self.pending:
+            self.process.join(GRACE_SECONDS)
         self.process.kill()
         self.process.join()
         self.link.close()

@@ -6,6 +6,7 @@ gets one (:mod:`moekern.backends.cuda.nvrtc_process`). Where no process can be s
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import pickle
@@ -13,6 +14,7 @@ import queue
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -26,6 +28,10 @@ IDLE_SECONDS = 2.0  # after which a process is let go
 
 class NoProcessError(RuntimeError):
     """No NVRTC process can be started here; says why."""
+
+
+class AbandonedError(RuntimeError):
+    """A compilation was given up because the program ends or was interrupted."""
 
 
 def _cores() -> int:
@@ -75,6 +81,9 @@ class _Process:
         self._process.stdin.flush()
         return self._receive()  # type: ignore[no-any-return]
 
+    def kill(self) -> None:
+        self._process.kill()
+
     def close(self) -> None:
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
@@ -93,6 +102,22 @@ class Compilers:
         self._jobs: queue.SimpleQueue[tuple[Job, Future[Answer]]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._threads = self._waiting = 0
+        self._processes: set[_Process] = set()
+        self._abandoned = 0  # how often: what began before the latest time gets no second chance
+        _all.add(self)
+
+    def abandon(self) -> None:
+        """Give up all that is submitted and not done: its futures raise AbandonedError. Later jobs run as usual."""
+        with self._lock:
+            self._abandoned += 1
+            waiting: list[Future[Answer]] = []
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    waiting.append(self._jobs.get_nowait()[1])
+            for process in self._processes:
+                process.kill()
+        for future in waiting:
+            future.set_exception(AbandonedError("given up before it began"))
 
     def submit(self, job: Job) -> Future[Answer]:
         """Compile when a process is free."""
@@ -126,17 +151,40 @@ class Compilers:
                     self._threads -= 1
                 break
             job, future = task
+            began = self._abandoned
             try:
                 try:
-                    process = process or _Process(self._version)
+                    process = process or self._start()
                     answer = process.compile(job)
                 except (NoProcessError, OSError, EOFError, pickle.UnpicklingError):
-                    if process is not None:
-                        process.close()
-                        process = None
+                    self._let_go(process)
+                    process = None
+                    if began != self._abandoned:
+                        raise AbandonedError("given up while it was compiled") from None
                     answer = self._fallback(job)
                 future.set_result(answer)
             except BaseException as error:
                 future.set_exception(error)
+        self._let_go(process)
+
+    def _start(self) -> _Process:
+        process = _Process(self._version)
+        with self._lock:
+            self._processes.add(process)
+        return process
+
+    def _let_go(self, process: _Process | None) -> None:
         if process is not None:
+            with self._lock:
+                self._processes.discard(process)
             process.close()
+
+
+_all: weakref.WeakSet[Compilers] = weakref.WeakSet()
+
+
+@atexit.register
+def _at_exit() -> None:
+    """A program that ends while kernels still compile in the background does not wait for them, nor they for it."""
+    for compilers in list(_all):
+        compilers.abandon()

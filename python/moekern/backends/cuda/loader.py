@@ -216,6 +216,12 @@ def _compilers() -> Compilers:
     return Compilers(tuple(_nvrtc().getVersion()), _compile_here)
 
 
+def abandon() -> None:
+    """Give up what still compiles; whoever waits for it gets an AbandonedError."""
+    if _compilers.cache_info().currsize:
+        _compilers().abandon()
+
+
 def cache_directory() -> Path:
     """Where cubins are kept: `MOEKERN_CACHE_DIR`, by default `~/.cache/moekern`."""
     chosen = os.environ.get("MOEKERN_CACHE_DIR")

@@ -9,6 +9,7 @@ import ctypes
 import glob
 import os
 import pickle
+import signal
 import sys
 
 
@@ -65,23 +66,25 @@ class Library:
 
 
 def main() -> None:
-    """Serve jobs until standard input ends."""
+    """Serve jobs until standard input ends, or nobody reads the answers."""
+    # A terminal interrupts the parent too, which ends this process by closing its input.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Whatever the library prints must not come between the messages.
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     library = Library(sys.argv[1])
 
     def send(message: object) -> None:
-        pickle.dump(message, answers)
+        answers.write(pickle.dumps(message))
         answers.flush()
 
-    send(library.version())
-    while True:
-        try:
+    try:
+        send(library.version())
+        while True:
             name, text, options = pickle.load(sys.stdin.buffer)
-        except EOFError:
-            return
-        send(library.compile(name, text, options))
+            send(library.compile(name, text, options))
+    except (EOFError, pickle.UnpicklingError, BrokenPipeError):  # the parent is gone, maybe in mid-message
+        os._exit(0)  # at once: flushing what cannot be sent would complain
 
 
 if __name__ == "__main__":
