@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import moekern as mk
+from moekern import functional
 from moekern.activations import ACTIVATIONS
 from problems import NAMES, Problem, check_against_truth, error, gradients, make
 
@@ -238,3 +241,38 @@ def test_anything(
     )  # fmt: skip
     # A handful of numbers: one unlucky rounding or cancellation moves the quotient, so the bound is wider here.
     check_against_truth(forward_and_backward, problem, factor=4.0, slack=10.0)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_transposed_views_are_taken_as_they_lie(place: tuple[str, torch.dtype], transposed: bool) -> None:
+    """The same bits and gradients as of contiguous weights in the layout that the memory has, and no copy of them."""
+    device, dtype = place
+    experts, hidden, inter = 4, 64, 48
+    x = torch.randn(9, hidden, device=device).to(dtype)
+    ids = torch.randint(0, experts, (9, 2), device=device)
+    shapes = ((experts, hidden, 2 * inter), (experts, inter, hidden))
+    shapes = shapes if transposed else tuple((e, b, a) for e, a, b in shapes)
+    own = [(torch.randn(shape, device=device) / 8).to(dtype).requires_grad_() for shape in shapes]
+    views = [w.detach().clone().requires_grad_() for w in own]
+    for call in (mk.experts, mk.grouped_mlp):
+        routing = (ids, None) if call is mk.experts else (torch.tensor([0, 3, 3, 8, 9], device=device),)
+        want = call(x, *routing, *own, transposed=transposed)
+        got = call(x, *routing, *(w.mT for w in views), transposed=not transposed)
+        assert torch.equal(got, want)
+        dout = torch.randn_like(want)
+        for a, b in zip(torch.autograd.grad(want, own, dout), torch.autograd.grad(got, views, dout), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_weights_in_neither_layout_are_named_once(device: str) -> None:
+    functional._warn_of_copy.cache_clear()
+    x, ids = torch.randn(5, 32, device=device), torch.randint(0, 4, (5, 2), device=device)
+    w_gate_up, w_down = torch.randn(4, 32, 64, device=device)[:, :, ::2], torch.randn(4, 32, 16, device=device)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        got = [mk.experts(x, ids, None, w_gate_up, w_down) for _ in range(2)]
+    ours = [str(w.message) for w in seen if "strided view" in str(w.message)]
+    assert len(ours) == 1
+    assert "w_gate_up" in ours[0]
+    assert torch.equal(got[0], mk.experts(x, ids, None, w_gate_up.contiguous(), w_down))
+    assert torch.equal(got[0], got[1])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -88,6 +90,8 @@ def experts(
     if plan is None:
         assert topk_ids is not None
         plan = _plan(topk_ids, num_experts)
+    w_gate_up, w_down, transposed = _as_they_lie(w_gate_up, w_down, transposed)
+    settings = (top_k, activation, transposed, interleaved)
     x, w_gate_up, w_down, b_gate_up, b_down = _autocast(x, w_gate_up, w_down, b_gate_up, b_down)
     if topk_weights is not None:
         topk_weights = topk_weights.to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous()
@@ -135,6 +139,7 @@ def grouped_mlp(
         x_sorted, w_gate_up, w_down, b_gate_up, b_down, activation, transposed, interleaved, x_name="x_sorted"
     )
     offsets = _check_offsets(offsets, x_sorted, "x_sorted", w_gate_up.shape[0])
+    w_gate_up, w_down, transposed = _as_they_lie(w_gate_up, w_down, transposed)
     x_sorted, w_gate_up, w_down, b_gate_up, b_down = _autocast(x_sorted, w_gate_up, w_down, b_gate_up, b_down)
     rows = torch.arange(x_sorted.shape[0], dtype=torch.int32, device=x_sorted.device)
     inverse = rows.clone() if torch.compiler.is_compiling() else rows  # it refuses one tensor in two places
@@ -333,3 +338,29 @@ def _autocast(x: Tensor, *others: Tensor | None) -> tuple:  # type: ignore[type-
     """All tensors contiguous, and in autocast's dtype where it is on."""
     dtype = _autocast_dtype(x) or x.dtype
     return tuple(None if t is None else (t if t.dtype == dtype else t.to(dtype)).contiguous() for t in (x, *others))
+
+
+def _as_they_lie(w_gate_up: Tensor, w_down: Tensor, transposed: bool) -> tuple[Tensor, Tensor, bool]:
+    """The weights in the layout that their memory has: transposed views of the other layout need no copy.
+
+    What lies in neither layout is copied by :func:`_autocast` at every call, and a warning says so once.
+    """
+    weights = {"w_gate_up": w_gate_up, "w_down": w_down}
+    strided = {name: w for name, w in weights.items() if not w.is_contiguous()}
+    if not strided:
+        return w_gate_up, w_down, transposed
+    if all(w.mT.is_contiguous() for w in weights.values()):
+        return w_gate_up.mT, w_down.mT, not transposed
+    if not torch.compiler.is_compiling():
+        for name in strided:
+            _warn_of_copy(name)
+    return w_gate_up, w_down, transposed
+
+
+@cache
+def _warn_of_copy(name: str) -> None:
+    warnings.warn(
+        f"moekern: {name}: got a strided view, which is copied at every call; expected contiguous weights, or both "
+        "weights as transposed views (.mT) of contiguous ones",
+        stacklevel=4,
+    )
