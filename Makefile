@@ -35,7 +35,7 @@ install = if [ -x $(BIN)/uv ]; then $(BIN)/uv pip install --python $(BIN)/python
 	else $(BIN)/python -m pip install $(1); fi
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test releases sanitize doctor lint format bench figures build wheel sdist dev clean
+.PHONY: help demo test test-gpu releases sanitize doctor lint format bench figures build wheel sdist dev clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -62,6 +62,11 @@ releases: $(INSTALLED) ## the tests beside older releases of torch and transform
 		beside $$release "transformers==$$release" "not gpu and not slow" tests/test_hf.py tests/test_router.py tests/test_shared_expert.py; \
 	done; \
 	beside torchtitan "--no-deps $(TORCHTITAN)" "not gpu and not slow" tests/test_torchtitan.py
+
+# Twice: under expandable segments too, whose addresses are low, as those of all virtual memory management are.
+test-gpu: $(INSTALLED) ## the GPU tests, twice: with torch's default allocator and with expandable segments (needs a GPU)
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+	PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True $(BIN)/python -m pytest -m gpu $(ARGS)
 
 # cuBLAS is left out: racecheck reports hazards in its own kernels.
 sanitize: $(INSTALLED) ## every CUDA kernel on small sizes under compute-sanitizer (needs a GPU and a CUDA toolkit)
