@@ -301,6 +301,32 @@ class UnknownActivation(Decorated):
         self.act_fn = nn.Mish()
 
 
+class SiLU(nn.Module):
+    """Another function under a known name."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.silu(x).clamp(max=0.5)
+
+
+class KnownNameOnly(Decorated):
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.act_fn = SiLU()
+
+
+class HookedActivation(Decorated):
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.act_fn = nn.SiLU()
+        self.act_fn.register_forward_hook(lambda module, args, out: out * 2)
+
+
+class GateOfTheInstance(Decorated):
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self._apply_gate = lambda gate_up: gate_up.chunk(2, dim=-1)[0]
+
+
 class NoGate(Decorated):
     gated = False
 
@@ -327,7 +353,20 @@ class PostNorm(Decorated):
 
 
 @pytest.mark.parametrize(
-    "cls", [Decorated, OwnGate, OwnGateBiased, UnknownActivation, NoGate, NoGateUnknown, DefaultGateBiased, PostNorm]
+    "cls",
+    [
+        Decorated,
+        OwnGate,
+        OwnGateBiased,
+        UnknownActivation,
+        KnownNameOnly,
+        HookedActivation,
+        GateOfTheInstance,
+        NoGate,
+        NoGateUnknown,
+        DefaultGateBiased,
+        PostNorm,
+    ],
 )
 def test_the_decorators_flags(device: str, cls: type[Decorated]) -> None:
     """Every form of experts class, with sentinels among the ids, value and gradient."""

@@ -9,7 +9,6 @@ Llama 4, DBRX, and Granite in releases before its experts came under the interfa
 
 from __future__ import annotations
 
-import sys
 import warnings
 from typing import Any
 
@@ -30,6 +29,7 @@ except ImportError as missing:
     raise ImportError("moekern.hf needs transformers >= 5.0: pip install 'moekern[hf]'") from missing
 
 NAME = "moekern"
+_GPT_OSS_GATE = ("transformers.models.gpt_oss.modeling_gpt_oss", "GptOssExperts._apply_gate")
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -94,12 +94,12 @@ def _fused_activation(module: Any, gated: bool) -> tuple[str | None, bool]:
     """The activation's name for the kernels, None if only the module knows it; and whether gate and up alternate."""
     if not gated:
         return known_activation(getattr(module, "act_fn", None), gated=False), False
-    gate = getattr(type(module), "_apply_gate", None)
+    gate = getattr(module, "_apply_gate", None)  # of the instance: it may have one of its own
+    gate = getattr(gate, "__func__", gate)
     if gate is None or gate is getattr(_interface, "_default_apply_gate", None):
         # The default gate halves its input whatever is_concatenated says.
         return known_activation(getattr(module, "act_fn", None), gated=True), False
-    gpt_oss = sys.modules.get("transformers.models.gpt_oss.modeling_gpt_oss")
-    if gpt_oss is not None and gate is getattr(gpt_oss.GptOssExperts, "_apply_gate", None):
+    if (getattr(gate, "__module__", None), getattr(gate, "__qualname__", None)) == _GPT_OSS_GATE:
         constants = (getattr(module, "alpha", None), getattr(module, "limit", None))
         if constants == (OAI_ALPHA, OAI_LIMIT):
             return "swiglu_oai", True

@@ -198,6 +198,11 @@ class MoE(nn.Module):
         The router's weights of a token sum to one, so the copies' outputs average to the dense output whatever the
         router chooses (sparse upcycling, Komatsuzaki et al. 2022).
 
+        What the names say is compared with what the module computes: a few random rows go through its forward, in
+        evaluation mode (dropout is left out), in float64 where it can compute so, hooks included. Its flags, buffers,
+        attributes and gradients and the state of the random numbers stay. Weights without values (the meta device) are
+        taken by their names; the module must then name its activation, or ``activation`` must.
+
         Args:
             dense_mlp: A module with ``gate_proj``, ``up_proj``, ``down_proj`` (Llama, Qwen, Mistral); or ``w1``,
                 ``w3``, ``w2``; or two linear layers ``up_proj``/``down_proj``, ``fc1``/``fc2`` or ``c_fc``/``c_proj``
@@ -208,7 +213,9 @@ class MoE(nn.Module):
             **options: More arguments of the class, such as ``router_bias``.
 
         Raises:
-            TypeError, ValueError: The module's projections or activation are not recognised.
+            TypeError, ValueError: The module's projections or activation are not recognised; their weights cannot be
+                read (adapters that are not merged, parametrisations, quantised, sharded or offloaded weights); the
+                forward computes something else, or takes more than hidden states ``[..., H]``.
         """
         from moekern.dense import read_dense
 
