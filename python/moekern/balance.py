@@ -170,6 +170,7 @@ def update_selection_bias(model: nn.Module, rate: float = 0.001, group: Any = No
     _check_group(group)
     with torch.no_grad():
         for gate in _gates_with_bias(model):
+            gate.keep_bias_wide()
             bias, tokens = gate.e_score_correction_bias, gate.tokens_since_update
             assert bias is not None
             assert tokens is not None
@@ -185,6 +186,11 @@ def bias_update_hook(
 ) -> torch.utils.hooks.RemovableHandle:
     """Call :func:`update_selection_bias` after every step of the optimiser.
 
+    Args:
+        optimizer: A torch optimiser, or a wrapper that has one as ``.optimizer``, such as Accelerate's: then after
+            every step that it really takes.
+        model, rate, group: See :func:`update_selection_bias`.
+
     Returns:
         A handle whose ``remove()`` ends it.
 
@@ -192,12 +198,24 @@ def bias_update_hook(
         TypeError: ``optimizer`` is not a torch optimiser, or another argument is of the wrong kind.
         ValueError: The model has no layer with a selection bias.
     """
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"optimizer: got {type(optimizer).__name__}, expected a torch.optim.Optimizer")
+    own = _unwrapped(optimizer)
     checks.is_number("rate", rate, low=0)
     _check_group(group)
     _gates_with_bias(model)
-    return optimizer.register_step_post_hook(lambda *_: update_selection_bias(model, rate, group))
+    return own.register_step_post_hook(lambda *_: update_selection_bias(model, rate, group))
+
+
+def _unwrapped(optimizer: object) -> torch.optim.Optimizer:
+    """The optimiser that steps. Some wrappers are an Optimizer by class only and have none of its hooks."""
+    inner = optimizer
+    while not hasattr(inner, "_optimizer_step_post_hooks") and hasattr(inner, "optimizer"):
+        inner = inner.optimizer
+    if not isinstance(inner, torch.optim.Optimizer) or not hasattr(inner, "_optimizer_step_post_hooks"):
+        raise TypeError(
+            f"optimizer: got {type(optimizer).__name__}, expected a torch.optim.Optimizer, or a wrapper that has one "
+            "as `.optimizer`"
+        )
+    return inner
 
 
 def _layers(model: nn.Module) -> list[tuple[str, MoE]]:

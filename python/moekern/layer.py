@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moekern import capacity, checks, functional, joined, router
+from moekern import capacity, checks, functional, joined, ops, router
 from moekern.activations import ACTIVATIONS
 from moekern.expert_choice import expert_choice, run_chosen
 from moekern.layer_inference import infer
@@ -289,8 +289,12 @@ class MoE(nn.Module):
             raise TypeError(f"x: got dtype {x.dtype}, expected {self.gate.weight.dtype}, the dtype of the layer")
         tokens = x.reshape(-1, self.hidden_size)
         if self.training and self.router_jitter_noise > 0:
-            noise = self.router_jitter_noise
-            tokens = tokens * torch.empty_like(tokens).uniform_(1 - noise, 1 + noise)
+            # Drawn wide and rounded once: half precision has few numbers next to one, and none of them above 1 + noise.
+            wide = torch.promote_types(tokens.dtype, torch.float32)
+            noise = torch.empty_like(tokens, dtype=wide).uniform_(
+                1 - self.router_jitter_noise, 1 + self.router_jitter_noise
+            )
+            tokens = (tokens * noise).to(tokens.dtype)
         logits = self.gate(tokens)
         choose = self._expert_choice if self._is_expert_choice else self._token_choice
         out = choose(tokens, logits, x.shape[:-1])
@@ -379,8 +383,11 @@ class MoE(nn.Module):
             return
         self._latest_routing = Routing(logits, counts, ids, tuple(shape))
         total = self.gate.tokens_since_update
-        if total is not None and not _is_recomputing():
-            total.add_(counts)
+        if total is not None:
+            if torch.compiler.is_compiling():
+                ops.count_tokens(total, counts)  # whether the call is a recomputation is known when it runs
+            elif not ops.is_recomputing():
+                total.add_(counts)
 
     def extra_repr(self) -> str:
         """How tokens are routed; the sizes are shown by the experts."""
@@ -409,11 +416,6 @@ def _is_exporting() -> bool:
     """As torch.compiler.is_exporting(), which torch 2.11's Dynamo takes for true in every compilation."""
     flag: bool | None = getattr(torch.compiler, "_is_exporting_flag", None)
     return torch.compiler.is_exporting() if flag is None else flag
-
-
-def _is_recomputing() -> bool:
-    """Whether this forward pass is activation checkpointing's second one: it then runs inside a backward pass."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _refuse_with_expert_choice(**used: bool) -> None:

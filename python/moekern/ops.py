@@ -28,8 +28,10 @@ _BACKWARD = (
 )
 _GROUPED_MM = "grouped_mm(Tensor a, Tensor b, Tensor offsets, str kind, str backend) -> Tensor"
 
+_COUNT_TOKENS = "count_tokens(Tensor(a!) total, Tensor counts) -> ()"
+
 _library: Any = torch.library.Library("moekern", "DEF")  # type: ignore[no-untyped-call]
-for _schema in (_PLAN, _FORWARD, _BACKWARD, _GROUPED_MM):
+for _schema in (_PLAN, _FORWARD, _BACKWARD, _GROUPED_MM, _COUNT_TOKENS):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 # It waits for the device, which nothing in a CUDA graph may do.
 _library.define(_PLAN_ON_HOST, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe))
@@ -63,6 +65,21 @@ def _experts_backward(*args) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-d
 
 def _grouped_mm(a: Tensor, b: Tensor, offsets: Tensor, kind: str, backend: str) -> Tensor:
     return backend_module(backend).grouped_mm(a, b, offsets, kind)  # type: ignore[no-any-return]
+
+
+def is_recomputing() -> bool:
+    """Whether this forward pass is activation checkpointing's second one: it then runs inside a backward pass."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _count_tokens(total: Tensor, counts: Tensor) -> None:
+    """Add the tokens of each expert, unless this is a recomputation, whose first pass has counted them."""
+    if not is_recomputing():
+        total.add_(counts)
+
+
+def _count_tokens_shape(total: Tensor, counts: Tensor) -> None:
+    return None
 
 
 def _plan_shape(topk_ids: Tensor, num_experts: int, backend: str = "") -> tuple[Tensor, Tensor, Tensor]:
@@ -133,6 +150,7 @@ for _name, _kernel, _shape in (
     ("experts_forward", _experts_forward, _experts_forward_shape),
     ("experts_backward", _experts_backward, _experts_backward_shape),
     ("grouped_mm", _grouped_mm, _grouped_mm_shape),
+    ("count_tokens", _count_tokens, _count_tokens_shape),
 ):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"moekern::{_name}", _shape, lib=_library)
@@ -142,5 +160,15 @@ plan_on_host = torch.ops.moekern.plan_on_host.default
 experts_forward = torch.ops.moekern.experts_forward.default
 experts_backward = torch.ops.moekern.experts_backward.default
 grouped_mm = torch.ops.moekern.grouped_mm.default
+count_tokens = torch.ops.moekern.count_tokens.default
 
-__all__ = ["backend_module", "experts_backward", "experts_forward", "grouped_mm", "plan", "plan_on_host"]
+__all__ = [
+    "backend_module",
+    "count_tokens",
+    "experts_backward",
+    "experts_forward",
+    "grouped_mm",
+    "is_recomputing",
+    "plan",
+    "plan_on_host",
+]

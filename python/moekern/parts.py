@@ -113,13 +113,11 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(num_experts, device=device, dtype=dtype)) if bias else None
         self.e_score_correction_bias: Tensor | None
-        # Tokens each expert got in training since the latest update of that bias. Not a buffer: DistributedDataParallel
-        # would overwrite it with that of rank 0.
-        self.tokens_since_update: Tensor | None = None
+        self._tokens_since_update: Tensor | None = None
         buffer = torch.zeros(num_experts, device=device, dtype=torch.float32) if selection_bias else None
         self.register_buffer("e_score_correction_bias", buffer)
         if selection_bias:
-            self.tokens_since_update = torch.zeros(num_experts, device=device, dtype=torch.int64)
+            self._tokens_since_update = torch.zeros(num_experts, device=device, dtype=torch.int64)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -130,17 +128,44 @@ class Router(nn.Module):
                 if tensor is not None:
                     tensor.zero_()
 
+    @property
+    def tokens_since_update(self) -> Tensor | None:
+        """Tokens that each expert got in training since the latest update of the selection bias, int64 ``[E]``.
+
+        On the device of that bias, wherever a checkpoint put it: what was made on the meta device starts from zero. No
+        buffer, because DistributedDataParallel would overwrite it with that of rank 0.
+        """
+        counts, bias = self._tokens_since_update, self._buffers.get("e_score_correction_bias")
+        if counts is not None and bias is not None and counts.device != bias.device:
+            counts = torch.zeros_like(counts, device=bias.device) if counts.is_meta else counts.to(bias.device)
+            self._tokens_since_update = counts
+        return counts
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
-        correction = self._buffers.get("e_score_correction_bias")
+        correction, counts = self._buffers.get("e_score_correction_bias"), self.tokens_since_update
         super()._apply(fn, recurse)
         if correction is not None:
             moved = self._buffers["e_score_correction_bias"]
             assert moved is not None
             if moved.dtype != torch.float32:
-                self._buffers["e_score_correction_bias"] = correction.to(moved.device)
-        if self.tokens_since_update is not None:
-            self.tokens_since_update = fn(self.tokens_since_update)
+                self._buffers["e_score_correction_bias"] = (
+                    torch.empty_like(moved, dtype=torch.float32) if correction.is_meta else correction.to(moved.device)
+                )
+        if counts is not None:
+            there = fn(counts)  # of `to_empty`, memory that nobody has written
+            with torch.no_grad():
+                self._tokens_since_update = there.zero_() if counts.is_meta else there.copy_(counts)
         return self
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        self.keep_bias_wide()  # load_state_dict(assign=True) brings the dtype of the checkpoint
+
+    def keep_bias_wide(self) -> None:
+        """Make the selection bias float32 again after something put another tensor in its place."""
+        bias = self._buffers.get("e_score_correction_bias")
+        if bias is not None and bias.dtype != torch.float32:
+            self._buffers["e_score_correction_bias"] = bias.to(torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``[T, E]`` of tokens ``[T, H]``, computed in float32 under autocast too (float64 for float64)."""
