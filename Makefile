@@ -38,7 +38,7 @@ install = if [ -x $(BIN)/uv ]; then $(BIN)/uv pip install --python $(BIN)/python
 .PHONY: help demo test test-gpu releases sanitize doctor lint format bench figures build wheel sdist dev clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(INSTALLED) ## set up, then train a dense and a mixture-of-experts model and compare them (ARGS="--steps 100")
 	$(BIN)/moekern demo $(ARGS)
@@ -48,6 +48,13 @@ test: $(INSTALLED) ## set up, then run every test that needs no GPU, and each be
 	$(if $(CUDA),$(BIN)/moekern compile)
 	$(BIN)/python -m pytest benches --benchmark-disable -m "not gpu"
 	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+
+# One after the other, whatever the first one finds; with ARGS="-n 4" where pytest-xdist is installed.
+test-gpu: $(INSTALLED) ## the tests that need a GPU, with torch's usual allocator and again with expandable segments
+	@failed=0; for setting in expandable_segments:False expandable_segments:True; do \
+		echo "PYTORCH_ALLOC_CONF=$$setting"; \
+		env -u PYTORCH_CUDA_ALLOC_CONF PYTORCH_ALLOC_CONF=$$setting $(BIN)/python -m pytest -m gpu $(ARGS) || failed=1; \
+	done; exit $$failed
 
 # Each in a folder of its own ahead of the environment, which keeps the newest.
 releases: $(INSTALLED) ## the tests beside older releases of torch and transformers, and beside torchtitan

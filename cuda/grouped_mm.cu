@@ -112,7 +112,7 @@ DEVICE void consume(const Params& p, const TensorMap* out, Pipeline pipe, TileRe
         fence_async_shared();
         sync_consumers(warpgroup);
         if (storing) {
-          tma_store_3d(out, buffer, feature, RAGGED - tile.rows + first, tile.row + tile.rows);
+          tma_store_3d(out, buffer, feature, RAGGED_STORE - tile.rows + first, tile.row + tile.rows);
           tma_store_commit();
         }
       }

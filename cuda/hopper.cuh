@@ -164,12 +164,15 @@ template <int Pending> DEVICE void tma_store_wait_read() { asm volatile("cp.asyn
 // … or are not yet complete. The storing thread waits for all of them before its block exits.
 template <int Pending> DEVICE void tma_store_wait() { asm volatile("cp.async.bulk.wait_group %0;" ::"n"(Pending) : "memory"); }
 
-// Ragged boxes: a tensor of rows is described with one or two extra dimensions, shifted by RAGGED rows, so that the
-// hardware clips a box at the last row of an expert although the next expert's rows follow in memory (cuda/README.md).
-// Row r of an expert's `rows` rows beginning at `first`:
-//   store map {features, RAGGED, 2^31-1}, base - RAGGED rows:       coordinates (f, RAGGED - rows + r, first + rows)
-//   load map  {features, RAGGED, 2^31-1, 2^31-1}, strides s, 2^35 - s, s:  (f, RAGGED - rows + r, RAGGED, first + rows)
-constexpr int RAGGED = 1 << 30;
+// Ragged boxes: a tensor of rows is described with one or two extra dimensions, shifted by S rows, so that the hardware
+// clips a box at the last row although the next expert's rows follow in memory (cuda/README.md). Row r of `rows` rows that
+// begin at `first`:
+//   store map, S = RAGGED_STORE: {features, S, 2^31-1}, base - S rows:  coordinates (f, S - rows + r, first + rows)
+//   load map, S = RAGGED_LOAD:   {features, S, 2^31-1, 2^31-1}, strides s, 2^35 - s, s:  (f, S - rows + r, S, first + rows)
+// The driver takes bases from 0 to 2^57 only, and virtual memory begins low: a store's shift is as short as its rows allow,
+// those of a tile. A load's rows are all of an expert's; its map has the tensor's own base, and the shift, a multiple of
+// 2^64 bytes, is in the coordinates, where the copy engine counts modulo 2^64.
+constexpr int RAGGED_STORE = 512, RAGGED_LOAD = 1 << 30;
 
 // ---------------------------------------------------------------------------------------------------------------- wgmma
 

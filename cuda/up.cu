@@ -60,9 +60,9 @@ DEVICE void store_pre_activation(const TensorMap* map, u32 hand_off, const UpTil
   for (int block = 0; block < 4; block++) {
     const u32 source = hand_off + block * TILE_BYTES;
     if constexpr (HALVES)
-      tma_store_4d(map, source, own.feature + (block >> 1) * 64, block & 1, RAGGED - own.rows, own.row + own.rows);
+      tma_store_4d(map, source, own.feature + (block >> 1) * 64, block & 1, RAGGED_STORE - own.rows, own.row + own.rows);
     else
-      tma_store_3d(map, source, own.feature * (GATED ? 2 : 1) + block * 64, RAGGED - own.rows, own.row + own.rows);
+      tma_store_3d(map, source, own.feature * (GATED ? 2 : 1) + block * 64, RAGGED_STORE - own.rows, own.row + own.rows);
   }
   tma_store_commit();
 }

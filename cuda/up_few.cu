@@ -111,7 +111,7 @@ DEVICE void store_activation(const TensorMap* activated, const UpTile& own, cons
       fence_async_shared();
       sync_consumers(warpgroup);
       if (storing) {
-        tma_store_3d(activated, buffer, own.feature + warpgroup * 64, RAGGED - own.rows + first, own.row + own.rows);
+        tma_store_3d(activated, buffer, own.feature + warpgroup * 64, RAGGED_STORE - own.rows + first, own.row + own.rows);
         tma_store_commit();
       }
     }

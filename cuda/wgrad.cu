@@ -267,16 +267,16 @@ DEVICE void load(const Params& p, const TensorMap* p_map, const TensorMap* q_map
       if (schedules) scheduler.step(block, blocks);
       pipe.wait_empty();
       const u32 stage = pipe.address<Shape>(), full = pipe.full_barrier(), target = stage + Shape::B_OFFSET + rank * 2 * BOX;
-      const int row = RAGGED - tile.rows + block * K_BLOCK;
+      const int row = RAGGED_LOAD - tile.rows + block * K_BLOCK;
       if constexpr (GATHER) {
         barrier_arrive_expect(full, 4 * BOX);
       } else {
         barrier_arrive_expect(full, 6 * BOX);
-        tma_load_4d(stage, p_map, full, p_feature, row, RAGGED, end);
-        tma_load_4d(stage + BOX, p_map, full, p_feature + 64, row, RAGGED, end);
+        tma_load_4d(stage, p_map, full, p_feature, row, RAGGED_LOAD, end);
+        tma_load_4d(stage + BOX, p_map, full, p_feature + 64, row, RAGGED_LOAD, end);
       }
-      tma_multicast_4d(target, q_map, full, q_feature, row, RAGGED, end);
-      tma_multicast_4d(target + BOX, q_map, full, q_feature + 64, row, RAGGED, end);
+      tma_multicast_4d(target, q_map, full, q_feature, row, RAGGED_LOAD, end);
+      tma_multicast_4d(target + BOX, q_map, full, q_feature + 64, row, RAGGED_LOAD, end);
       pipe.advance<Shape>();
     }
   }

@@ -23,6 +23,8 @@ const SWIZZLE_128B: c_int = 3;
 const L2_PROMOTION_128B: c_int = 2;
 /// Dimensions of a tensor map.
 const RANKS: std::ops::RangeInclusive<usize> = 2..=5;
+/// Where the driver lets a map begin.
+const MAP_BASES: std::ops::Range<u64> = 0..1 << 57;
 /// No kernel takes more maps.
 const MOST_MAPS: usize = 8;
 const RTLD_NOW: c_int = 2;
@@ -153,6 +155,14 @@ impl Driver {
                 "a tensor map has 2 to 5 dimensions and one stride less; got {rank} dimensions, {} strides, a box of {}",
                 strides.len(),
                 extent.len()
+            )));
+        }
+        // A base below zero has wrapped: the map of a store begins some rows before its tensor.
+        if !MAP_BASES.contains(&pointer) {
+            return Err(PyRuntimeError::new_err(format!(
+                "a tensor lies where no tensor map reaches: its map of strides {strides:?} would begin at address {}, and \
+                 the driver takes 0 to 2^57; memory placed by hand must lie at least 512 rows above address 0",
+                pointer.cast_signed()
             )));
         }
         let mut map = TensorMap([0; 16]);

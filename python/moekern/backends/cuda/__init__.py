@@ -240,6 +240,7 @@ def experts_backward(
     slots, experts, hidden = order.shape[0], w_down.shape[0], x.shape[1]
     inter = w_down.shape[1 if transposed else 2]
     dout, x = _copied(dout), _copied(x)
+    b_down = None if b_down is None else _copied(b_down)  # dS reads it in vectors
     chosen = _configuration(x, slots, experts, hidden, inter, _aligned(pre, w_gate_up, w_down))
     gathers = _gathers(x)
     arguments = (

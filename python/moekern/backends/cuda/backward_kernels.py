@@ -18,7 +18,7 @@ from moekern.backends.cuda.kernels import (
     ELEMENT,
     MAP_ELEMENT,
     MOST_ROWS,
-    RAGGED,
+    RAGGED_LOAD,
     TALL_BLOCK_ROWS,
     Macros,
     Tables,
@@ -115,7 +115,7 @@ def dh(
 def _ragged_rows(tensor: Tensor) -> Map:
     """Boxes of 64 rows and 64 features that end with an expert's rows (hopper.cuh)."""
     columns, pitch = tensor.shape[1], 2 * tensor.shape[1]
-    dims, strides = (columns, RAGGED, MOST_ROWS, MOST_ROWS), (pitch, (1 << 35) - pitch, pitch)
+    dims, strides = (columns, RAGGED_LOAD, MOST_ROWS, MOST_ROWS), (pitch, (1 << 35) - pitch, pitch)
     return MAP_ELEMENT[tensor.dtype], tensor.data_ptr(), dims, strides, (64, 64, 1, 1)
 
 

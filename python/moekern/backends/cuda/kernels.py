@@ -21,7 +21,7 @@ from moekern.backends.cuda.program import Map, collected, launch
 ELEMENT = {torch.bfloat16: "Bf16", torch.float16: "F16"}
 MAP_ELEMENT = {torch.bfloat16: 9, torch.float16: 6}  # CU_TENSOR_MAP_DATA_TYPE_*
 ID_TYPE = {torch.uint8: 0, torch.uint16: 1, torch.int32: 2, torch.int64: 3}
-RAGGED = 1 << 30  # hopper.cuh
+RAGGED_STORE, RAGGED_LOAD = 512, 1 << 30  # rows: hopper.cuh
 MOST_ROWS = (1 << 31) - 1
 UP_SHARED, UP_FEW_SHARED = {136: 221696, 144: 228864}, 230912  # by rows of a block
 GROUPED_SHARED, GROUPED_FEW_SHARED = {3: 214528, 4: 230912}, 230912
@@ -103,8 +103,11 @@ def _stream(device: int) -> int:
 
 
 def _ragged(base: int, row_bytes: int) -> int:
-    """The base address of a store map, shifted back by RAGGED rows (modulo 2^64: the driver only adds to it)."""
-    return (base - RAGGED * row_bytes) % (1 << 64)
+    """The base address of a store map, shifted back by RAGGED_STORE rows.
+
+    Modulo 2^64: of a tensor in the address space's first rows it is out of range, which the launch refuses by name.
+    """
+    return (base - RAGGED_STORE * row_bytes) % (1 << 64)
 
 
 # ------------------------------------------------------------------------------------------------------------ planner
@@ -204,7 +207,7 @@ def _ragged_rows(rows: Tensor, box_rows: int) -> Map:
     """The store map of a matrix of rows sorted by expert, clipped at an expert's last row (cuda/README.md)."""
     columns = rows.shape[1]
     base, strides = _ragged(rows.data_ptr(), 2 * columns), (2 * columns, 2 * columns)
-    return MAP_ELEMENT[rows.dtype], base, (columns, RAGGED, MOST_ROWS), strides, (64, box_rows, 1)
+    return MAP_ELEMENT[rows.dtype], base, (columns, RAGGED_STORE, MOST_ROWS), strides, (64, box_rows, 1)
 
 
 def _pre_activation(pre: Tensor, inter: int, halves: bool, rows: int) -> Map:
@@ -212,7 +215,7 @@ def _pre_activation(pre: Tensor, inter: int, halves: bool, rows: int) -> Map:
     if not halves:
         return _ragged_rows(pre, rows)
     base, strides = _ragged(pre.data_ptr(), 2 * columns), (2 * inter, 4 * inter, 4 * inter)
-    return element, base, (inter, 2, RAGGED, MOST_ROWS), strides, (64, 1, rows, 1)
+    return element, base, (inter, 2, RAGGED_STORE, MOST_ROWS), strides, (64, 1, rows, 1)
 
 
 def up(

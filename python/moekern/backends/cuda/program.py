@@ -23,7 +23,7 @@ from moekern.backends.cuda.loader import KernelSource, all_present, compile_miss
 Map = tuple[int, int, tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 # Place i is the address FIRST + (i + 1) * SPACING. As two int32 its upper half is negative, so no sizes in a kernel's
-# parameters look like it; and the shift of a ragged map (at most 2^47 bytes) does not reach the next place.
+# parameters look like it; and neither the shift of a ragged map nor an offset reaches half way to the next place.
 FIRST, SPACING = 1 << 63, 1 << 53
 
 
