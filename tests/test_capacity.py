@@ -116,3 +116,11 @@ def test_expert_choice_repeats_bit_for_bit(place: tuple[str, torch.dtype]) -> No
     runs = [torch.autograd.grad(moe(x).square().sum(), (x, *moe.parameters())) for _ in range(3)]
     for other in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+def test_a_weight_of_nan_stays(device: str) -> None:
+    """As a router chooses it first; with the sign that x86 gives it too."""
+    weights = torch.rand(600, 1, device=device)
+    weights[500] = torch.tensor(-0x00400000, dtype=torch.int32).view(torch.float32)
+    kept = mk.limit_tokens(torch.zeros(600, 1, dtype=torch.int64, device=device), weights, 1, capacity=1)
+    assert (kept.flatten() >= 0).nonzero().flatten().tolist() == [500]

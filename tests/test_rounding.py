@@ -143,3 +143,14 @@ def test_fewer_tokens_than_a_multiple(device: str, tokens: int, multiple: int) -
         y = moe(torch.randn(tokens, H, device=device))
         assert y.shape == (tokens, H)
         assert multiple == 2 or not y.any()
+
+
+@pytest.mark.parametrize("tokens", [40, 700])
+def test_tokens_of_score_minus_infinity_count_less_than_none_chosen_twice(device: str, tokens: int) -> None:
+    """A score of minus infinity is low, yet the token can be added; one that has the expert already cannot."""
+    scores = torch.full((tokens, 4), float("-inf"), device=device)
+    ids = torch.zeros(tokens, 1, dtype=torch.int64, device=device)
+    ids[3:] = 1
+    rounded = mk.round_tokens(scores, ids, torch.rand(tokens, 1, device=device), 8, mode="up")
+    added = rounded.extra_tokens[0][rounded.extra_tokens[0] >= 0]
+    assert added.tolist() == [3, 4, 5, 6, 7]

@@ -230,3 +230,67 @@ def test_only_experts_of_the_best_groups(device: str) -> None:
     _, ids = mk.route(logits, 4, method="deepseek_v2", n_group=3, topk_group=1)
     best = logits.unflatten(1, (3, 4)).amax(2).argmax(1, keepdim=True)
     assert torch.equal(ids // 4, best.expand(-1, 4))
+
+
+def nan_of_both_signs(device: str) -> torch.Tensor:
+    """A NaN without and one with sign: a router's comes from inf - inf, whose NaN has a sign on x86."""
+    return torch.tensor([0x7FC00000, -0x00400000], dtype=torch.int32, device=device).view(torch.float32)
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 255, 256, 400])  # from 2048 logits on the CPU packs value and index
+@pytest.mark.parametrize("sign", [0, 1])
+def test_nan_is_chosen_first(device: str, tokens: int, sign: int) -> None:
+    logits = torch.randn(tokens, 8, device=device)
+    logits[:, 2] = float("inf")
+    logits[:, 5] = nan_of_both_signs(device)[sign]
+    logits[:, 6] = float("-inf")
+    expected = torch.tensor([5, 2], device=device).expand(tokens, 2)
+    for method in ("softmax_topk", "topk_softmax", "sigmoid_topk", "topk_sigmoid"):
+        weights, ids = mk.route(logits, 2, method=method)
+        assert torch.equal(ids, expected)
+        assert weights[:, 0].isnan().all()
+        compiled = torch.compile(mk.route, backend="eager", dynamic=False)(logits, 2, method=method)
+        assert torch.equal(compiled[1], expected)
+    _, ids = mk.route(logits, 2, method="topk_softmax", selection_bias=torch.zeros(8, device=device))
+    assert (ids == torch.arange(2, device=device)).all()  # a softmax over a NaN is NaN everywhere
+    _, ids = mk.route(logits, 2, method="deepseek_v3", n_group=4, topk_group=1)
+    assert (ids[:, 0] == 5).all()  # its group of two is the best one
+    assert (ids[:, 1] == 4).all()
+
+
+def test_several_nans_are_equal(device: str) -> None:
+    """Whatever their sign and payload: the lowest index first."""
+    row = torch.tensor([0, -0x00400000, 0x7FC00001, -1, 0x7F800001, 0x7F800000], dtype=torch.int32, device=device)
+    logits = row.view(torch.float32).expand(400, 6)
+    for rows in (2, 400):
+        _, ids = mk.route(logits[:rows], 6, method="topk_sigmoid")
+        assert torch.equal(ids, torch.tensor([1, 2, 3, 4, 5, 0], device=device).expand(rows, 6))
+
+
+@pytest.mark.parametrize("tokens", [8, 400])
+def test_expert_choice_takes_the_tokens_with_nan(device: str, tokens: int) -> None:
+    logits = torch.randn(tokens, 8, device=device)
+    logits[3] = nan_of_both_signs(device)[1]
+    weights, chosen = mk.expert_choice(logits, 2)
+    assert (chosen[:, 0] == 3).all()
+    assert weights[:, 0].isnan().all()
+
+
+@pytest.mark.parametrize("tokens", [3, 600])
+def test_a_bias_of_minus_infinity_does_not_open_other_groups(device: str, tokens: int) -> None:
+    """Experts switched off by their bias tie with those outside of the best groups, which must not be chosen."""
+    bias = torch.tensor([0.0, 0, 0, 0, 9, float("-inf"), float("-inf"), float("-inf")], device=device)
+    bias[6] = 9  # the group of the experts 4 to 7 is the best one
+    logits = torch.randn(tokens, 8, device=device)
+    _, ids = mk.route(logits, 4, method="deepseek_v3", n_group=2, topk_group=1, selection_bias=bias)
+    assert torch.equal(ids.sort()[0], torch.arange(4, 8, device=device).expand(tokens, 4))
+
+
+def test_a_diverged_router_shows_in_the_output(device: str) -> None:
+    layer = mk.MoE(32, 16, 8, 2, device=device)
+    with torch.no_grad():
+        layer.gate.weight[5] = float("inf")  # logits: sums of both infinities
+    for tokens in (4, 255, 256, 400):
+        for train in (True, False):
+            y = layer.train(train)(torch.randn(tokens, 32, device=device))
+            assert y.isnan().any(1).all(), (tokens, train)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from moekern import checks
+from moekern import checks, router
 from moekern.plan import Plan, plan
 
 ORDERS = ("score", "position")
@@ -87,7 +87,7 @@ def keep_best(chosen: Plan, topk_ids: Tensor, topk_weights: Tensor | None, limit
         rank = chosen.inverse - chosen.offsets[expert]
     else:
         assert topk_weights is not None
-        best_first = torch.sort(topk_weights.detach().reshape(-1), descending=True, stable=True)[1]
+        best_first = router.largest_first(topk_weights.detach().reshape(-1))
         sorted_plan = plan(ids[best_first].unsqueeze(1), chosen.num_experts)
         rank_sorted = sorted_plan.inverse - sorted_plan.offsets[expert[best_first]]
         rank = torch.empty_like(rank_sorted).scatter(0, best_first, rank_sorted)

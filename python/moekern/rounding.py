@@ -167,7 +167,7 @@ def rounded(
 
     most = {"down": 0, "nearest": (multiple - 1) // 2, "up": multiple - 1}[mode]
     by_expert = scores.mT
-    ranking = by_expert.detach().masked_fill(taken.mT, float("-inf")).contiguous()
+    ranking = router.above_nothing(by_expert.detach()).masked_fill(taken.mT, float("-inf")).contiguous()
     extra = router.choose(ranking, min(most, tokens))
     places = torch.arange(extra.shape[1], device=ids.device)
     used = places < (target - counts).unsqueeze(1)

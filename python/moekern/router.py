@@ -6,6 +6,8 @@ its router class computes; the remaining options have the names of its configura
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -172,15 +174,17 @@ def weights_of_all(
 def choose(ranking: Tensor, k: int) -> Tensor:
     """Indices of the k largest along the last dimension, largest first; of equal values the lowest index first.
 
+    NaN counts as larger than all numbers, whatever its sign, so that a router that has diverged shows in the output.
+
     torch.topk leaves open which of equal values it takes. A stable sort does not: on a GPU it costs about as much
     (16384 x 128 on an H100: 142 us against 129). On a CPU it costs three to five times as much, so there value and
     index are packed into one int64, whose order has no ties, at one to two times (benches/bench_route.py).
     """
     small = not torch.compiler.is_compiling() and ranking.numel() < _SMALL
     if ranking.device.type != "cpu" or ranking.dtype != torch.float32 or small:
-        order = torch.sort(ranking, dim=-1, descending=True, stable=True)[1]
+        order = largest_first(ranking)
         return order[..., :k].contiguous()  # a slice would be copied by each of its users, and takes their long way
-    bits = (ranking + 0.0).view(torch.int32)  # adding zero makes one zero of the two
+    bits = (_one_nan(ranking) + 0.0).view(torch.int32)  # adding zero makes one zero of the two
     ascending = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # negative floats order backwards
     last = ranking.shape[-1] - 1
     from_the_end = torch.arange(last, -1, -1, device=ranking.device)
@@ -188,9 +192,27 @@ def choose(ranking: Tensor, k: int) -> Tensor:
     return last - (torch.topk(packed, k, dim=-1)[0] & 0x7FFFFFFF)
 
 
+def largest_first(values: Tensor) -> Tensor:
+    """The order of the last dimension, NaN first, then the largest; of equal values the lowest index first."""
+    # A CPU compares; the radix sort of a GPU goes by the bits, in which a NaN with sign lies below minus infinity.
+    if values.device.type != "cpu":
+        values = _one_nan(values)
+    return torch.sort(values, dim=-1, descending=True, stable=True)[1]
+
+
+def _one_nan(values: Tensor) -> Tensor:
+    """The values with the sign and payload of every NaN removed: x86 makes negative ones of inf - inf and 0 / 0."""
+    return torch.nan_to_num(values, nan=math.nan, posinf=math.inf, neginf=-math.inf)
+
+
+def above_nothing(values: Tensor) -> Tensor:
+    """The values with minus infinity raised to the lowest finite number, so that it can stand for no candidate."""
+    return values.clamp(min=torch.finfo(values.dtype).min)
+
+
 def _best_groups(ranking: Tensor, n_group: int, topk_group: int, best: int) -> Tensor:
     """The ranking with minus infinity in all but the best groups, which are scored by the sum of their best members."""
     members = ranking.unflatten(-1, (n_group, -1))
     group_scores = torch.topk(members, min(best, members.shape[-1]), dim=-1)[0].sum(-1)
     kept = torch.zeros_like(group_scores, dtype=torch.bool).scatter(-1, choose(group_scores, topk_group), True)
-    return members.masked_fill(~kept.unsqueeze(-1), float("-inf")).flatten(-2)
+    return above_nothing(members).masked_fill(~kept.unsqueeze(-1), float("-inf")).flatten(-2)
