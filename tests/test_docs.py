@@ -53,6 +53,16 @@ def test_shared_experts() -> None:
     torch.testing.assert_close(names["fused"](x), names["mlp"](x))
 
 
+def test_upcycling() -> None:
+    names = run_page("upcycling")
+    x = names["x"]
+    for layer in ("copies", "shards", "part", "half"):
+        torch.testing.assert_close(names[layer](x), names["dense"](x), rtol=1e-4, atol=1e-5)
+    assert (names["shards"].intermediate_size, names["part"].intermediate_size) == (24, 16)
+    assert names["part"].shared_expert.up_proj.weight.shape == (32, 32)
+    assert names["dropped"].num_experts == 4
+
+
 def test_dispatched_rows() -> None:
     names = run_page("dispatched-rows")
     assert not names["y"][9:].any()

@@ -156,11 +156,9 @@ def test_the_dense_module_is_left_as_it_was() -> None:
     flags = [m.training for m in dense.modules()]
     attributes = set(vars(dense))
 
-    def layer_alone() -> mk.MoE:
-        return mk.MoE(H, I, 4, 2, dtype=torch.bfloat16)
-
+    quiet = swiglu().bfloat16()
     torch.manual_seed(7)
-    layer_alone()
+    mk.MoE.from_dense(quiet, 4, 2)
     expected = torch.rand(5)
     torch.manual_seed(7)
     with torch.autocast("cpu", torch.bfloat16):

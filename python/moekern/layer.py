@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -191,12 +191,25 @@ class MoE(nn.Module):
 
     @classmethod
     def from_dense(
-        cls, dense_mlp: nn.Module, num_experts: int, top_k: int, *, activation: str | None = None, **options: Any
+        cls,
+        dense_mlp: nn.Module,
+        num_experts: int,
+        top_k: int,
+        *,
+        granularity: int = 1,
+        shared: int | Literal["whole"] | None = None,
+        init: str = "copy",
+        expert_width: int | None = None,
+        router_std: float = 0.02,
+        activation: str | None = None,
+        **options: Any,
     ) -> MoE:
-        """A layer that computes the same function as a dense MLP at the start: every expert is a copy of it.
+        """A layer that computes the same function as a dense MLP at the start, made of its neurons (upcycling).
 
-        The router's weights of a token sum to one, so the copies' outputs average to the dense output whatever the
-        router chooses (sparse upcycling, Komatsuzaki et al. 2022).
+        With the defaults every expert is a copy. The router's weights of a token sum to one, so the copies' outputs
+        average to the dense output whatever the router chooses. With ``granularity`` G an expert holds every G-th part
+        of the neurons; G neighbours are one replica, have equal router rows, are chosen together, and add up to the
+        dense MLP because their ``down_proj`` is G times its own. See :mod:`moekern.upcycling` and docs/upcycling.md.
 
         What the names say is compared with what the module computes: a few random rows go through its forward, in
         evaluation mode (dropout is left out), in float64 where it can compute so, hooks included. Its flags, buffers,
@@ -207,42 +220,34 @@ class MoE(nn.Module):
             dense_mlp: A module with ``gate_proj``, ``up_proj``, ``down_proj`` (Llama, Qwen, Mistral); or ``w1``,
                 ``w3``, ``w2``; or two linear layers ``up_proj``/``down_proj``, ``fc1``/``fc2`` or ``c_fc``/``c_proj``
                 (GPT-2's Conv1D too); or an ``nn.Sequential`` of linear, activation, linear.
-            num_experts: E.
-            top_k: K.
+            num_experts: E, a multiple of granularity.
+            top_k: K, a multiple of granularity.
+            granularity: G, parts that the dense MLP is cut into.
+            shared: None; so many of its first neurons, which a shared expert gets before the rest is cut; or
+                ``"whole"``: the shared expert is the dense MLP and counts one half, the routed ones the other. With
+                options under which a token's weights do not sum to one (``norm_topk_prob=False``), only ``"whole"``
+                keeps the function: the shared expert counts fully, the routed ones' ``down_proj`` is zero.
+            init: ``"copy"``; ``"noise:S"``, S standard deviations of each matrix on top; ``"drop:R"``, a share R of
+                each expert's neurons drawn anew, N(mean, std) of what they were (Drop-Upcycling). The last two do not
+                keep the function, and warn by how much it changes.
+            expert_width: n, the experts' width, padded with zeros; None for the least multiple of 8 (with granularity
+                1, for the dense MLP's).
+            router_std: The router starts as N(0, router_std).
             activation: Its activation, if it cannot be read off the module.
-            **options: More arguments of the class, such as ``router_bias``.
+            **options: More arguments of the class, such as ``router_bias``, ``shared_gate`` (which starts at one half)
+                or ``fuse_shared_expert``. A ``routed_scaling_factor`` of G leaves ``down_proj`` as it is.
 
         Raises:
             TypeError, ValueError: The module's projections or activation are not recognised; their weights cannot be
                 read (adapters that are not merged, parametrisations, quantised, sharded or offloaded weights); the
-                forward computes something else, or takes more than hidden states ``[..., H]``.
+                forward computes something else, or takes more than hidden states ``[..., H]``; a number is not as
+                above, or an option would change the function.
         """
-        from moekern.dense import read_dense
+        from moekern.dense_layer import build
 
-        checks.is_int("num_experts", num_experts, 1)
-        checks.is_int("top_k", top_k, 1, num_experts, f"num_experts is {num_experts}")
-        _refuse_with_copies(options)
-        dense = read_dense(dense_mlp, activation)
-        layer = cls(
-            dense.down.shape[0],
-            dense.down.shape[1],
-            num_experts,
-            top_k,
-            activation=dense.activation,
-            bias=dense.gate_up_bias is not None or dense.down_bias is not None,
-            **{"device": dense.down.device, "dtype": dense.down.dtype, **options},
+        return build(
+            cls, dense_mlp, num_experts, top_k, granularity, shared, init, expert_width, router_std, activation, options
         )
-        with torch.no_grad():
-            layer.experts.gate_up_proj.copy_(dense.gate_up)
-            layer.experts.down_proj.copy_(dense.down)
-            for parameter, value in (
-                (layer.experts.gate_up_proj_bias, dense.gate_up_bias),
-                (layer.experts.down_proj_bias, dense.down_bias),
-            ):
-                if parameter is not None:
-                    parameter.copy_(value) if value is not None else parameter.zero_()
-        layer.train(dense_mlp.training)
-        return layer
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew."""
@@ -440,29 +445,3 @@ def _refuse_with_fused(width: int | None, inter: int, bias: bool, scale_input: b
     ):
         if value == refused:
             raise ValueError(f"{name}: got {value!r}, not accepted with fuse_shared_expert: {why}")
-
-
-def _refuse_with_copies(options: dict[str, Any]) -> None:
-    """Options under which a token's weights do not sum to one, so that copies would not average to the original."""
-    if options.get("norm_topk_prob", True) is not True:
-        raise ValueError("norm_topk_prob: got False, expected True: the copies must average to the dense output")
-    if router.METHODS.get(options.get("routing", "softmax_topk"), "") not in (
-        "softmax_topk",
-        "topk_softmax",
-        "sigmoid_topk",
-    ):
-        raise ValueError(
-            f"routing: got {options['routing']!r}, expected one whose weights sum to one: "
-            "the copies must average to the dense output"
-        )
-    for name, neutral in (
-        ("routed_scaling_factor", 1.0),
-        ("scale_input", False),
-        ("capacity_factor", None),
-        ("round_tokens_to", 1),
-        ("shared_intermediate_size", None),
-    ):
-        if options.get(name, neutral) != neutral:
-            raise ValueError(
-                f"{name}: got {options[name]!r}, expected {neutral!r}: the copies must average to the dense output"
-            )
