@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moekern import checks, router
 from moekern.layer import MoE, Routing
-from moekern.parts import Router
+from moekern.parts import Router, inner
 
 
 def load_balancing_loss(
@@ -141,7 +141,8 @@ def aux_loss(
                 f"model: layer {name!r} has not run a forward pass in training mode; "
                 "call model.train() and the model first"
             )
-        if torch.is_grad_enabled() and layer.gate.weight.requires_grad and not routing.logits.requires_grad:
+        learns = any(p.requires_grad for p in layer.gate.parameters())
+        if torch.is_grad_enabled() and learns and not routing.logits.requires_grad:
             raise ValueError(
                 f"model: layer {name!r} ran without gradient, so its loss would have none; "
                 "checkpoint activations with use_reentrant=False, and do not run the model under torch.no_grad()"
@@ -228,7 +229,8 @@ def _layers(model: nn.Module) -> list[tuple[str, MoE]]:
 
 
 def _gates_with_bias(model: nn.Module) -> list[Router]:
-    gates = [layer.gate for _, layer in _layers(model) if layer.gate.e_score_correction_bias is not None]
+    gates = [inner(layer.gate, Router) for _, layer in _layers(model)]
+    gates = [gate for gate in gates if gate.e_score_correction_bias is not None]
     if not gates:
         raise ValueError("model: has no moekern.MoE layer with selection_bias=True")
     return gates

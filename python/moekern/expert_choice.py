@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from moekern import checks, functional, router
+from moekern import checks, router
 
 
 def expert_choice(logits: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
@@ -37,7 +37,7 @@ def expert_choice(logits: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     return by_expert.gather(1, tokens), tokens
 
 
-def run_chosen(x: Tensor, weights: Tensor, tokens: Tensor, *projections: Tensor | None, **options: Any) -> Tensor:
+def run_chosen(x: Tensor, weights: Tensor, tokens: Tensor, experts: Callable[..., Tensor]) -> Tensor:
     """Run tokens ``[E, C]`` of x ``[T, H]`` through their experts and sum by token with weights ``[E, C]``.
 
     The gather is an embedding lookup and the sum its transpose: both, and so their gradients, add in a fixed order on
@@ -46,7 +46,7 @@ def run_chosen(x: Tensor, weights: Tensor, tokens: Tensor, *projections: Tensor 
     num_experts, capacity = tokens.shape
     rows = torch.nn.functional.embedding(tokens.reshape(-1), x)
     offsets = torch.arange(num_experts + 1, device=x.device, dtype=torch.int32) * capacity
-    y = functional.grouped_mlp(rows, offsets, *projections, **options)  # type: ignore[arg-type]
+    y = experts(rows, offsets=offsets)
     weighted = y.to(weights.dtype) * weights.reshape(-1, 1)
     summed = torch.ops.aten.embedding_dense_backward(weighted, tokens.reshape(-1), x.shape[0], -1, False)
     return summed.to(y.dtype)  # type: ignore[no-any-return]

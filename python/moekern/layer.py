@@ -7,12 +7,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moekern import capacity, checks, functional, joined, ops, router
+from moekern import capacity, checks, joined, ops, router
 from moekern.activations import ACTIVATIONS
 from moekern.expert_choice import expert_choice, run_chosen
 from moekern.layer_inference import infer
 from moekern.layer_training import Latest, train
-from moekern.parts import Experts, Router, SharedExpert
+from moekern.parts import Experts, Router, SharedExpert, inner, is_ordinary
 from moekern.plan import Plan, plan
 from moekern.rounding import MODES as ROUNDINGS
 from moekern.rounding import Rounded, rounded
@@ -289,9 +289,7 @@ class MoE(nn.Module):
         checks.has_dtype("x", x, checks.FLOATING)
         if x.ndim < 1 or x.shape[-1] != self.hidden_size:
             raise ValueError(f"x: got shape {tuple(x.shape)}, expected [..., {self.hidden_size}] (hidden_size)")
-        checks.same_device("x", x, "the layer's parameters", self.gate.weight)
-        if x.dtype != self.gate.weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise TypeError(f"x: got dtype {x.dtype}, expected {self.gate.weight.dtype}, the dtype of the layer")
+        self._check_parameters(x)
         tokens = x.reshape(-1, self.hidden_size)
         if self.training and self.router_jitter_noise > 0:
             # Drawn wide and rounded once: half precision has few numbers next to one, and none of them above 1 + noise.
@@ -310,6 +308,16 @@ class MoE(nn.Module):
             out = out + shared
         return out.reshape(x.shape)
 
+    def _check_parameters(self, x: Tensor) -> None:
+        """Device and dtype, as far as they can be known: hooks may yet move or cast what a module has."""
+        if is_ordinary(self.gate, Router):
+            checks.same_device("x", x, "the layer's router", self.gate.weight)
+        if is_ordinary(self.experts, Experts):
+            weight = self.experts.gate_up_proj
+            checks.same_device("x", x, "the layer's parameters", weight)
+            if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+                raise TypeError(f"x: got dtype {x.dtype}, expected {weight.dtype}, the dtype of the layer's experts")
+
     def _token_choice(self, tokens: Tensor, logits: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Every token chooses its experts; the routed part of the output ``[T, H]``."""
         weights, ids = router.route(
@@ -317,7 +325,7 @@ class MoE(nn.Module):
             self.top_k,
             method=self.routing,
             norm_topk_prob=self.norm_topk_prob,
-            selection_bias=self.gate.e_score_correction_bias,
+            selection_bias=inner(self.gate, Router).e_score_correction_bias,
             n_group=self.n_group,
             topk_group=self.topk_group,
             routed_scaling_factor=self.routed_scaling_factor,
@@ -362,14 +370,10 @@ class MoE(nn.Module):
         """The experts' output ``[T, H]`` for chosen experts, and their plan if it has been made."""
         if not self.scale_input:
             own_ids = ids if chosen is None else None
-            return functional.experts(
-                tokens, own_ids, weights, *self.experts.projections, activation=self.activation, plan=chosen
-            )
+            return self.experts(tokens, own_ids, weights, plan=chosen)  # type: ignore[no-any-return]
         # Each slot has an input of its own, so each becomes a token with one expert.
         scaled = (tokens.unsqueeze(1) * weights.unsqueeze(2).to(tokens.dtype)).flatten(0, 1)
-        out = functional.experts(
-            scaled, ids.reshape(-1, 1), None, *self.experts.projections, activation=self.activation
-        )
+        out: Tensor = self.experts(scaled, ids.reshape(-1, 1), None)
         return out.unflatten(0, (-1, self.top_k)).sum(1) if self.top_k > 1 else out
 
     def _expert_choice(self, tokens: Tensor, logits: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -380,14 +384,14 @@ class MoE(nn.Module):
         self._record(logits, counts, None, shape)
         if self.routed_scaling_factor != 1:
             weights = weights * self.routed_scaling_factor
-        return run_chosen(tokens, weights, chosen, *self.experts.projections, activation=self.activation)
+        return run_chosen(tokens, weights, chosen, self.experts)
 
     def _record(self, logits: Tensor, counts: Tensor, ids: Tensor | None, shape: tuple[int, ...]) -> None:
         """Keep what the losses need, in training only."""
         if not self.training or _is_exporting():
             return
         self._latest_routing = Routing(logits, counts, ids, tuple(shape))
-        total = self.gate.tokens_since_update
+        total = inner(self.gate, Router).tokens_since_update
         if total is not None:
             if torch.compiler.is_compiling():
                 ops.count_tokens(total, counts)  # whether the call is a recomputation is known when it runs

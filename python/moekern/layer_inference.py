@@ -14,20 +14,17 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from moekern import dispatch, eager, functional, ops, router
-from moekern.parts import Experts, Router
+from moekern.parts import Experts, Router, is_ordinary
 
 if TYPE_CHECKING:
     from moekern.layer import MoE
 
 _accepted = eager.Accepted()
-_any_global_hook = getattr(
-    torch.nn.modules.module, "_has_any_global_hook", lambda: True
-)  # private: no public way to ask
 
 
 def infer(layer: MoE, x: Tensor) -> Tensor | None:
     """The layer's output for ``[..., H]``, or None if the call must take the long way: it may be wrong, or unusual."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not is_ordinary(layer._modules["experts"], Experts):
         return None
     gate, router_weight, router_bias, weights = parameters_of(layer)
     if torch.is_grad_enabled() and any(
@@ -40,7 +37,7 @@ def infer(layer: MoE, x: Tensor) -> Tensor | None:
     key = (
         signature, layer.top_k, layer.routing, layer.norm_topk_prob, layer.routed_scaling_factor, layer.n_group,
         layer.topk_group, layer.capacity_factor, layer.scale_input, layer.shared_expert is None,
-        gate._buffers.get("e_score_correction_bias") is None, is_ordinary(gate),
+        gate._buffers.get("e_score_correction_bias") is None, is_ordinary(gate, Router),
     )  # fmt: skip
     call = _accepted.get(key)
     if call is None:
@@ -64,15 +61,14 @@ def infer(layer: MoE, x: Tensor) -> Tensor | None:
 
 
 def parameters_of(layer: MoE) -> tuple[Any, Any, Any, tuple[Any, Any, Any, Any]]:
-    """The router, its weight and bias, and the experts' projections.
+    """The router, its weight and bias, and the projections of ordinary experts.
 
     Where they are plain parameters, around the attributes of nn.Module, which take several times as long.
     """
     modules = layer._modules
     gate, experts = modules["gate"], modules["experts"]
     assert gate is not None
-    if type(experts) is not Experts:
-        return gate, gate.weight, gate.bias, layer.experts.projections
+    assert isinstance(experts, Experts)
     own, bias = experts._parameters, gate._parameters.get("bias")
     weights: tuple[Any, Any, Any, Any] = (
         own.get("gate_up_proj"), own.get("down_proj"), own.get("gate_up_proj_bias"), own.get("down_proj_bias")
@@ -84,18 +80,6 @@ def parameters_of(layer: MoE) -> tuple[Any, Any, Any, tuple[Any, Any, Any, Any]]
         weights = (*weights[:2], b_gate_up, b_down)
     weight = gate._parameters.get("weight")
     return gate, gate.weight if weight is None else weight, gate.bias if bias is None else bias, weights
-
-
-def is_ordinary(gate: Router) -> bool:
-    """Whether calling the module computes its linear map and nothing else: it is no other module, and has no hooks."""
-    return (
-        type(gate) is Router
-        and "forward" not in gate.__dict__
-        and not (
-            gate._forward_hooks or gate._forward_pre_hooks or gate._backward_hooks or gate._backward_pre_hooks
-            or _any_global_hook()
-        )
-    )  # fmt: skip
 
 
 def fits(bias: Tensor, weight: Tensor) -> bool:
@@ -136,7 +120,7 @@ def _prepare(layer: MoE, x: Tensor) -> tuple[Callable[..., Tensor | None], bool]
         return None
     if not hasattr(module, "prepare_inference") or weight.shape[0] != weights[0].shape[0]:
         return None
-    makes_logits = is_ordinary(gate) and module.makes_logits(tokens, weight)
+    makes_logits = is_ordinary(gate, Router) and module.makes_logits(tokens, weight)
     routed_by = weight if makes_logits else torch.empty(tokens.shape[0], weight.shape[0], device=x.device)
     formula = (router.METHODS[layer.routing], layer.norm_topk_prob, layer.routed_scaling_factor)
     program = module.prepare_inference(

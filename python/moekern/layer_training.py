@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from moekern import autograd, dispatch, eager, functional, ops, router
-from moekern.layer_inference import fits, is_ordinary, parameters_of
-from moekern.parts import wide_linear
+from moekern.layer_inference import fits, parameters_of
+from moekern.parts import Experts, Router, is_ordinary, wide_linear
 
 if TYPE_CHECKING:
     from moekern.layer import MoE
@@ -39,6 +39,8 @@ def train(layer: MoE, x: Tensor) -> tuple[Tensor, Latest] | None:
     """The layer's output for ``[..., H]`` and what was decided, or None if the call must take the long way."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return None
+    if not (is_ordinary(layer._modules["experts"], Experts) and is_ordinary(layer._modules["gate"], Router)):
+        return None
     gate, router_weight, router_bias, weights = parameters_of(layer)
     signature = eager.signature(x, router_weight, None, *weights, layer.activation, False, False, None)
     if signature is None:
@@ -47,7 +49,6 @@ def train(layer: MoE, x: Tensor) -> tuple[Tensor, Latest] | None:
         signature, layer.top_k, layer.routing, layer.norm_topk_prob, layer.routed_scaling_factor, layer.n_group,
         layer.topk_group, layer.capacity_factor, layer.scale_input, layer.shared_expert is None,
         gate._buffers.get("e_score_correction_bias") is None, layer.router_jitter_noise, layer.round_tokens_to,
-        is_ordinary(gate),
     )  # fmt: skip
     program = _accepted.get(key)
     if program is None:
@@ -72,7 +73,6 @@ def _prepare(layer: MoE, x: Tensor) -> Any:
     if (
         layer.routing not in router.METHODS
         or grouped
-        or not is_ordinary(gate)
         or gate.e_score_correction_bias is not None
         or layer.router_jitter_noise > 0
         or layer.capacity_factor is not None

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moekern import dispatch, eager, ops
+from moekern import dispatch, eager, functional, ops
 from moekern.activations import ACTIVATIONS
+from moekern.plan import Plan
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -258,6 +259,29 @@ class Experts(nn.Module):
             None if b_down is None else whole(b_down, "experts.down_proj_bias"),
         )
 
+    def forward(
+        self,
+        x: Tensor,
+        topk_ids: Tensor | None = None,
+        topk_weights: Tensor | None = None,
+        *,
+        plan: Plan | None = None,
+        offsets: Tensor | None = None,
+    ) -> Tensor:
+        """Run tokens through the experts chosen for them; called by the layer, so that hooks and wrappers are seen.
+
+        Args:
+            x: ``[T, H]``.
+            topk_ids, topk_weights, plan: See :func:`moekern.experts`.
+            offsets: ``[E + 1]``; instead of these, for rows that are sorted by expert: see :func:`moekern.grouped_mlp`.
+
+        Returns:
+            ``[T, H]``.
+        """
+        if offsets is not None:
+            return functional.grouped_mlp(x, offsets, *self.projections, activation=self.activation)
+        return functional.experts(x, topk_ids, topk_weights, *self.projections, activation=self.activation, plan=plan)
+
     def extra_repr(self) -> str:
         """Sizes and activation."""
         num_experts, hidden_size, intermediate_size = self.down_proj.shape
@@ -267,6 +291,34 @@ class Experts(nn.Module):
             f"intermediate_size={intermediate_size}, "
             f"activation={self.activation!r}, bias={self.down_proj_bias is not None}"
         )
+
+
+_any_global_hook = getattr(
+    torch.nn.modules.module, "_has_any_global_hook", lambda: True
+)  # private: no public way to ask
+
+
+def is_ordinary(module: nn.Module | None, kind: type[Router | Experts]) -> bool:
+    """Whether calling the module does what its class's forward says and nothing else.
+
+    It is no other module and no wrapper of one, its forward is not replaced, and it has no hooks, by which pruning, old
+    weight norms, offloading and sharding work; a parametrization changes the class.
+    """
+    return (
+        type(module) is kind
+        and "forward" not in module.__dict__
+        and not (
+            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+            or _any_global_hook()
+        )
+    )  # fmt: skip
+
+
+def inner(module: nn.Module, kind: type[nn.Module]) -> Any:
+    """The module of this kind within wrappers that keep what they wrap as ``base_layer``, as peft's do."""
+    while not isinstance(module, kind) and "base_layer" in module._modules:
+        module = module._modules["base_layer"]  # type: ignore[assignment]
+    return module
 
 
 class SharedExpert(nn.Module):
