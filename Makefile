@@ -49,8 +49,9 @@ test: $(INSTALLED) ## set up, then run every test that needs no GPU, and each be
 	$(BIN)/python -m pytest benches --benchmark-disable -m "not gpu"
 	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
 
-# One after the other, whatever the first one finds; with ARGS="-n 4" where pytest-xdist is installed.
-test-gpu: $(INSTALLED) ## the tests that need a GPU, with torch's usual allocator and again with expandable segments
+# Twice: under expandable segments too, whose addresses are low, as those of all virtual memory management are. The second
+# run comes whatever the first one finds; with ARGS="-n 4" where pytest-xdist is installed.
+test-gpu: $(INSTALLED) ## the tests that need a GPU, with torch's usual allocator and again with expandable segments (needs a GPU)
 	@failed=0; for setting in expandable_segments:False expandable_segments:True; do \
 		echo "PYTORCH_ALLOC_CONF=$$setting"; \
 		env -u PYTORCH_CUDA_ALLOC_CONF PYTORCH_ALLOC_CONF=$$setting $(BIN)/python -m pytest -m gpu $(ARGS) || failed=1; \
@@ -69,11 +70,6 @@ releases: $(INSTALLED) ## the tests beside older releases of torch and transform
 		beside $$release "transformers==$$release" "not gpu and not slow" tests/test_hf.py tests/test_router.py tests/test_shared_expert.py; \
 	done; \
 	beside torchtitan "--no-deps $(TORCHTITAN)" "not gpu and not slow" tests/test_torchtitan.py
-
-# Twice: under expandable segments too, whose addresses are low, as those of all virtual memory management are.
-test-gpu: $(INSTALLED) ## the GPU tests, twice: with torch's default allocator and with expandable segments (needs a GPU)
-	$(BIN)/python -m pytest -m gpu $(ARGS)
-	PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True $(BIN)/python -m pytest -m gpu $(ARGS)
 
 # cuBLAS is left out: racecheck reports hazards in its own kernels.
 sanitize: $(INSTALLED) ## every CUDA kernel on small sizes under compute-sanitizer (needs a GPU and a CUDA toolkit)

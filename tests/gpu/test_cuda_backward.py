@@ -7,6 +7,7 @@ import torch
 from ragged import COUNTS, ROUNDING, assert_guards, assert_rows_close, guarded, normal, plan_of_counts
 from torch import Tensor
 
+import moekern as mk
 from moekern.activations import ACTIVATIONS, join, split
 from moekern.backends import reference
 from problems import NAMES, error
@@ -85,6 +86,31 @@ def _check_dh(
 def test_dh_of_every_activation(activation: str) -> None:
     _check_dh(activation, BF16, 512, 512)
     _check_dh(activation, F16, 456, 264, interleaved=True)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_no_gradient_at_the_bound(dtype: torch.dtype, interleaved: bool) -> None:
+    """gpt-oss's values of 7 itself, which are common in 16 bits, are constants, as in torch.clamp from 2.14 on."""
+    gates, ups = [7.0, 1.0, 1.0, 6.96875, 7.03125, 1.0], [1.0, 7.0, -7.0, -6.96875, 1.0, 7.03125]
+    x = torch.zeros(6, 8, dtype=dtype, device="cuda")
+    x[:, 0], x[:, 1] = (torch.tensor(values, device="cuda") for values in (gates, ups))
+    features = torch.arange(16, device="cuda")
+    column = features % 2 if interleaved else features // 8  # every gate is x's first value, every up the second
+    w_gate_up = torch.nn.functional.one_hot(column, 8).to(dtype).unsqueeze(0)
+    w_down = torch.ones(1, 8, 8, dtype=dtype, device="cuda")
+    ids = torch.zeros(6, 1, dtype=torch.int64, device="cuda")
+    x.requires_grad_()
+    mk.experts(
+        x, ids, None, w_gate_up, w_down, activation="swiglu_oai", interleaved=interleaved
+    ).sum().backward()  # fmt: skip
+    assert x.grad is not None
+    inside = torch.tensor([[0, 1], [1, 0], [1, 0], [1, 1], [0, 1], [1, 0]], dtype=torch.bool, device="cuda")
+    assert torch.equal(x.grad[:, :2] != 0, inside)
+    g, u = x.detach()[:, 0].double().clamp(max=7), x.detach()[:, 1].double().clamp(-7, 7)
+    s = torch.sigmoid(1.702 * g)
+    wanted = torch.stack(((u + 1) * s * (1 + 1.702 * g * (1 - s)), g * s), 1) * 64 * inside
+    assert error(x.grad[:, :2], wanted) <= torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize(("hidden", "inter"), [(448, 1936), (456, 1408), (2880, 136), (72, 8), (8, 72), (64, 2880)])
