@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moekern import checks, router
 from moekern.layer import MoE, Routing
-from moekern.parts import Router, inner
+from moekern.parts import Router, inner, local
 
 
 def load_balancing_loss(
@@ -175,6 +175,7 @@ def update_selection_bias(model: nn.Module, rate: float = 0.001, group: Any = No
             bias, tokens = gate.e_score_correction_bias, gate.tokens_since_update
             assert bias is not None
             assert tokens is not None
+            bias = local(bias)
             if group is not None:
                 dist.all_reduce(tokens, group=group)
             counts = tokens.to(torch.float32)
@@ -208,15 +209,18 @@ def bias_update_hook(
 
 def _unwrapped(optimizer: object) -> torch.optim.Optimizer:
     """The optimiser that steps. Some wrappers are an Optimizer by class only and have none of its hooks."""
-    inner = optimizer
-    while not hasattr(inner, "_optimizer_step_post_hooks") and hasattr(inner, "optimizer"):
-        inner = inner.optimizer
-    if not isinstance(inner, torch.optim.Optimizer) or not hasattr(inner, "_optimizer_step_post_hooks"):
-        raise TypeError(
-            f"optimizer: got {type(optimizer).__name__}, expected a torch.optim.Optimizer, or a wrapper that has one "
-            "as `.optimizer`"
-        )
-    return inner
+    own: Any = optimizer
+    for _ in range(10):
+        if isinstance(own, torch.optim.Optimizer) and hasattr(own, "_optimizer_step_post_hooks"):
+            return own
+        # A learning rate scheduler has an optimiser and a step too, which is not the optimiser's.
+        is_wrapper = hasattr(own, "step") and not hasattr(own, "get_last_lr")
+        names = ("optimizer", "optim", "_optimizer") if is_wrapper else ()
+        own = next((held for name in names if (held := getattr(own, name, None)) is not None), None)
+    raise TypeError(
+        f"optimizer: got {type(optimizer).__name__}, expected a torch.optim.Optimizer, or a wrapper that has one as "
+        "`.optimizer`; pass the optimizer that was wrapped"
+    )
 
 
 def _layers(model: nn.Module) -> list[tuple[str, MoE]]:

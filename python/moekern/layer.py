@@ -12,7 +12,7 @@ from moekern.activations import ACTIVATIONS
 from moekern.expert_choice import expert_choice, run_chosen
 from moekern.layer_inference import infer
 from moekern.layer_training import Latest, train
-from moekern.parts import Experts, Router, SharedExpert, inner, is_ordinary
+from moekern.parts import Experts, Router, SharedExpert, inner, is_ordinary, whole
 from moekern.plan import Plan, plan
 from moekern.rounding import MODES as ROUNDINGS
 from moekern.rounding import Rounded, rounded
@@ -320,12 +320,13 @@ class MoE(nn.Module):
 
     def _token_choice(self, tokens: Tensor, logits: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Every token chooses its experts; the routed part of the output ``[T, H]``."""
+        bias = inner(self.gate, Router).e_score_correction_bias
         weights, ids = router.route(
             logits,
             self.top_k,
             method=self.routing,
             norm_topk_prob=self.norm_topk_prob,
-            selection_bias=inner(self.gate, Router).e_score_correction_bias,
+            selection_bias=None if bias is None else whole(bias, "gate.e_score_correction_bias"),
             n_group=self.n_group,
             topk_group=self.topk_group,
             routed_scaling_factor=self.routed_scaling_factor,
@@ -394,7 +395,7 @@ class MoE(nn.Module):
         total = inner(self.gate, Router).tokens_since_update
         if total is not None:
             if torch.compiler.is_compiling():
-                ops.count_tokens(total, counts)  # whether the call is a recomputation is known when it runs
+                total.add_(ops.unless_recomputing(counts))  # whether it is one is known when the graph runs
             elif not ops.is_recomputing():
                 total.add_(counts)
 

@@ -28,13 +28,16 @@ _BACKWARD = (
 )
 _GROUPED_MM = "grouped_mm(Tensor a, Tensor b, Tensor offsets, str kind, str backend) -> Tensor"
 
-_COUNT_TOKENS = "count_tokens(Tensor(a!) total, Tensor counts) -> ()"
+_UNLESS_RECOMPUTING = "unless_recomputing(Tensor counts) -> Tensor"
 
 _library: Any = torch.library.Library("moekern", "DEF")  # type: ignore[no-untyped-call]
-for _schema in (_PLAN, _FORWARD, _BACKWARD, _GROUPED_MM, _COUNT_TOKENS):
+for _schema in (_PLAN, _FORWARD, _BACKWARD, _GROUPED_MM):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 # It waits for the device, which nothing in a CUDA graph may do.
 _library.define(_PLAN_ON_HOST, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe))
+# It looks who runs it, which a CUDA graph would fix for good. It returns what to add instead of adding, because
+# selective checkpointing refuses operators that write to their arguments.
+_library.define(_UNLESS_RECOMPUTING, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe))
 
 _modules: dict[str, ModuleType] = {}
 
@@ -72,14 +75,13 @@ def is_recomputing() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def _count_tokens(total: Tensor, counts: Tensor) -> None:
-    """Add the tokens of each expert, unless this is a recomputation, whose first pass has counted them."""
-    if not is_recomputing():
-        total.add_(counts)
+def _unless_recomputing(counts: Tensor) -> Tensor:
+    """The tokens of each expert; zeros in a recomputation, whose first pass has counted them."""
+    return torch.zeros_like(counts) if is_recomputing() else counts.clone()
 
 
-def _count_tokens_shape(total: Tensor, counts: Tensor) -> None:
-    return None
+def _unless_recomputing_shape(counts: Tensor) -> Tensor:
+    return torch.empty_like(counts)
 
 
 def _plan_shape(topk_ids: Tensor, num_experts: int, backend: str = "") -> tuple[Tensor, Tensor, Tensor]:
@@ -150,7 +152,7 @@ for _name, _kernel, _shape in (
     ("experts_forward", _experts_forward, _experts_forward_shape),
     ("experts_backward", _experts_backward, _experts_backward_shape),
     ("grouped_mm", _grouped_mm, _grouped_mm_shape),
-    ("count_tokens", _count_tokens, _count_tokens_shape),
+    ("unless_recomputing", _unless_recomputing, _unless_recomputing_shape),
 ):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"moekern::{_name}", _shape, lib=_library)
@@ -160,15 +162,15 @@ plan_on_host = torch.ops.moekern.plan_on_host.default
 experts_forward = torch.ops.moekern.experts_forward.default
 experts_backward = torch.ops.moekern.experts_backward.default
 grouped_mm = torch.ops.moekern.grouped_mm.default
-count_tokens = torch.ops.moekern.count_tokens.default
+unless_recomputing = torch.ops.moekern.unless_recomputing.default
 
 __all__ = [
     "backend_module",
-    "count_tokens",
     "experts_backward",
     "experts_forward",
     "grouped_mm",
     "is_recomputing",
     "plan",
     "plan_on_host",
+    "unless_recomputing",
 ]

@@ -18,12 +18,21 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 def _uniform(*parameters: Tensor | None, inputs: int) -> None:
-    """What nn.Linear starts with: uniform within one over the square root of the inputs."""
+    """What nn.Linear starts with: uniform within one over the square root of the inputs.
+
+    Drawn in float32 and rounded once: a draw in half precision takes few values, whose mean is not zero.
+    """
     bound = 1 / math.sqrt(inputs)
     with torch.no_grad():
         for parameter in parameters:
-            if parameter is not None:
+            if parameter is None:
+                continue
+            if parameter.dtype not in _HALF or parameter.is_meta:
                 parameter.uniform_(-bound, bound)
+                continue
+            # One expert at a time, for the room that float32 takes; a DTensor refuses to be filled in part.
+            for part in parameter if parameter.ndim == 3 and type(parameter) in eager.PLAIN else (parameter,):
+                part.copy_(torch.empty_like(part, dtype=torch.float32).uniform_(-bound, bound))
 
 
 def local(weight: Tensor) -> Tensor:
