@@ -352,24 +352,14 @@ class PostNorm(Decorated):
         nn.init.normal_(self.post_expert_norm.bias)
 
 
-@pytest.mark.parametrize(
-    "cls",
-    [
-        Decorated,
-        OwnGate,
-        OwnGateBiased,
-        UnknownActivation,
-        KnownNameOnly,
-        HookedActivation,
-        GateOfTheInstance,
-        NoGate,
-        NoGateUnknown,
-        DefaultGateBiased,
-        PostNorm,
-    ],
-)
-def test_the_decorators_flags(device: str, cls: type[Decorated]) -> None:
-    """Every form of experts class, with sentinels among the ids, value and gradient."""
+EVERY_FORM = [
+    Decorated, OwnGate, OwnGateBiased, UnknownActivation, KnownNameOnly, HookedActivation, GateOfTheInstance, NoGate,
+    NoGateUnknown, DefaultGateBiased, PostNorm,
+]  # fmt: skip
+
+
+def decorated(cls: type[Decorated], implementation: str) -> Decorated:
+    """An instance whose class carries transformers' decorator; skips flags that this release does not know."""
     flags: dict[str, Any] = {"has_bias": cls.biased, "is_transposed": cls.transposed, "has_gate": cls.gated}
     flags["has_post_expert_norm"] = cls is PostNorm
     accepted = inspect.signature(interface.use_experts_implementation).parameters
@@ -377,8 +367,14 @@ def test_the_decorators_flags(device: str, cls: type[Decorated]) -> None:
         if flags[name] != (name == "has_gate"):
             pytest.skip(f"this version of transformers has no {name}")
         del flags[name]
-    decorated = interface.use_experts_implementation(type(cls.__name__, (cls,), {}), **flags)
-    experts = decorated(SimpleNamespace(_experts_implementation="eager")).to(device)
+    with_decorator = interface.use_experts_implementation(type(cls.__name__, (cls,), {}), **flags)
+    return with_decorator(SimpleNamespace(_experts_implementation=implementation))
+
+
+@pytest.mark.parametrize("cls", EVERY_FORM)
+def test_the_decorators_flags(device: str, cls: type[Decorated]) -> None:
+    """Every form of experts class, with sentinels among the ids, value and gradient."""
+    experts = decorated(cls, "eager").to(device)
     x = torch.randn(9, 12, device=device, requires_grad=True)
     ids = torch.rand(9, 6, device=device).argsort(1)[:, :3]  # 5 is a sentinel
     weights = torch.rand(9, 3, device=device, requires_grad=True)
@@ -398,10 +394,23 @@ def test_the_decorators_flags(device: str, cls: type[Decorated]) -> None:
     assert not results[1][2][ids == 5].any()
 
 
+@pytest.mark.filterwarnings("ignore:moekern. .* has a:UserWarning")
+@pytest.mark.parametrize("cls", EVERY_FORM)
+def test_no_tokens(device: str, cls: type[Decorated]) -> None:
+    """A rank of expert parallelism that no token reached makes such a call, and its backward."""
+    experts = decorated(cls, "moekern").to(device)
+    x, weights = (torch.zeros(0, n, device=device, requires_grad=True) for n in (12, 3))
+    out = experts(x, torch.zeros(0, 3, dtype=torch.int64, device=device), weights)
+    assert out.shape == (0, 12)
+    out.sum().backward()
+    assert x.grad is not None
+    assert weights.grad is not None
+    for name, parameter in experts.named_parameters():
+        assert torch.equal(parameter.grad, torch.zeros_like(parameter)), name
+
+
 def test_quantised_weights_are_refused() -> None:
-    experts = interface.use_experts_implementation(type("Quantised", (Decorated,), {}))(
-        SimpleNamespace(_experts_implementation="moekern")
-    )
+    experts = decorated(type("Quantised", (Decorated,), {}), "moekern")
     experts.down_proj = nn.Parameter(experts.down_proj.detach().to(torch.float8_e4m3fn), requires_grad=False)
     with pytest.raises(TypeError, match=r"Quantised.down_proj: got dtype float8_e4m3fn, expected float32, bfloat16"):
         experts(torch.randn(2, 12), torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1))

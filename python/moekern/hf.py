@@ -131,7 +131,7 @@ def _with_own_gate(
     if getattr(module, "has_post_expert_norm", False):
         y = module.post_expert_norm(y)
     real = chosen.inverse < chosen.offsets[-1]
-    by_slot = torch.where(real.unsqueeze(1), y[chosen.inverse.long()], 0).reshape(tokens, top_k, -1)
+    by_slot = torch.where(real.unsqueeze(1), y[chosen.inverse.long()], 0).reshape(tokens, top_k, y.shape[-1])
     wide = torch.float64 if y.dtype == torch.float64 else torch.float32
     return (by_slot.to(wide) * weights.to(wide).unsqueeze(-1)).sum(1).to(y.dtype)
 
