@@ -20,6 +20,18 @@ DEVICE float reciprocal_fast(float x) {
   return y;
 }
 
+// The smaller and the larger one, and NaN where either is: fminf and fmaxf give the other one, which would hide it.
+DEVICE float min_or_nan(float a, float b) {
+  float y;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+DEVICE float max_or_nan(float a, float b) {
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+
 // What the sigmoid of this activation is taken of; the activation is then slope * value, or value * up, of it.
 DEVICE float sigmoid_argument(float g) {
   if (ACTIVATION == 4) return OAI_SLOPE * g;
@@ -30,17 +42,18 @@ DEVICE float sigmoid_argument(float g) {
 
 constexpr bool BY_SIGMOID = ACTIVATION == 0 || ACTIVATION == 2 || ACTIVATION == 4 || ACTIVATION == 5 || ACTIVATION == 7;
 
-DEVICE float bounded_gate(float g) { return ACTIVATION == 4 ? fminf(g, OAI_BOUND) : g; }
+DEVICE float bounded_gate(float g) { return ACTIVATION == 4 ? min_or_nan(g, OAI_BOUND) : g; }
 
 // The factor beside the nonlinearity of the gate.
 DEVICE float linear_factor(float u) {
   if (!GATED) return 1.0f;
-  if (ACTIVATION == 4) return fminf(fmaxf(u, -OAI_BOUND), OAI_BOUND) + 1.0f;
+  if (ACTIVATION == 4) return min_or_nan(max_or_nan(u, -OAI_BOUND), OAI_BOUND) + 1.0f;
   return u;
 }
 
 // Two activations at once. Those by a sigmoid share one reciprocal, 1 / (a b): three special-function operations for two
-// outputs. The exponent is bounded at 62 so that the product cannot overflow; sigmoid(-43) is then 2^-62 instead of 0.
+// outputs. The exponent is bounded at 62 so that the product cannot overflow, and so that a NaN stays out of its neighbour;
+// sigmoid(-43) is then 2^-62 instead of 0.
 DEVICE void activate_two(float g0, float u0, float g1, float u1, float& first, float& second) {
   g0 = bounded_gate(g0), g1 = bounded_gate(g1);
   const float f0 = linear_factor(u0), f1 = linear_factor(u1);
@@ -53,7 +66,7 @@ DEVICE void activate_two(float g0, float u0, float g1, float u1, float& first, f
     first = 0.5f * g0 * (1.0f + erff(g0 * 0.70710678118654752f)) * f0;
     second = 0.5f * g1 * (1.0f + erff(g1 * 0.70710678118654752f)) * f1;
   } else {
-    g0 = fmaxf(g0, 0.0f), g1 = fmaxf(g1, 0.0f);
+    g0 = max_or_nan(g0, 0.0f), g1 = max_or_nan(g1, 0.0f);
     first = ACTIVATION == 9 ? g0 * g0 : g0 * f0;
     second = ACTIVATION == 9 ? g1 * g1 : g1 * f1;
   }

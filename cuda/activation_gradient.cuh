@@ -23,7 +23,7 @@ DEVICE void nonlinearity(float g, float& f, float& slope) {
     f = g * cdf;
     slope = fmaf(g * 0.39894228040143268f, exp2_fast(-0.5f * LOG2_E * g * g), cdf);
   } else {
-    const float positive = fmaxf(g, 0.0f);
+    const float positive = max_or_nan(g, 0.0f);
     f = ACTIVATION == 9 ? positive * positive : positive;
     slope = ACTIVATION == 9 ? 2.0f * positive : g > 0.0f ? 1.0f : 0.0f;
   }

@@ -113,6 +113,27 @@ def test_no_gradient_at_the_bound(dtype: torch.dtype, interleaved: bool) -> None
     assert error(x.grad[:, :2], wanted) <= torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("tokens", [7, 3000])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_nan_is_not_hidden(activation: str, interleaved: bool, tokens: int) -> None:
+    """A NaN in x reaches its token's output and the weights' gradients, and no other token, whatever the activation."""
+    features = 64 * (2 if ACTIVATIONS[activation].gated else 1)
+    x, w_gate_up = normal(tokens, 64, dtype=BF16), normal(2, features, 64, dtype=BF16, scale=0.2)
+    w_down = normal(2, 64, 64, dtype=BF16, scale=0.2).requires_grad_()
+    x[::5, 3] = NAN
+    ids = torch.arange(tokens, device="cuda").unsqueeze(1) % 2
+    wanted = x.isnan().any(1)
+    with torch.no_grad():
+        inferred = mk.experts(x, ids, None, w_gate_up, w_down, activation=activation, interleaved=interleaved)
+    out = mk.experts(x, ids, None, w_gate_up, w_down, activation=activation, interleaved=interleaved)
+    for got in (inferred, out):
+        assert torch.equal(got.isnan().all(1), wanted)
+        assert torch.equal(got.isnan().any(1), wanted)
+    (grad,) = torch.autograd.grad(out, w_down, torch.ones_like(out))
+    assert grad.isnan().all()
+
+
 @pytest.mark.parametrize(("hidden", "inter"), [(448, 1936), (456, 1408), (2880, 136), (72, 8), (8, 72), (64, 2880)])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(
