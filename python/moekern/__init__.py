@@ -17,6 +17,7 @@ from moekern.balance import (
     bias_update_hook,
     load_balancing_loss,
     sequence_balancing_loss,
+    set_token_mask,
     update_selection_bias,
     z_loss,
 )
@@ -58,6 +59,7 @@ __all__ = [
     "route",
     "sac_policy",
     "sequence_balancing_loss",
+    "set_token_mask",
     "update_selection_bias",
     "z_loss",
 ]

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moekern import checks, router
+from moekern import checks, masks, router
 from moekern.layer import MoE, Routing
 from moekern.parts import Router, inner, local
 
@@ -24,10 +24,12 @@ def load_balancing_loss(
     Args:
         logits: ``[T, E]`` router logits; the gradient flows through these.
         tokens_per_expert: ``[E]`` counts, without those of masked tokens.
-        mask: ``[T]``, zero for tokens that do not count (padding), or None.
+        mask: ``[T]``, zero for tokens that do not count (padding), whatever their logits; bool, integer, or floating
+            with zeros and ones. None: all count.
         group: A torch.distributed process group over which the counts are summed, so that the batches of all its ranks
             are balanced together and not each on its own; None for this rank alone. The mean over the ranks, which
-            data-parallel training takes of the gradients, then gives the gradient of the loss of the whole batch.
+            data-parallel training takes of the gradients, then gives the gradient of the loss of the whole batch,
+            however many tokens each rank has.
 
     Returns:
         A scalar in float32.
@@ -40,13 +42,15 @@ def load_balancing_loss(
     checks.has_shape("tokens_per_expert", tokens_per_expert, (num_experts,), "one count an expert")
     checks.same_device("tokens_per_expert", tokens_per_expert, "logits", logits)
     weight = _token_weights(logits, mask)
-    probability = (torch.softmax(logits.float(), dim=-1) * weight).sum(0) / weight.sum().clamp(min=1)
+    probability = (torch.softmax(_masked(logits, weight), dim=-1) * weight).sum(0)
     counts, tokens = tokens_per_expert.float(), weight.sum()
+    of_a_rank = tokens
     if group is not None:
         both = torch.cat((counts, tokens.reshape(1)))
         dist.all_reduce(both, group=group)
         counts, tokens = both[:-1], both[-1]
-    return num_experts * ((counts / tokens.clamp(min=1)) * probability).sum()
+        of_a_rank = tokens / dist.get_world_size(group)
+    return num_experts * ((counts / tokens.clamp(min=1)) * probability).sum() / _at_least_some(of_a_rank)
 
 
 def z_loss(logits: Tensor, *, mask: Tensor | None = None) -> Tensor:
@@ -60,7 +64,7 @@ def z_loss(logits: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """
     _check_logits(logits, ("tokens", "experts"))
     weight = _token_weights(logits, mask)
-    square = torch.logsumexp(logits.float(), dim=-1, keepdim=True).square()
+    square = torch.logsumexp(_masked(logits, weight), dim=-1, keepdim=True).square()
     return (square * weight).sum() / weight.sum().clamp(min=1)
 
 
@@ -79,7 +83,7 @@ def sequence_balancing_loss(
         mask: ``[B, N]``, zero for padding, or None.
 
     Returns:
-        The mean over the sequences, a scalar in float32.
+        The mean over the sequences that have a token, a scalar in float32; zero if none has.
     """
     _check_logits(logits, ("sequences", "tokens", "experts"))
     checks.is_tensor("topk_ids", topk_ids)
@@ -90,14 +94,14 @@ def sequence_balancing_loss(
     checks.one_of("method", method, tuple(router.METHODS))
     weight = _token_weights(logits, mask)
     tokens = weight.sum(1).clamp(min=1)
-    scores = router.scores(logits.float(), method)
+    scores = router.scores(_masked(logits, weight), method)
     probability = (scores / (scores.sum(-1, keepdim=True) + 1e-20) * weight).sum(1) / tokens
     chosen = weight.expand(-1, -1, topk_ids.shape[2]).flatten(1)
     ids = topk_ids.flatten(1).to(torch.int64)
     ids = torch.where((ids >= 0) & (ids < num_experts), ids, num_experts)  # a column for sentinels
     counts = probability.new_zeros(sequences, num_experts + 1).scatter_add(1, ids, chosen)[:, :-1]
     share = counts * num_experts / (topk_ids.shape[2] * tokens)
-    return (share * probability).sum(1).mean()
+    return (share * probability).sum() / (weight.sum(1) > 0).sum().clamp(min=1)
 
 
 def aux_loss(
@@ -116,7 +120,8 @@ def aux_loss(
 
     Args:
         model: Anything that contains :class:`moekern.MoE` layers.
-        attention_mask: Zero for padding tokens, which then do not count; as many elements as the layers had tokens.
+        attention_mask: Zero for padding tokens, which then do not count, besides those that the forward pass masked;
+            of the shape of the layers' input without its last dimension, or one of the two in one dimension.
         balance: Coefficient of :func:`load_balancing_loss`.
         z: Coefficient of :func:`z_loss`.
         sequence: Coefficient of :func:`sequence_balancing_loss`; the last leading dimension of the layers' input is the
@@ -149,6 +154,26 @@ def aux_loss(
             )
         losses.append(_layer_loss(layer, routing, attention_mask, balance, z, sequence, group))
     return torch.stack([loss.to(losses[-1].device) for loss in losses]).sum()
+
+
+def set_token_mask(model: nn.Module, mask: Tensor | None) -> None:
+    """Tell all layers which tokens are padding, where the model does not hand them a mask: ``mask`` of ``MoE.forward``.
+
+    It holds for every pass in training mode, recomputations included, until it is set anew; one of another shape than
+    a layer's input is refused there. So set it before each batch, or to None for batches without padding.
+
+    Args:
+        model: Contains :class:`moekern.MoE` layers.
+        mask: Bool or integer, False or zero for padding, of the shape of the layers' input without its last dimension,
+            and on its device, as an ``attention_mask`` mostly is; None ends it.
+
+    Raises:
+        TypeError, ValueError: The model has no such layer, or the mask is no bool or integer tensor.
+    """
+    if mask is not None:
+        masks.check_kind(mask)
+    for _, layer in _layers(model):
+        layer.__dict__["_token_mask"] = mask
 
 
 def update_selection_bias(model: nn.Module, rate: float = 0.001, group: Any = None) -> None:
@@ -258,7 +283,17 @@ def _token_weights(logits: Tensor, mask: Tensor | None) -> Tensor:
     checks.is_tensor("mask", mask)
     checks.has_shape("mask", mask, tuple(logits.shape[:-1]), "one entry a token")
     checks.same_device("mask", mask, "logits", logits)
-    return (mask != 0).to(torch.float32).unsqueeze(-1)
+    return masks.truth("mask", mask).to(torch.float32).unsqueeze(-1)
+
+
+def _masked(logits: Tensor, weight: Tensor) -> Tensor:
+    """The logits in float32, zero where they do not count: padding may be NaN, which times zero is NaN."""
+    return torch.where(weight > 0, logits.float(), 0)
+
+
+def _at_least_some(tokens: Tensor) -> Tensor:
+    """A number of tokens to divide by, one in place of none."""
+    return torch.where(tokens > 0, tokens, 1)
 
 
 def _layer_loss(
@@ -270,26 +305,20 @@ def _layer_loss(
     sequence: float,
     group: Any,
 ) -> Tensor:
-    logits, counts, ids, shape = routing
-    mask = None
+    logits, counts, ids, shape, mask = routing
     if attention_mask is not None:
-        checks.is_tensor("attention_mask", attention_mask)
-        if attention_mask.numel() != logits.shape[0]:
-            raise ValueError(
-                f"attention_mask: got shape {tuple(attention_mask.shape)}, "
-                f"expected {logits.shape[0]} elements, the tokens of the layers' latest input"
-            )
-        mask = attention_mask.reshape(-1).to(logits.device)
+        given = masks.of_losses("attention_mask", attention_mask, shape).to(logits.device)
+        mask = given if mask is None else mask & given
         if ids is not None:
-            chosen = (mask != 0).float().repeat_interleave(ids.shape[1])
-            counts = torch.zeros_like(logits[0]).scatter_add(0, ids.reshape(-1), chosen)
+            counts = masks.counts(ids, mask, logits.shape[1])
     loss = balance * load_balancing_loss(logits, counts, mask=mask, group=group)
     if z > 0:
         loss = loss + z * z_loss(logits, mask=mask)
     if sequence > 0:
         if ids is None:
             raise ValueError("sequence: got a coefficient above 0, but a layer routes by expert choice")
-        rows = (-1, shape[-1] if shape else 1)
+        length = shape[-1] if shape else 1
+        rows = (logits.shape[0] // length if length else 0, length)
         loss = loss + sequence * sequence_balancing_loss(
             logits.unflatten(0, rows),
             ids.unflatten(0, rows),

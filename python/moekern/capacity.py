@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import math
+from fractions import Fraction
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from moekern import checks, router
 from moekern.plan import Plan, plan
 
+Count = TypeVar("Count", int, Tensor)
 ORDERS = ("score", "position")
 
 
@@ -63,13 +65,24 @@ def check_options(capacity: int | None, multiple: int, by: str) -> None:
     checks.one_of("by", by, ORDERS)
 
 
-def capacity_of(factor: float, tokens: int, top_k: int, num_experts: int) -> int:
-    """The capacity that is ``factor`` times an even share of the slots, rounded up."""
-    return math.ceil(factor * tokens * top_k / num_experts)
+def capacity_of(factor: float, tokens: Count, top_k: int, num_experts: int) -> Count:
+    """The capacity that is ``factor`` times an even share of the slots, rounded up; of a number or a tensor of tokens.
+
+    In integers: 1.1 times ten is eleven, but a little more in binary floating point, which rounded up would be twelve.
+    """
+    numerator, denominator = _ratio(min(factor, num_experts))  # a larger one limits nothing
+    return -(-(numerator * top_k * tokens) // (denominator * num_experts))
+
+
+@torch.compiler.assume_constant_result
+def _ratio(factor: float) -> tuple[int, int]:
+    """The fraction that was meant: 1.1 is 11/10, and 1.3333333333333333 is 4/3."""
+    exact = Fraction(str(float(factor)))
+    return (exact.limit_denominator(1_000_000) or exact).as_integer_ratio()
 
 
 def drop(
-    chosen: Plan, topk_ids: Tensor, topk_weights: Tensor | None, capacity: int | None, multiple: int, by: str
+    chosen: Plan, topk_ids: Tensor, topk_weights: Tensor | None, capacity: int | Tensor | None, multiple: int, by: str
 ) -> Tensor:
     """:func:`limit_tokens` without checks, for ids whose plan is known."""
     limit = chosen.counts

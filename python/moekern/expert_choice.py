@@ -37,6 +37,18 @@ def expert_choice(logits: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     return by_expert.gather(1, tokens), tokens
 
 
+def choose_real(logits: Tensor, capacity: int, mask: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`expert_choice` among the tokens that ``mask`` ``[T]`` leaves; of ``capacity`` places the first are used.
+
+    Places that are not used have weight zero, so that shapes do not depend on the mask.
+    """
+    scores = router.scores(logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32), "softmax_topk")
+    by_expert = scores.mT.contiguous()
+    tokens = router.choose(by_expert.detach().masked_fill(~mask, -1), capacity)
+    is_used = torch.arange(capacity, device=logits.device) < places
+    return torch.where(is_used, by_expert.gather(1, tokens), 0), tokens
+
+
 def run_chosen(x: Tensor, weights: Tensor, tokens: Tensor, experts: Callable[..., Tensor]) -> Tensor:
     """Run tokens ``[E, C]`` of x ``[T, H]`` through their experts and sum by token with weights ``[E, C]``.
 
@@ -48,5 +60,7 @@ def run_chosen(x: Tensor, weights: Tensor, tokens: Tensor, experts: Callable[...
     offsets = torch.arange(num_experts + 1, device=x.device, dtype=torch.int32) * capacity
     y = experts(rows, offsets=offsets)
     weighted = y.to(weights.dtype) * weights.reshape(-1, 1)
+    if capacity == 0:  # whose derivative cannot do without rows
+        return weighted.sum(0).expand(x.shape).to(y.dtype)
     summed = torch.ops.aten.embedding_dense_backward(weighted, tokens.reshape(-1), x.shape[0], -1, False)
     return summed.to(y.dtype)  # type: ignore[no-any-return]

@@ -7,9 +7,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moekern import capacity, checks, joined, ops, router
+from moekern import capacity, checks, joined, masks, ops, router
 from moekern.activations import ACTIVATIONS
-from moekern.expert_choice import expert_choice, run_chosen
+from moekern.expert_choice import choose_real, expert_choice, run_chosen
 from moekern.layer_inference import infer
 from moekern.layer_training import Latest, train
 from moekern.parts import Experts, Router, SharedExpert, inner, is_ordinary, whole
@@ -25,15 +25,17 @@ class Routing(NamedTuple):
 
     Attributes:
         logits: ``[T, E]`` float32, part of the autograd graph.
-        tokens_per_expert: ``[E]`` int32, before any are dropped.
+        tokens_per_expert: ``[E]`` int32, before any are dropped, without those that were masked.
         topk_ids: ``[T, K]``, before any are dropped; None with expert choice.
         shape: Leading dimensions of the layer's input; the last one is the sequence.
+        mask: Bool ``[T]``, False for padding, which no loss counts; None if the pass had no mask.
     """
 
     logits: Tensor
     tokens_per_expert: Tensor
     topk_ids: Tensor | None
     shape: tuple[int, ...]
+    mask: Tensor | None = None
 
 
 class MoE(nn.Module):
@@ -188,6 +190,7 @@ class MoE(nn.Module):
         if shared_gate:
             self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False, device=device, dtype=dtype)
         self._latest_routing: Routing | Latest | None = None
+        self._token_mask: Tensor | None = None
 
     @classmethod
     def from_dense(
@@ -260,22 +263,34 @@ class MoE(nn.Module):
         """What the router decided in the latest forward pass in training mode; None before that."""
         latest = self._latest_routing
         if isinstance(latest, Latest):
-            latest = self._latest_routing = Routing(latest.logits, *latest.counts_and_ids(), latest.shape)
+            mask, (counts, ids) = latest.mask, latest.counts_and_ids()
+            if mask is not None:
+                counts = masks.counts(ids, mask, self.num_experts)
+            latest = self._latest_routing = Routing(latest.logits, counts, ids, latest.shape, mask)
         return latest
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """The layer's output.
 
         Args:
             x: ``[..., H]``, any leading dimensions.
+            mask: ``[...]`` bool or integer, False or zero for padding: it counts in no loss and not for the selection
+                bias, and takes no place where places are limited (``capacity_factor``, ``round_tokens_to``, expert
+                choice), so that real tokens get what they would get alone; its output is then that of the shared
+                expert. Where places are not limited the output is the same as without a mask. None: every token is
+                real, or what :func:`moekern.set_token_mask` said.
 
         Returns:
             ``[..., H]``.
 
         Raises:
             TypeError, ValueError: ``x`` is not a dense floating tensor with H features, on the layer's device and in
-                its dtype (or under autocast).
+                its dtype (or under autocast), or ``mask`` is not as above.
         """
+        if mask is None and self.training:
+            mask = self.__dict__.get("_token_mask")
+        if mask is not None:
+            mask = masks.of_input(mask, x)
         if not self.training:
             inferred = infer(self, x)
             if inferred is not None:
@@ -283,6 +298,7 @@ class MoE(nn.Module):
         else:
             trained = train(self, x)
             if trained is not None:
+                trained[1].mask = mask
                 self.__dict__["_latest_routing"] = trained[1]  # a module's own way of setting takes longer
                 return trained[0]
         checks.is_tensor("x", x)
@@ -300,7 +316,7 @@ class MoE(nn.Module):
             tokens = (tokens * noise).to(tokens.dtype)
         logits = self.gate(tokens)
         choose = self._expert_choice if self._is_expert_choice else self._token_choice
-        out = choose(tokens, logits, x.shape[:-1])
+        out = choose(tokens, logits, x.shape[:-1], mask)
         if self.shared_expert is not None:
             shared = self.shared_expert(tokens)
             if self.shared_expert_gate is not None:
@@ -318,7 +334,7 @@ class MoE(nn.Module):
             if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
                 raise TypeError(f"x: got dtype {x.dtype}, expected {weight.dtype}, the dtype of the layer's experts")
 
-    def _token_choice(self, tokens: Tensor, logits: Tensor, shape: tuple[int, ...]) -> Tensor:
+    def _token_choice(self, tokens: Tensor, logits: Tensor, shape: tuple[int, ...], mask: Tensor | None) -> Tensor:
         """Every token chooses its experts; the routed part of the output ``[T, H]``."""
         bias = inner(self.gate, Router).e_score_correction_bias
         weights, ids = router.route(
@@ -338,20 +354,26 @@ class MoE(nn.Module):
             if not self.training:  # planned with the experts, in one program where there is one
                 return self._run(tokens, ids_of_all, weights)
             chosen = plan(ids_of_all, self.num_experts + self.num_fused_experts)
-            self._record(logits, chosen.counts[: self.num_experts], ids, shape)
+            self._record(logits, chosen.counts[: self.num_experts], ids, shape, mask)
             return self._run(tokens, ids_of_all, weights, chosen)
         chosen = plan(ids, self.num_experts)
-        self._record(logits, chosen.counts, ids, shape)
+        self._record(logits, chosen.counts, ids, shape, mask)
         added: Rounded | None = None
         if is_limited:
-            unrounded, limit = tokens, None
+            unrounded: Tensor = tokens
+            limit: int | Tensor | None = None
+            routed_ids = ids
+            if mask is not None:
+                ids = torch.where(mask.unsqueeze(1), ids, -1)
+                chosen = plan(ids, self.num_experts)
             if self.capacity_factor is not None:
-                limit = capacity.capacity_of(self.capacity_factor, ids.shape[0], self.top_k, self.num_experts)
+                real: Any = ids.shape[0] if mask is None else mask.sum()
+                limit = capacity.capacity_of(self.capacity_factor, real, self.top_k, self.num_experts)
             if multiple > 1 and self.rounding != "down":
                 scores = router.weights_of_all(
-                    logits, ids, self.routing, self.norm_topk_prob, self.routed_scaling_factor
+                    logits, routed_ids, self.routing, self.norm_topk_prob, self.routed_scaling_factor
                 )
-                added = rounded(chosen, scores, ids, weights, multiple, self.rounding, limit, self.drop_by)
+                added = rounded(chosen, scores, ids, weights, multiple, self.rounding, limit, self.drop_by, mask)
                 tokens, ids, weights = added.extend(tokens, weights)
             else:
                 ids = capacity.drop(chosen, ids, weights, limit, multiple, self.drop_by)
@@ -377,21 +399,31 @@ class MoE(nn.Module):
         out: Tensor = self.experts(scaled, ids.reshape(-1, 1), None)
         return out.unflatten(0, (-1, self.top_k)).sum(1) if self.top_k > 1 else out
 
-    def _expert_choice(self, tokens: Tensor, logits: Tensor, shape: tuple[int, ...]) -> Tensor:
+    def _expert_choice(self, tokens: Tensor, logits: Tensor, shape: tuple[int, ...], mask: Tensor | None) -> Tensor:
         """Every expert chooses its tokens; the routed part of the output ``[T, H]``."""
         count = min(tokens.shape[0], capacity.capacity_of(1.0, tokens.shape[0], self.top_k, self.num_experts))
-        weights, chosen = expert_choice(logits, count)
         counts = logits.new_full((self.num_experts,), count, dtype=torch.int32)
-        self._record(logits, counts, None, shape)
+        if mask is None:
+            weights, chosen = expert_choice(logits, count)
+        else:
+            real = mask.sum()
+            places = capacity.capacity_of(1.0, real, self.top_k, self.num_experts).minimum(real)
+            weights, chosen = choose_real(logits, count, mask, places)
+            counts = places.to(torch.int32).expand_as(counts)
+        self._record(logits, counts, None, shape, mask)
         if self.routed_scaling_factor != 1:
             weights = weights * self.routed_scaling_factor
         return run_chosen(tokens, weights, chosen, self.experts)
 
-    def _record(self, logits: Tensor, counts: Tensor, ids: Tensor | None, shape: tuple[int, ...]) -> None:
+    def _record(
+        self, logits: Tensor, counts: Tensor, ids: Tensor | None, shape: tuple[int, ...], mask: Tensor | None
+    ) -> None:
         """Keep what the losses need, in training only."""
         if not self.training or _is_exporting():
             return
-        self._latest_routing = Routing(logits, counts, ids, tuple(shape))
+        if mask is not None and ids is not None:
+            counts = masks.counts(ids, mask, self.num_experts)
+        self._latest_routing = Routing(logits, counts, ids, tuple(shape), mask)
         total = inner(self.gate, Router).tokens_since_update
         if total is not None:
             if torch.compiler.is_compiling():
@@ -418,8 +450,8 @@ class MoE(nn.Module):
         return text + "".join(changed)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles leave out the latest routing: it belongs to a graph that they do not."""
-        return {**self.__dict__, "_latest_routing": None}
+        """Copies and pickles leave out the latest routing and its mask: they belong to a batch that they do not."""
+        return {**self.__dict__, "_latest_routing": None, "_token_mask": None}
 
 
 def _is_exporting() -> bool:

@@ -27,6 +27,7 @@ class Latest:
     def __init__(self, logits: Tensor, kept: Tensor, program: Any, shape: tuple[int, ...]):
         """Hold the outputs of :class:`_Layer`; `shape` are the leading sizes of the layer's input."""
         self.logits, self.shape = logits, shape
+        self.mask: Tensor | None = None
         self._kept, self._layout = kept, program.kept
 
     def counts_and_ids(self) -> tuple[Tensor, Tensor]:

@@ -144,16 +144,19 @@ def rounded(
     topk_weights: Tensor,
     multiple: int,
     mode: str,
-    limit: int | None,
+    limit: int | Tensor | None,
     by: str,
+    mask: Tensor | None = None,
 ) -> Rounded:
-    """:func:`round_tokens` without checks, for ids whose plan is known."""
+    """:func:`round_tokens` without checks, for ids whose plan is known. No expert is given a token that is masked."""
     tokens, num_experts = scores.shape
     ids = topk_ids.to(torch.int64)
     real = (ids >= 0) & (ids < num_experts)
     # One column more takes the sentinels.
     taken = torch.zeros(tokens, num_experts + 1, dtype=torch.bool, device=ids.device)
     taken = taken.scatter(1, torch.where(real, ids, num_experts), True)[:, :num_experts]
+    if mask is not None:
+        taken = taken | ~mask.unsqueeze(1)
 
     counts = chosen.counts
     down = counts // multiple * multiple
