@@ -19,7 +19,8 @@ pytest.importorskip("cupy")
 
 from moekern import _core
 from moekern.backends.cuda import kernels, loader, program, variants
-from moekern.backends.cuda.loader import KernelError, KernelSource
+from moekern.backends.cuda.errors import KernelError
+from moekern.backends.cuda.loader import KernelSource
 
 SMALLEST = KernelSource.of("combine.cu", {"ELEMENT": "Bf16", "TOP_K": 1})
 

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("cupy")
 
-from moekern.backends.cuda import compilers, loader
+from moekern.backends.cuda import compilers, kernel_cache, loader
 from moekern.backends.cuda.compilers import AbandonedError, Answer, Compilers, Job
-from moekern.backends.cuda.loader import CacheError, KernelError, KernelSource
+from moekern.backends.cuda.errors import CacheError, KernelError
+from moekern.backends.cuda.loader import KernelSource
 
 COMBINES = [KernelSource.of("combine.cu", {"ELEMENT": "Bf16", "TOP_K": k}) for k in (1, 2, 4)]
 BROKEN = ("broken.cu", "int f() { return oops; }", ("--gpu-architecture=sm_90a",))
@@ -110,7 +115,7 @@ def test_a_variant_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     both = [loader.start(COMBINES[0]) for _ in range(2)]
     assert len(submitted) == 1
     future.set_result(loader._compile_here(submitted[0]))
-    assert both[0].result() == both[1].result() == loader.cubin_path(COMBINES[0])
+    assert both[0].result() == both[1].result() == loader.start(COMBINES[0]).result()
     assert not loader._pending
     assert len(submitted) == 1
 
@@ -130,14 +135,6 @@ def test_an_unwritable_cache_is_named_and_leaves_nothing(tmp_path: Path, monkeyp
     with pytest.raises(CacheError, match=r"disk full.*MOEKERN_CACHE_DIR"):
         loader.cubin_path(COMBINES[0])
     assert not list((tmp_path / "kernels").iterdir())
-
-
-def test_other_users_may_read_the_cache() -> None:
-    umask = os.umask(0o022)
-    try:
-        assert loader.cubin_path(COMBINES[0]).stat().st_mode & 0o777 == 0o644
-    finally:
-        os.umask(umask)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
@@ -192,3 +189,67 @@ def test_ctrl_c_ends_the_compile_command(tmp_path: Path) -> None:
     assert "Traceback" not in error
     assert error.rstrip().endswith("moekern compile: interrupted")
     assert len(list(tmp_path.glob("*.cubin"))) < 20  # of hundreds
+
+
+def test_a_damaged_kernel_is_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = loader.cubin_path(COMBINES[0])
+    cubin = loader.start(COMBINES[0]).result()
+    path.write_bytes(path.read_bytes()[:1000])
+    monkeypatch.setattr(kernel_cache, "_said", set())
+    with pytest.warns(UserWarning, match=f"{path.name} is damaged.*compiled anew"):
+        loader.compile_missing(COMBINES[:1])
+    assert loader._present[COMBINES[0]] == cubin == loader.start(COMBINES[0]).result()
+    assert path.stat().st_size > 1000
+
+
+def test_a_cache_emptied_while_running_does_not_matter() -> None:
+    loader.compile_missing(COMBINES[:2])
+    held = dict(loader._present)
+    path = loader.cubin_path(COMBINES[0])
+    shutil.rmtree(path.parent)
+    loader.compile_missing(COMBINES[:2])
+    assert loader._present == held
+    assert loader.start(COMBINES[0]).result() == held[COMBINES[0]]
+    assert path.is_file()
+
+
+def test_what_is_loaded_are_the_bytes_that_were_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    import cupy
+
+    loaded: list[bytes] = []
+
+    class Module:
+        def load(self, cubin: bytes) -> None:
+            loaded.append(cubin)
+
+        def get_function(self, name: str) -> SimpleNamespace:
+            return SimpleNamespace(ptr=7)
+
+    monkeypatch.setattr(cupy.cuda.function, "Module", Module)
+    monkeypatch.setattr(cupy.cuda, "Device", lambda device: nullcontext())
+    monkeypatch.setattr(loader, "_kernels", {})
+    loader.compile_missing(COMBINES[:1])
+    cubin = loader._present[COMBINES[0]]
+    loader.cubin_path(COMBINES[0]).write_bytes(b"planted after the check")
+    assert loader.load(COMBINES[0], "combine", 0).handle == 7
+    assert loaded == [cubin]
+
+
+def test_an_unusable_cache_stops_no_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MOEKERN_CACHE_DIR", str(tmp_path / "file"))
+    (tmp_path / "tmp").mkdir(mode=0o700)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    monkeypatch.setattr(kernel_cache, "_said", set())
+    with pytest.warns(UserWarning, match="set MOEKERN_CACHE_DIR to a writable directory.*kept in"):
+        loader.compile_missing(COMBINES[:1])
+    assert len(list((tmp_path / "tmp").glob("moekern-*/combine-*.cubin"))) == 1
+    with pytest.raises(CacheError, match="MOEKERN_CACHE_DIR"):
+        loader.cubin_path(COMBINES[0])
+
+
+def test_a_bad_limit_is_named() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOEKERN_CACHE_LIMIT", "plenty")
+        with pytest.raises(KernelError, match="MOEKERN_CACHE_LIMIT: got 'plenty'"):
+            loader.start(COMBINES[0])

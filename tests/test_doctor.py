@@ -1,6 +1,7 @@
 """The doctor: facts, self-tests that notice a wrong backend, problems with fixes, exit codes."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 import moekern as mk
 from moekern import cli, doctor, machine, selftest
+from moekern.backends.cuda import kernel_cache
 from moekern.doctor import Diagnosis
 from moekern.selftest import SelfTest
 
@@ -201,3 +203,36 @@ def test_environment_that_changes_what_runs_is_shown(monkeypatch: pytest.MonkeyP
     diagnosis = Diagnosis()
     doctor.examine_packages(diagnosis)
     assert "MOEKERN_CPU_ISA=avx2" in diagnosis.facts["software"]["environment"]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="modes are those of POSIX")
+def test_cache_that_is_damaged_or_open_to_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MOEKERN_CACHE_DIR", str(tmp_path / "kernels"))
+    names = [f"kernel-{i:040x}.cubin" for i in range(3)]
+    for name in names:
+        kernel_cache.keep(name, b"cubin" * 1000)
+    for name in names[1:]:
+        (tmp_path / "kernels" / name).write_bytes(b"cut")
+    before = [(tmp_path / "kernels" / name).stat().st_mtime_ns for name in names]
+    diagnosis = Diagnosis()
+    doctor.examine_cache(diagnosis)
+    fact = diagnosis.facts["GPU"]["kernel cache"]
+    assert fact == f"{tmp_path / 'kernels'} (writable, trusted): 3 kernels, 0.0 of at most 1024 MiB"
+    assert f"{names[1]} is damaged" in diagnosis.problems[0][0] or f"{names[2]} is damaged" in diagnosis.problems[0][0]
+    assert diagnosis.problems[0][0].endswith("and 1 more")
+    assert [(tmp_path / "kernels" / name).stat().st_mtime_ns for name in names] == before
+    (tmp_path / "kernels").chmod(0o777)
+    diagnosis = Diagnosis()
+    doctor.examine_cache(diagnosis)
+    assert "NOT trusted" in diagnosis.facts["GPU"]["kernel cache"]
+    assert "kernels is writable by other users (mode 0777)" in diagnosis.problems[0][0]
+    assert "MOEKERN_TRUSTED_CACHE=" in diagnosis.problems[0][1]
+    assert diagnosis.usable
+
+
+def test_bad_cache_limit_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOEKERN_CACHE_LIMIT", "plenty")
+    diagnosis = Diagnosis()
+    doctor.examine_cache(diagnosis)
+    assert not diagnosis.usable
+    assert "MOEKERN_CACHE_LIMIT: got 'plenty'" in diagnosis.problems[0][0]

@@ -18,7 +18,13 @@ EXAMPLES = """\
 examples:
   moekern compile              what SwiGLU and gpt-oss layers in bfloat16 need
   moekern compile --set all    every variant: every activation, layout, dtype
-  MOEKERN_CACHE_DIR=/shared/kernels moekern compile
+  MOEKERN_CACHE_DIR=/shared/kernels moekern compile && chmod -R a+rX,go-w /shared/kernels
+                               for all users of a machine: they set MOEKERN_CACHE_DIR and read what you wrote
+
+The cache is ~/.cache/moekern or MOEKERN_CACHE_DIR, for you alone unless you let others read it. Kernels run with your
+rights, so those in a folder that other users may write to, or that belongs to one, are not used; only
+MOEKERN_TRUSTED_CACHE=FOLDER makes them so. MOEKERN_CACHE_LIMIT (1GiB) is its size: the kernels not used for longest go.
+moekern doctor says where it is and what is wrong with it.
 """
 
 
@@ -54,11 +60,13 @@ def _given_up_on_error(pool: ThreadPoolExecutor, abandon: Callable[[], None]) ->
 def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from moekern.backends.cuda import loader, variants
+    from moekern.backends.cuda import kernel_cache, loader, variants
+    from moekern.backends.cuda.errors import CacheError, KernelError
 
     try:
         loader.check(args.arch)
-    except loader.KernelError as error:
+        most = kernel_cache.limit()
+    except KernelError as error:
         raise ValueError(str(error)) from error
     chosen = {"usual": variants.usual, "covering": variants.covering, "all": variants.every}[args.which]()
     start, failed = time.perf_counter(), []
@@ -68,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         for done in bar:
             bar.set_postfix_str(pending[done].file)
             failure = done.exception()
-            if isinstance(failure, loader.CacheError):
+            if isinstance(failure, CacheError):
                 raise OSError(str(failure)) from failure
             if failure is not None:
                 failed.append(failure)
@@ -76,5 +84,11 @@ def run(args: argparse.Namespace) -> int:
         print(f"moekern compile: error: {failure}", file=sys.stderr)
     seconds = time.perf_counter() - start
     compiled = len(chosen) - len(failed)
-    print(f"{compiled} of {len(chosen)} kernels in {loader.cache_directory()}, {seconds:.1f} s")
+    print(f"{compiled} of {len(chosen)} kernels in {kernel_cache.directory()}, {seconds:.1f} s")
+    gone = sum(not done.result().exists() for done in pending if done.exception() is None)
+    if gone:
+        print(
+            f"moekern compile: {gone} of them had to go again: {kernel_cache.LIMIT} allows {most} bytes for all",
+            file=sys.stderr,
+        )
     return 1 if failed else 0

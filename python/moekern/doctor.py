@@ -15,8 +15,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from moekern import __version__, machine
+from moekern.backends.cuda import kernel_cache as cache
 from moekern.backends.cuda import loader
 from moekern.backends.cuda.configuration import choose
+from moekern.backends.cuda.errors import CacheError
 from moekern.cli import HelpFormat, Subparsers
 from moekern.selftest import ALLOWED, SelfTest, run_self_test
 
@@ -25,7 +27,8 @@ examples:
   moekern doctor                          facts, self-tests, and one line per problem with its fix
   moekern doctor --json > machine.json    the same for a program or a bug report
 
-The exit code is 0 if the CPU backend works and no self-test fails, 1 otherwise. A missing optional package is not a
+The exit code is 0 if the CPU backend works, no self-test fails and no environment variable makes calls fail, 1
+otherwise. A missing optional package is not a
 failure: it is listed with the command that adds it.
 """
 USUAL_SIZES = (65536, 64, 2048, 1024)  # slots, experts, hidden, inter: the answer holds for all that are multiples of 8
@@ -38,6 +41,7 @@ class Diagnosis:
     facts: dict[str, dict[str, str]] = field(default_factory=dict)
     self_tests: list[SelfTest] = field(default_factory=list)
     problems: list[tuple[str, str]] = field(default_factory=list)
+    usable: bool = True  # unless something in the environment makes calls fail
 
     def fact(self, section: str, name: str, value: str) -> None:
         self.facts.setdefault(section, {})[name] = value
@@ -45,10 +49,15 @@ class Diagnosis:
     def problem(self, what: str, fix: str) -> None:
         self.problems.append((what, fix))
 
+    def failure(self, what: str, fix: str) -> None:
+        """A problem that makes calls fail."""
+        self.usable = False
+        self.problem(what, fix)
+
     @property
     def healthy(self) -> bool:
         cpu = [test for test in self.self_tests if test.backend == "cpu"]
-        return bool(cpu) and all(test.passed for test in self.self_tests)
+        return self.usable and bool(cpu) and all(test.passed for test in self.self_tests)
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -204,13 +213,44 @@ def nvrtc_version() -> str:
 
 def examine_cache(diagnosis: Diagnosis) -> None:
     """Compiled CUDA kernels are kept on disk; the folder is made when it is first needed."""
-    folder = loader.cache_directory()
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    writable = existing.is_dir() and os.access(existing, os.W_OK)
-    diagnosis.fact("GPU", "kernel cache", f"{folder} ({'writable' if writable else 'not writable'})")
-    if not writable:
+    try:
+        most = f"{cache.limit() / 2**20:.0f} MiB"
+    except CacheError as error:
+        most = "not usable"
+        diagnosis.failure(str(error), f"unset {cache.LIMIT}, or set it to a size")
+    folder, spare = cache.directory(), cache.temporary_directory()
+    if folder is None:
+        diagnosis.fact("GPU", "kernel cache", "none: there is no home directory")
         diagnosis.problem(
-            f"the cache of compiled kernels cannot be written: {folder}", "set MOEKERN_CACHE_DIR to a writable folder"
+            "there is no home directory to keep compiled kernels in", f"set {cache.FOLDER} to a writable folder"
+        )
+    else:
+        examine_cache_folder(diagnosis, "kernel cache", folder, most)
+    if spare is not None and spare != folder and spare.exists():
+        examine_cache_folder(diagnosis, "in its place", spare, most)
+
+
+def examine_cache_folder(diagnosis: Diagnosis, name: str, folder: Path, most: str) -> None:
+    found = cache.survey(folder)
+    trust = "NOT trusted" if found.distrust else f"trusted by {cache.TRUSTED}" if found.by_name else "trusted"
+    access = "writable" if found.writable else "not writable"
+    held = f"{found.files} kernels, {found.size / 2**20:.1f} of at most {most}"
+    diagnosis.fact("GPU", name, f"{folder} ({access}, {trust}): {held}")
+    if found.distrust:
+        diagnosis.problem(
+            f"compiled kernels in {folder} are not used, for others could have written them: {found.distrust}",
+            cache.how_to_trust(folder),
+        )
+    elif not found.writable:
+        diagnosis.problem(
+            f"the cache of compiled kernels cannot be written: {folder}",
+            f"set {cache.FOLDER} to a writable folder",
+        )
+    if found.unusable:
+        more = f" and {len(found.unusable) - 1} more" if len(found.unusable) > 1 else ""
+        diagnosis.problem(
+            f"bad files among the compiled kernels in {folder}: {found.unusable[0]}{more}",
+            "none is needed: they are compiled anew when they are wanted; deleting them saves the notice",
         )
 
 

@@ -1,4 +1,4 @@
-"""From CUDA sources to loaded kernels: include resolution, NVRTC, a cache of cubins on disk, CuPy modules.
+"""From CUDA sources to loaded kernels: include resolution, NVRTC, the cache of cubins, CuPy modules.
 
 What a verb needs is compiled side by side in processes of their own (:mod:`moekern.backends.cuda.compilers`), and while
 the forward pass of a layer waits for its kernels, those of the backward pass are already on their way. Compilation
@@ -20,12 +20,14 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import kernel_cache
 from .compilers import Answer, Compilers, Job, NoProcessError, loaded_library
+from .errors import KernelError
 from .nvrtc_process import open_builtins
 from .wgmma import wgmma_source
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
 ARCHITECTURES = ("sm_90a",)
 OLDEST_NVRTC = (12, 9)  # earlier ones serialise wgmma
@@ -33,14 +35,6 @@ OLDEST_NVRTC = (12, 9)  # earlier ones serialise wgmma
 _FATAL_NOTE = re.compile(r"C75(08|1\d)|C7602")
 _SPILL = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"\s*$')
-
-
-class KernelError(RuntimeError):
-    """A kernel could not be compiled or loaded; the message says what is missing and what is accepted."""
-
-
-class CacheError(KernelError):
-    """Compiled kernels cannot be kept."""
 
 
 @dataclass(frozen=True)
@@ -222,14 +216,8 @@ def abandon() -> None:
         _compilers().abandon()
 
 
-def cache_directory() -> Path:
-    """Where cubins are kept: `MOEKERN_CACHE_DIR`, by default `~/.cache/moekern`."""
-    chosen = os.environ.get("MOEKERN_CACHE_DIR")
-    return Path(chosen) if chosen else Path.home() / ".cache" / "moekern"
-
-
-_pending: dict[Path, Future[Path]] = {}
-_present: dict[KernelSource, Path] = {}  # known to be in the cache
+_pending: dict[str, Future[bytes]] = {}
+_present: dict[KernelSource, bytes] = {}  # held, so that nothing that befalls the cache matters to a running process
 _lock = threading.Lock()
 
 
@@ -245,59 +233,54 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def start(source: KernelSource, arch: str = "sm_90a") -> Future[Path]:
-    """The cached cubin of a variant, compiled in the background if it is not there.
-
-    The file's name is a hash of everything that determines its content; it appears by an atomic rename, so that
-    processes may compile the same variant at once.
-    """
-    check(arch)
-    job = _job(source, arch)
+def _file_name(job: Job) -> str:
+    """The name in the cache: a hash of all that determines the content."""
     name, text, options = job
     digest = hashlib.sha256("\0".join((name, text, *options, str(_nvrtc().getVersion()))).encode()).hexdigest()
-    path = cache_directory() / f"{Path(source.file).stem}-{digest[:32]}.cubin"
-    future: Future[Path] = Future()
-    if path.is_file():
-        future.set_result(path)
+    return f"{Path(name).stem}-{digest[:40]}.cubin"
+
+
+def start(
+    source: KernelSource, arch: str = "sm_90a", keep: Callable[[str, bytes], object] = kernel_cache.keep
+) -> Future[bytes]:
+    """The cubin of a variant, compiled in the background if it is not in the cache; `keep` puts it there."""
+    check(arch)
+    kernel_cache.limit()  # a bad value is told now, to the caller
+    job = _job(source, arch)
+    name = _file_name(job)
+    with _lock:
+        if name in _pending:
+            return _pending[name]
+    future: Future[bytes] = Future()
+    cubin = kernel_cache.find(name)
+    if cubin is not None:
+        future.set_result(cubin)
         return future
     with _lock:
-        if path in _pending:
-            return _pending[path]
-        _pending[path] = future
+        if name in _pending:
+            return _pending[name]
+        _pending[name] = future
 
     def finish(done: Future[Answer]) -> None:
         try:
-            _write(path, _checked(source, done.result())[0])
+            cubin = _checked(source, done.result())[0]
+            keep(name, cubin)
         except BaseException as error:
             future.set_exception(error)
         else:
-            future.set_result(path)
+            future.set_result(cubin)
         finally:
-            _pending.pop(path, None)
+            _pending.pop(name, None)
 
     _compilers().submit(job).add_done_callback(finish)
     return future
 
 
-def _write(path: Path, cubin: bytes) -> None:
-    partial = path.with_name(f"{path.stem}-{os.getpid()}-{threading.get_ident()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_bytes(cubin)
-            os.replace(partial, path)
-        except OSError:
-            partial.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise CacheError(
-            f"cannot write compiled kernels to {path.parent} ({error}); set MOEKERN_CACHE_DIR to a writable directory"
-        ) from error
-
-
 def cubin_path(source: KernelSource, arch: str = "sm_90a") -> Path:
-    """The cached cubin of a variant, compiled first if need be; see :func:`start`."""
-    return start(source, arch).result()
+    """The cached file of a variant, compiled first if need be. Raises CacheError if it cannot be kept."""
+    kernel_cache.wanted()
+    cubin = start(source, arch, kernel_cache.kept).result()
+    return kernel_cache.kept(_file_name(_job(source, arch)), cubin)
 
 
 def compile_missing(sources: Iterable[KernelSource], wait: bool = True) -> None:
@@ -339,18 +322,24 @@ def load(source: KernelSource, name: str, device: int, shared_bytes: int = 0, ca
     with _loading:
         if key in _kernels:
             return _kernels[key]
-        path = _present.get(source) or cubin_path(source)
+        cubin = _present.get(source)
+        if cubin is None:
+            cubin = start(source).result()
         import cupy
+        from cupy.cuda import driver
 
         try:
             with cupy.cuda.Device(device):
-                module = cupy.RawModule(path=str(path))
+                module = cupy.cuda.function.Module()
+                module.load(cubin)
                 function = module.get_function(name)
+                handle = int(function.ptr)
                 if shared_bytes > 48 * 1024:
-                    function.max_dynamic_shared_size_bytes = shared_bytes
+                    attribute = driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                    driver.funcSetAttribute(handle, attribute, shared_bytes)
                 if carve_out is not None:
-                    function.preferred_shared_memory_carveout = carve_out
-                handle = int(function.kernel.ptr)
+                    attribute = driver.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+                    driver.funcSetAttribute(handle, attribute, carve_out)
         except Exception as error:
             raise KernelError(f"cannot load {source} on device {device}: {error}") from error
         _kernels[key] = Kernel(handle, (module, function))
