@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moekern import eager
+
 # gpt-oss, https://huggingface.co/openai/gpt-oss-20b: slope of the sigmoid and bound of both halves.
 OAI_ALPHA = 1.702
 OAI_LIMIT = 7.0
@@ -39,6 +41,13 @@ class Activation:
     gated: bool
     forward: Forward
     backward: Backward
+
+
+def _silu(x: Tensor) -> Tensor:
+    if not eager.forward_mode():
+        return F.silu(x)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))  # torch's gradient of silu has no forward-mode rule
+    return (wide * torch.sigmoid(wide)).to(x.dtype)
 
 
 def _silu_grad(x: Tensor) -> Tensor:
@@ -108,12 +117,12 @@ def _swiglu_oai_backward(da: Tensor, g: Tensor, u: Tensor | None) -> tuple[Tenso
 
 
 _TABLE: tuple[tuple[str, bool, tuple[Forward, Backward]], ...] = (
-    ("swiglu", True, _gated(F.silu, _silu_grad)),
+    ("swiglu", True, _gated(_silu, _silu_grad)),
     ("geglu", True, _gated(F.gelu, _gelu_grad)),
     ("geglu_tanh", True, _gated(_gelu_tanh, _gelu_tanh_grad)),
     ("reglu", True, _gated(torch.relu, _relu_grad)),
     ("swiglu_oai", True, (_swiglu_oai, _swiglu_oai_backward)),
-    ("silu", False, _plain(F.silu, _silu_grad)),
+    ("silu", False, _plain(_silu, _silu_grad)),
     ("gelu", False, _plain(F.gelu, _gelu_grad)),
     ("gelu_tanh", False, _plain(_gelu_tanh, _gelu_tanh_grad)),
     ("relu", False, _plain(torch.relu, _relu_grad)),
@@ -140,5 +149,5 @@ def join(g: Tensor, u: Tensor | None, interleaved: bool) -> Tensor:
     if u is None:
         return g
     if interleaved:
-        return torch.stack((g, u), dim=-1).flatten(-2)
+        return torch.stack((g, u), dim=-1).reshape(*g.shape[:-1], 2 * g.shape[-1])  # flatten has no rule for vmap
     return torch.cat((g, u), dim=-1)

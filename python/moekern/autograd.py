@@ -1,7 +1,10 @@
-"""The differentiable verbs: what is saved, what is recomputed, and how they differentiate twice.
+"""The differentiable verbs: what is saved, what is recomputed, and how they differentiate twice and forward.
 
 Saved for the backward pass of the experts: x, the pre-activation, the router weights and the plan. The activation is
 recomputed, the down projection's output is never needed again.
+
+Forward-mode differentiation and second derivatives of the experts are those of :func:`_expression`: torch's own
+operators around grouped products, which are bilinear. ``vmap`` runs slice by slice.
 """
 
 from __future__ import annotations
@@ -17,7 +20,16 @@ from moekern.backends import reference
 Ctx = Any  # torch types the context of a Function loosely
 
 
-class _Experts(torch.autograd.Function):
+class Sliced(torch.autograd.Function):
+    """A Function that ``vmap`` applies slice by slice."""
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:  # type: ignore[override]
+        """The rule of torch.vmap."""
+        return ops.slice_by_slice(cls.apply, info, in_dims, *args)
+
+
+class _Experts(Sliced):
     """Arguments: x, scores, w_gate_up, w_down, b_gate_up, b_down, order, inverse, offsets, *settings, backend."""
 
     @staticmethod
@@ -97,9 +109,12 @@ def _gradients(ctx: Ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
     *inputs, pre = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:6])
     dout = dout.contiguous()
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    eager.refuse_batched_graph("experts")
+    if eager.forward_mode():
+        return tuple(_gradients_of_expression(inputs, needs, dout, *ctx.settings))
+    if eager.transformed() or (torch.is_grad_enabled() and not torch.compiler.is_compiling()):
         grads = _ExpertsGrad.apply(dout, *inputs, pre, needs, *ctx.settings)
-    elif eager.undisturbed() and eager.plain(dout, *inputs, pre):
+    elif eager.undisturbed() and eager.plain(dout, *inputs, pre) and not eager.batched_gradients():
         (x, scores, *weights), (order, inverse, offsets) = inputs[:6], inputs[6:]
         *settings, backend = ctx.settings
         grads = ops.backend_module(backend).experts_backward(
@@ -110,7 +125,41 @@ def _gradients(ctx: Ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(g if wanted else None for g, wanted in zip(grads, needs, strict=True))
 
 
-class _ExpertsGrad(torch.autograd.Function):
+def _expression(x: Tensor, scores: Tensor | None, *others: Any) -> Tensor:
+    """The experts' output by torch's own operators around grouped products: every transform has its rule for these.
+
+    Arguments: x, scores, w_gate_up, w_down, b_gate_up, b_down, order, inverse, offsets, *settings, backend.
+    """
+    *weights, order, inverse, offsets, top_k, activation, transposed, interleaved, backend = others
+
+    def multiply(a: Tensor, b: Tensor, offsets: Tensor, kind: str) -> Tensor:
+        return grouped_mm(a.contiguous(), b.contiguous(), offsets, kind, backend)
+
+    return reference.experts(
+        x, scores, order, inverse, offsets, *weights, top_k, activation, transposed, interleaved, multiply
+    )
+
+
+def _gradients_of_expression(
+    inputs: list[Tensor | None], needs: list[bool], dout: Tensor, *settings: Any
+) -> list[Tensor | None]:
+    """The six gradients of :func:`_expression`, itself an expression; None where not wanted."""
+    wanted = [i for i in range(6) if needs[i]]
+
+    def output(*chosen: Tensor) -> Tensor:
+        args = list(inputs)
+        for i, value in zip(wanted, chosen, strict=True):
+            args[i] = value
+        return _expression(*args, *settings)  # type: ignore[arg-type]
+
+    found = torch.func.vjp(output, *(inputs[i] for i in wanted))[1](dout)
+    grads: list[Tensor | None] = [None] * 6
+    for i, gradient in zip(wanted, found, strict=True):
+        grads[i] = gradient
+    return grads
+
+
+class _ExpertsGrad(Sliced):
     """The gradient as a function of its own, so that it can be differentiated again."""
 
     @staticmethod
@@ -140,44 +189,37 @@ class _ExpertsGrad(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[:10])
         ctx.needs = inputs[11]
-        ctx.settings = inputs[12:16]
+        ctx.settings = inputs[12:]
         ctx.tail = len(inputs) - 7
 
     @staticmethod
     def backward(ctx: Ctx, *ggrads: Tensor | None) -> tuple[Any, ...]:
-        """Differentiate the reference twice: the gradient it gives, along ``ggrads``."""
+        """Differentiate :func:`_expression` twice: the gradient it gives, along ``ggrads``."""
         dout, *inputs = ctx.saved_tensors
-        order, inverse, offsets = inputs[6:]
         arguments = (dout, *inputs[:6])
         present = [i for i, t in enumerate(arguments) if t is not None]
-        wanted = [i for i in range(6) if ctx.needs[i] and ggrads[i] is not None]
-        if not wanted:
+        wanted = [ctx.needs[i] and ggrads[i] is not None for i in range(6)]
+        if not any(wanted):
             return (None,) * (7 + ctx.tail)  # type: ignore[no-any-return]
 
-        def fill(values: tuple[Tensor, ...], places: list[int]) -> list[Any]:
-            filled: list[Any] = [None] * 7
-            for i, value in zip(places, values, strict=True):
+        def fill(values: tuple[Tensor, ...]) -> list[Tensor | None]:
+            filled: list[Tensor | None] = [None] * 7
+            for i, value in zip(present, values, strict=True):
                 filled[i] = value
             return filled
 
-        def gradient(*values: Tensor) -> tuple[Tensor, ...]:
-            upstream, leaves = values[0], fill(values, present)[1:]
-
-            def output(*chosen: Tensor) -> Tensor:
-                args = list(leaves)
-                for i, value in zip(wanted, chosen, strict=True):
-                    args[i] = value
-                return reference.experts(*args[:2], order, inverse, offsets, *args[2:], *ctx.settings)
-
-            pullback = torch.func.vjp(output, *(leaves[i] for i in wanted))[1]
-            return pullback(upstream)  # type: ignore[no-any-return]
+        def gradient(*values: Tensor) -> tuple[Tensor | None, ...]:
+            upstream, *leaves = fill(values)
+            assert upstream is not None
+            grads = _gradients_of_expression([*leaves, *inputs[6:]], wanted, upstream, *ctx.settings)
+            return tuple(g for g in grads if g is not None)
 
         pullback = torch.func.vjp(gradient, *(arguments[i] for i in present))[1]
-        second = pullback(tuple(ggrads[i] for i in wanted))
-        return (*fill(second, present), *(None,) * ctx.tail)
+        second = pullback(tuple(g for g, want in zip(ggrads, wanted, strict=True) if want))
+        return (*fill(second), *(None,) * ctx.tail)
 
 
-class _GroupedMM(torch.autograd.Function):
+class _GroupedMM(Sliced):
     """``kind`` names the layout of b; each gradient is a grouped product of another kind."""
 
     @staticmethod
@@ -194,6 +236,7 @@ class _GroupedMM(torch.autograd.Function):
     def backward(ctx: Ctx, dout: Tensor | None) -> tuple[Tensor | None, ...]:
         if dout is None:
             return (None,) * 5
+        eager.refuse_batched_graph("grouped_mm")
         a, b, offsets = ctx.saved_tensors
         dout = dout.contiguous()
         da = db = None
@@ -211,6 +254,27 @@ class _GroupedMM(torch.autograd.Function):
         return da, db, None, None, None
 
 
+class _DualGroupedMM(_GroupedMM):
+    """The same with a rule for tangents, which torch.compile does not take."""
+
+    @staticmethod
+    def setup_context(ctx: Ctx, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _GroupedMM.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:3])
+
+    @staticmethod
+    def jvp(ctx: Ctx, da: Tensor | None, db: Tensor | None, *_: None) -> Tensor | None:  # type: ignore[override]
+        a, b, offsets = ctx.saved_tensors
+        return total(
+            None if da is None else grouped_mm(da.contiguous(), b, offsets, ctx.kind, ctx.backend_name),
+            None if db is None else grouped_mm(a, db.contiguous(), offsets, ctx.kind, ctx.backend_name),
+        )
+
+
+def total(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    return second if first is None else first if second is None else first + second
+
+
 def experts(
     x: Tensor,
     scores: Tensor | None,
@@ -224,7 +288,9 @@ def experts(
 ) -> Tensor:
     """The experts' output, differentiable in everything floating; saves nothing when no gradient can be asked for."""
     floating = (x, scores, w_gate_up, w_down, b_gate_up, b_down)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in floating):
+    if eager.forward_mode():
+        return _expression(*floating, *plan, *settings, backend)  # type: ignore[arg-type]
+    if eager.transformed() or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in floating)):
         return _Experts.apply(*floating, *plan, *settings, backend)[0]  # type: ignore[no-any-return]
     out, _ = ops.experts_forward(x, scores, *plan, w_gate_up, w_down, b_gate_up, b_down, *settings, False, backend)
     return out  # type: ignore[no-any-return]
@@ -240,6 +306,8 @@ def experts_eagerly(*arguments: Any) -> Tensor:
 
 def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor, kind: str, backend: str) -> Tensor:
     """Differentiable grouped product; see :func:`moekern.grouped_mm`."""
-    if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
+    if eager.forward_mode():
+        return _DualGroupedMM.apply(a, b, offsets, kind, backend)  # type: ignore[no-any-return]
+    if eager.transformed() or (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)):
         return _GroupedMM.apply(a, b, offsets, kind, backend)  # type: ignore[no-any-return]
     return ops.grouped_mm(a, b, offsets, kind, backend)  # type: ignore[no-any-return]

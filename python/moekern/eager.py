@@ -26,6 +26,7 @@ _function_modes = getattr(_c, "_is_torch_function_mode_enabled", None)
 _functorch_level = getattr(getattr(_c, "_functorch", None), "peek_interpreter_stack", None)
 _tracing_state = getattr(_c, "_get_tracing_state", None)
 _autocast = getattr(_c, "_is_any_autocast_enabled", None)
+_vmap_mode = _c._parse_dispatch_key("VmapMode")
 _can_ask = None not in (_dispatch_modes, _function_modes, _functorch_level, _tracing_state, _autocast)
 
 
@@ -41,6 +42,38 @@ def undisturbed() -> bool:
         and getattr(forward_ad, "_current_level", -1) < 0
         and not getattr(profiler, "_is_profiler_enabled", True)
     )
+
+
+def forward_mode() -> bool:
+    """Whether tensors may carry tangents: forward-mode differentiation is under way, by torch.func or dual levels."""
+    return not _is_compiling() and getattr(forward_ad, "_current_level", -1) >= 0
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func or forward-mode differentiation is under way.
+
+    What wraps a tensor then may hide that a gradient is wanted of it.
+    """
+    return not _is_compiling() and (
+        _functorch_level is None or _functorch_level() is not None or getattr(forward_ad, "_current_level", -1) >= 0
+    )
+
+
+def batched_gradients() -> bool:
+    """Whether a backward pass runs on batches of gradients: ``is_grads_batched``, ``jacobian(vectorize=True)``.
+
+    That is an older ``vmap`` than that of torch.func, in which the graph of a Function is lost.
+    """
+    return not _is_compiling() and _c._dispatch_tls_local_include_set().has(_vmap_mode)  # type: ignore[no-any-return]
+
+
+def refuse_batched_graph(verb: str) -> None:
+    """Raises NotImplementedError where the second derivatives of batched gradients would come out as zero."""
+    if torch.is_grad_enabled() and batched_gradients():
+        raise NotImplementedError(
+            f"moekern.{verb}: got batches of gradients with create_graph=True (is_grads_batched or vectorize=True), "
+            "whose graph torch would lose; use torch.func (vjp with vmap, jacrev, hessian), which is differentiable"
+        )
 
 
 def plain(*tensors: Tensor | None) -> bool:

@@ -7,11 +7,14 @@ The operators carry no autograd of their own: :mod:`moekern.autograd` wraps them
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _PLAN = "plan(Tensor topk_ids, int num_experts, str backend) -> (Tensor, Tensor, Tensor)"
 _PLAN_ON_HOST = "plan_on_host(Tensor topk_ids, int num_experts) -> (Tensor, Tensor, Tensor)"
@@ -40,6 +43,10 @@ _library.define(_PLAN_ON_HOST, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.cuda
 _library.define(_UNLESS_RECOMPUTING, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe))
 
 _modules: dict[str, ModuleType] = {}
+
+# Private to torch, but there is no public way to ask.
+_forward_mode_enabled = getattr(torch._C, "_is_fwd_grad_enabled", lambda: True)
+_below_autograd = torch._C._after_autograd_keyset
 
 
 def backend_module(name: str) -> ModuleType:
@@ -146,6 +153,53 @@ def _grouped_mm_shape(a: Tensor, b: Tensor, offsets: Tensor, kind: str, backend:
     return a.new_empty(a.shape[0], b.shape[1 if kind == "nt" else 2])
 
 
+def slice_by_slice(function: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    """The rule of ``vmap`` for any of the verbs: one call for each slice, so the same bits as without it.
+
+    Kernels read memory by address, hence the copies of slices that are not contiguous.
+    """
+    if info.batch_size == 0:
+        raise ValueError("moekern: got a vmapped dimension of size 0, expected at least 1")
+
+    def slice_of(i: int) -> list[Any]:
+        return [
+            a.select(dim, i).contiguous() if isinstance(a, Tensor) and dim is not None else a
+            for a, dim in zip(args, in_dims, strict=True)
+        ]
+
+    results = [function(*slice_of(i)) for i in range(info.batch_size)]
+    if isinstance(results[0], Tensor):
+        return torch.stack(results), 0
+    parts = tuple(None if part[0] is None else torch.stack(part) for part in zip(*results, strict=True))
+    return parts, tuple(None if part is None else 0 for part in parts)
+
+
+def _has_tangent(arg: Any) -> bool:
+    return isinstance(arg, Tensor) and arg.is_floating_point() and forward_ad.unpack_dual(arg).tangent is not None
+
+
+def register(library: Any, name: str, kernel: Callable[..., Any], shape: Callable[..., Any]) -> None:
+    """Give an operator its kernel and all its rules: shapes, ``vmap``, and no silence about tangents.
+
+    An operator is no place for derivatives here; what differentiates goes around it. One that is reached with a
+    tangent all the same, as inside torch.compile, would drop it and so give a derivative of zero: it raises.
+    """
+    operator = getattr(torch.ops.moekern, name).default
+
+    def refuse_tangents(keys: Any, *args: Any) -> Any:
+        if getattr(forward_ad, "_current_level", 0) >= 0 and _forward_mode_enabled() and any(map(_has_tangent, args)):
+            raise NotImplementedError(
+                f"moekern::{name}: got a tensor with a tangent, expected none: forward-mode differentiation works "
+                "through moekern's functions and modules, outside torch.compile"
+            )
+        return operator.redispatch(keys & _below_autograd, *args)
+
+    library.impl(name, kernel, "CompositeExplicitAutograd")
+    library.impl(name, refuse_tangents, "Autograd", with_keyset=True)
+    torch.library.register_fake(f"moekern::{name}", shape, lib=library)
+    torch.library.register_vmap(f"moekern::{name}", partial(slice_by_slice, operator), lib=library)
+
+
 for _name, _kernel, _shape in (
     ("plan", _plan, _plan_shape),
     ("plan_on_host", _plan_on_host, _plan_shape),
@@ -154,8 +208,7 @@ for _name, _kernel, _shape in (
     ("grouped_mm", _grouped_mm, _grouped_mm_shape),
     ("unless_recomputing", _unless_recomputing, _unless_recomputing_shape),
 ):
-    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"moekern::{_name}", _shape, lib=_library)
+    register(_library, _name, _kernel, _shape)
 
 plan = torch.ops.moekern.plan.default
 plan_on_host = torch.ops.moekern.plan_on_host.default
@@ -172,5 +225,7 @@ __all__ = [
     "is_recomputing",
     "plan",
     "plan_on_host",
+    "register",
+    "slice_by_slice",
     "unless_recomputing",
 ]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from moekern import dispatch, eager, functional, ops
 from moekern.activations import ACTIVATIONS
+from moekern.autograd import Sliced
 from moekern.plan import Plan
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -66,7 +67,7 @@ def _wide_product(x: Tensor, weight: Tensor) -> Tensor:
     return ops.backend_module("cuda").logits(x, weight)  # type: ignore[no-any-return]
 
 
-class _WideLinear(torch.autograd.Function):
+class _WideLinear(Sliced):
     """``x @ weight.T`` of half-precision CUDA tensors in float32: exact products, and no wide copies of x."""
 
     @staticmethod
@@ -86,7 +87,7 @@ class _WideLinear(torch.autograd.Function):
 
 def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
     """``x @ weight.T`` in float32, differentiable any number of times, by operators that can be observed."""
-    if x.is_cuda and x.dtype in _HALF:
+    if x.is_cuda and x.dtype in _HALF and not eager.forward_mode():
         return _WideLinear.apply(x, weight)  # type: ignore[no-any-return]
     return nn.functional.linear(x.float(), weight.float())
 
@@ -184,10 +185,10 @@ class Router(nn.Module):
         if x.is_cuda and x.dtype in _HALF and weight.dtype == x.dtype and not torch.compiler.is_compiling():
             differentiable = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
             directly = eager.undisturbed() and eager.plain(x, weight) and dispatch.current() in ("auto", "cuda")
-            if differentiable:
-                logits = (_EagerWideLinear if directly else _WideLinear).apply(x, weight)
+            if not directly:
+                logits = wide_linear(x, weight)
             else:
-                logits = (_wide_product if directly else _WideLinear.forward)(x, weight)
+                logits = (_EagerWideLinear.apply if differentiable else _wide_product)(x, weight)
             return logits if bias is None else logits + bias.float()
         wide = torch.float64 if torch.float64 in (x.dtype, weight.dtype) else torch.float32
         device = x.device.type

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moekern import _core, checks, dispatch
+from moekern import _core, checks, dispatch, eager, ops
+from moekern.autograd import Sliced, total
 from moekern.plan import Plan
 
 Ctx = Any  # torch types the context of a Function loosely
@@ -38,8 +39,7 @@ def permute(x: Tensor, plan: Plan) -> Tensor:
         raise ValueError(
             f"x: got {x.shape[0]} tokens, expected {plan.order.shape[0] // max(plan.top_k, 1)}, as plan has"
         )
-    rows: Tensor = _Permute.apply(x, plan.inverse, plan.offsets, plan.top_k, dispatch.resolve(x.device.type))
-    return rows
+    return _permuted(x, plan.inverse, plan.offsets, plan.top_k, dispatch.resolve(x.device.type))
 
 
 def combine(y_sorted: Tensor, plan: Plan, weights: Tensor | None = None) -> Tensor:
@@ -71,8 +71,7 @@ def combine(y_sorted: Tensor, plan: Plan, weights: Tensor | None = None) -> Tens
         checks.has_shape("weights", weights, (slots // plan.top_k, plan.top_k), "tokens, top_k")
         weights = weights.to(_accumulator(y_sorted.dtype))
     backend = dispatch.resolve(y_sorted.device.type)
-    out: Tensor = _Combine.apply(y_sorted, weights, plan.inverse, plan.offsets, plan.top_k, backend)
-    return out
+    return _combined(y_sorted, weights, plan.inverse, plan.offsets, plan.top_k, backend)
 
 
 def _check_rows(name: str, value: Tensor, dimension: str) -> None:
@@ -230,8 +229,7 @@ for _name, _kernel, _shape in (
     ("combine", _combine, _combine_shape),
     ("combine_backward", _combine_backward, _combine_backward_shape),
 ):
-    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"moekern::{_name}", _shape, lib=_library)
+    ops.register(_library, _name, _kernel, _shape)
 
 _permute_op = torch.ops.moekern.permute.default
 _combine_op = torch.ops.moekern.combine.default
@@ -242,7 +240,7 @@ _combine_backward_op = torch.ops.moekern.combine_backward.default
 # and (dout, weights), and is differentiated again as the expression it is.
 
 
-class _Permute(torch.autograd.Function):
+class _Permute(Sliced):
     @staticmethod
     def forward(x: Tensor, inverse: Tensor, offsets: Tensor, top_k: int, backend: str) -> Tensor:
         out: Tensor = _permute_op(x, inverse, offsets, top_k, backend)
@@ -259,10 +257,11 @@ class _Permute(torch.autograd.Function):
         if dout is None:
             return (None,) * 5
         inverse, offsets = ctx.saved_tensors
-        return _Combine.apply(dout, None, inverse, offsets, *ctx.settings), None, None, None, None
+        eager.refuse_batched_graph("permute")
+        return _combined(dout, None, inverse, offsets, *ctx.settings), None, None, None, None
 
 
-class _Combine(torch.autograd.Function):
+class _Combine(Sliced):
     @staticmethod
     def forward(
         y: Tensor, weights: Tensor | None, inverse: Tensor, offsets: Tensor, top_k: int, backend: str
@@ -286,10 +285,50 @@ class _Combine(torch.autograd.Function):
         y, weights, inverse, offsets = ctx.saved_tensors
         top_k, backend = ctx.settings
         if weights is None:
-            return (_Permute.apply(dout, inverse, offsets, top_k, backend), None, *nothing)
+            eager.refuse_batched_graph("combine")
+            return (_permuted(dout, inverse, offsets, top_k, backend), None, *nothing)
         needs = list(ctx.needs_input_grad[:2])
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if eager.transformed() or (torch.is_grad_enabled() and not torch.compiler.is_compiling()):
             dy, dweights = _combine_gradient_expression(dout, y, weights, inverse, offsets, top_k)
         else:
             dy, dweights = _combine_backward_op(dout, y, weights, inverse, offsets, top_k, needs, backend)
         return (dy if needs[0] else None, dweights if needs[1] else None, *nothing)
+
+
+class _DualPermute(_Permute):
+    """With a rule for tangents, which torch.compile does not take."""
+
+    @staticmethod
+    def setup_context(ctx: Ctx, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _Permute.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[1:3])
+
+    @staticmethod
+    def jvp(ctx: Ctx, dx: Tensor | None, *_: None) -> Tensor | None:  # type: ignore[override]
+        return None if dx is None else _permuted(dx, *ctx.saved_tensors, *ctx.settings)
+
+
+class _DualCombine(_Combine):
+    """With a rule for tangents: linear in the rows and in the weights."""
+
+    @staticmethod
+    def setup_context(ctx: Ctx, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _Combine.setup_context(ctx, inputs, output)
+        y, weights, inverse, offsets = inputs[:4]
+        ctx.save_for_forward(None if weights is None else y, weights, inverse, offsets)
+
+    @staticmethod
+    def jvp(ctx: Ctx, dy: Tensor | None, dweights: Tensor | None, *_: None) -> Tensor | None:  # type: ignore[override]
+        y, weights, *plan = ctx.saved_tensors
+        return total(
+            None if dy is None else _combined(dy, weights, *plan, *ctx.settings),
+            None if dweights is None else _combined(y, dweights, *plan, *ctx.settings),
+        )
+
+
+def _permuted(*arguments: Any) -> Tensor:
+    return (_DualPermute if eager.forward_mode() else _Permute).apply(*arguments)  # type: ignore[no-any-return]
+
+
+def _combined(*arguments: Any) -> Tensor:
+    return (_DualCombine if eager.forward_mode() else _Combine).apply(*arguments)  # type: ignore[no-any-return]

@@ -59,11 +59,16 @@ def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor, kind: str) -> Tensor:
 GroupedMM = Callable[[Tensor, Tensor, Tensor, str], Tensor]  # how a backend multiplies, with grouped_mm's arguments
 
 
+def _rows(t: Tensor, index: Tensor) -> Tensor:
+    """Rows of ``[n, m]``. As a lookup its gradient adds in a fixed order on every device, and has a rule for vmap."""
+    return torch.nn.functional.embedding(index.long(), t)
+
+
 def _bias_rows(bias: Tensor, offsets: Tensor, rows: int) -> Tensor:
     """The bias of each row's expert, ``[rows, n]``, zero past the last expert."""
     row = torch.arange(rows, device=offsets.device)
     expert = torch.searchsorted(offsets[1:].to(row.dtype), row, right=True)
-    return torch.cat((bias, torch.zeros_like(bias[:1])))[expert]
+    return _rows(torch.cat((bias, torch.zeros_like(bias[:1]))), expert)
 
 
 def _linear(
@@ -102,15 +107,15 @@ def _forward(
     multiply: GroupedMM = grouped_mm,
 ) -> tuple[Tensor, Tensor]:
     act = ACTIVATIONS[activation]
-    rows = x[(order // top_k).long()]
+    rows = _rows(x, order // top_k)
     pre = _linear(rows, w_gate_up, b_gate_up, offsets, transposed, multiply)
     y = _linear(act.forward(*split(pre, act, interleaved)), w_down, b_down, offsets, transposed, multiply)
     weights = _slot_scores(scores, inverse, offsets, x).reshape(x.shape[0], top_k, 1)
-    by_slot = y[inverse.long()].reshape(x.shape[0], top_k, y.shape[-1])
+    by_slot = _rows(y, inverse).reshape(x.shape[0], top_k, y.shape[-1])
     return (by_slot.to(weights.dtype) * weights).sum(1).to(x.dtype), pre
 
 
-def experts(*args: Tensor | int | str | bool | None) -> Tensor:
+def experts(*args: Tensor | int | str | bool | GroupedMM | None) -> Tensor:
     """The output as one differentiable torch expression; the arguments of :func:`experts_forward` less ``save``."""
     return _forward(*args)[0]  # type: ignore[arg-type]
 
