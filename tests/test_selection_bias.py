@@ -72,7 +72,7 @@ def test_the_bias_stays_wide_whatever_is_loaded(assign: bool, device: str) -> No
     mk.update_selection_bias(layer, 0.001)
     bias = layer.gate.e_score_correction_bias
     assert bias.dtype == torch.float32
-    assert (bias - 1).abs().max() == pytest.approx(0.001, rel=1e-3)
+    assert (bias - 1).abs().max().item() == pytest.approx(0.001, rel=1e-3)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
