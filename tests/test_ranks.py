@@ -165,6 +165,48 @@ class Exchange(torch.autograd.Function):
         return Exchange.apply(gradient, received, sent), None, None
 
 
+def balance_with_uneven_padding(rank: int) -> None:
+    """The same where one rank has three real tokens and the other eleven: every token weighs the same."""
+    options = {"routing": "deepseek_v3", "selection_bias": True}
+    x = normal(RANKS * 2, 8, H, seed=21)
+    lengths = torch.tensor([1, 2, 8, 3], device=device)
+    mask = torch.arange(8, device=device) < lengths.unsqueeze(1)
+    whole, shared = model_of(**options)[1], model_of(**options)[1]
+    whole(x, mask)
+    expected = mk.aux_loss(whole)
+    mine = slice(2 * rank, 2 * rank + 2)
+    shared(x[mine], mask[mine])
+    part = mk.aux_loss(shared, group=dist.group.WORLD)
+    expected.backward()
+    part.backward()
+    for own, of_all in ((part.detach(), expected.detach()), (shared.gate.weight.grad, whole.gate.weight.grad)):
+        mean = own.clone()
+        dist.all_reduce(mean)
+        assert error(mean / RANKS, of_all) < rounding
+    mk.update_selection_bias(shared, group=dist.group.WORLD)
+    mk.update_selection_bias(whole)
+    assert torch.equal(shared.gate.e_score_correction_bias, whole.gate.e_score_correction_bias)
+
+
+def replicated_selection_bias(rank: int) -> None:
+    """A module spread by distribute_module, which makes buffers DTensors too: the bias is used, and moves."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, distribute_module
+
+    options = {"routing": "deepseek_v3", "selection_bias": True}
+    plain, spread = model_of(**options)[1], model_of(**options)[1]
+    distribute_module(spread, init_device_mesh(device.type, (RANKS,)))
+    assert isinstance(spread.gate.e_score_correction_bias, DTensor)
+    x = normal(9, H, seed=22)
+    for _ in range(2):
+        assert error(spread(x), plain(x)) < rounding
+        for moe in (spread, plain):
+            mk.update_selection_bias(moe, 0.1)
+        bias = spread.gate.e_score_correction_bias.to_local()
+        assert torch.equal(bias, plain.gate.e_score_correction_bias)
+        assert bias.any()
+
+
 def experts_of_all_ranks(x: Tensor, ids: Tensor, weights: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
     """As :func:`moekern.experts`, with each rank holding its share of the experts: w_up, w_down are this rank's."""
     own = w_up.shape[0]
@@ -204,6 +246,18 @@ def expert_parallel(rank: int) -> None:
         assert error(value, expected[part]) < rounding
 
 
+CHECKS = (
+    ddp,
+    fsdp2,
+    dtensor,
+    fused_shared_expert,
+    balance_over_ranks,
+    balance_with_uneven_padding,
+    replicated_selection_bias,
+    expert_parallel,
+)
+
+
 def worker(rank: int, folder: Path, kind: str) -> None:
     """One rank: writes what it is at to a file, and there what went wrong."""
     global device, dtype, rounding
@@ -223,7 +277,7 @@ def worker(rank: int, folder: Path, kind: str) -> None:
             "nccl" if kind == "cuda" else "gloo", init_method=f"file://{folder / 'store'}", rank=rank,
             world_size=RANKS, timeout=timedelta(seconds=SECONDS), **options,
         )  # fmt: skip
-        for check in (ddp, fsdp2, dtensor, fused_shared_expert, balance_over_ranks, expert_parallel):
+        for check in CHECKS:
             log.write_text(f"in {check.__name__}")
             check(rank)
             if kind == "cuda":
