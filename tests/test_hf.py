@@ -463,8 +463,8 @@ def test_gradient_of_dbrx_matrices(device: str) -> None:
     mk.hf.replace(model)
     ours = run(model, device)
     for layer in range(2):
-        prefix = f"transformer.blocks.{layer}.ffn."
-        gate, up, down = (theirs[f"{prefix}experts.mlp.{n}"].unflatten(0, (4, -1)) for n in ("w1", "v1", "w2"))
+        prefix = f"transformer.blocks.{layer}.ffn.experts."
+        gate, up, down = (theirs[f"{prefix}mlp.{n}"].unflatten(0, (4, -1)) for n in ("w1", "v1", "w2"))
         assert error(ours[f"{prefix}gate_up_proj"], torch.cat((gate, up), 1)) < 2e-5
         assert error(ours[f"{prefix}down_proj"], down.mT) < 2e-5
 

@@ -139,9 +139,11 @@ def _with_own_gate(
 def replace(model: Any) -> list[str]:
     """Let moekern run the experts of a model, in place, whether or not it uses transformers' experts interface.
 
-    Models with the interface are switched to it. The blocks of Llama 4, of DBRX and of an older release's Granite are
-    replaced: DBRX's three matrices are rewritten as two, the others keep their parameters. State dicts keep the names
-    and shapes that transformers knows, so that ``save_pretrained`` and ``load_state_dict`` work as before.
+    Models with the interface are switched to it. The blocks of Llama 4, of DBRX and of an older release's Granite get
+    classes of moekern's and keep their modules and hooks: DBRX's three matrices are rewritten as two, the others keep
+    their parameters. State dicts keep the names and shapes that transformers knows, so that ``save_pretrained`` and
+    ``load_state_dict`` work as before. Before or after ``peft.get_peft_model``, except that LoRA on DBRX's matrices
+    must come after.
 
     Args:
         model: A transformers model, or any module that contains such blocks.
@@ -151,18 +153,19 @@ def replace(model: Any) -> list[str]:
 
     Raises:
         TypeError: ``model`` is not an nn.Module.
-        ValueError: Nothing in it can be replaced; the message names the MoE modules found, if any.
+        ValueError: Nothing in it can be replaced (the message names the MoE modules found, if any), or something has
+            hold of a block that moekern would take away from it.
     """
     if not issubclass(type(model), nn.Module):  # isinstance would narrow Any to a class without configuration
         raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
-    done = []
-    for name, module in list(model.named_modules()):
-        block = block_for(module)
-        if block is not None:
-            if not name:
-                raise ValueError(f"model: got a bare {type(module).__name__}, expected a model that contains it")
-            model.set_submodule(name, block(module))
-            done.append(name)
+    blocks = [(name, module, block) for name, module in model.named_modules() if (block := block_for(module))]
+    for name, module, block in blocks:  # all of them first: a refusal leaves the model as it was
+        if not name:
+            raise ValueError(f"model: got a bare {type(module).__name__}, expected a model that contains it")
+        block.check(module)
+    for _, module, block in blocks:
+        block.take(module)
+    done = [name for name, _, _ in blocks]
     interface = [name for name, module in model.named_modules() if _uses_interface(module)]
     if interface:
         if not hasattr(model, "set_experts_implementation"):

@@ -308,7 +308,7 @@ _any_global_hook = getattr(
 )  # private: no public way to ask
 
 
-def is_ordinary(module: nn.Module | None, kind: type[Router | Experts]) -> bool:
+def is_ordinary(module: nn.Module | None, kind: type[nn.Module]) -> bool:
     """Whether calling the module does what its class's forward says and nothing else.
 
     It is no other module and no wrapper of one, its forward is not replaced, and it has no hooks, by which pruning, old
