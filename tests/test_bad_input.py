@@ -55,7 +55,7 @@ BAD_EXPERTS: list[tuple[str, Any, type[Exception], str]] = [
     ("topk_weights", torch.rand(T, K, device="meta"), ValueError, "device"),
     ("w_gate_up", None, TypeError, "got NoneType"),
     ("w_gate_up", torch.randn(2 * I, H), ValueError, "experts"),
-    ("w_gate_up", torch.randn(E, 2 * I, H + 1), ValueError, f"hidden is {H}"),
+    ("w_gate_up", torch.randn(E, 2 * I, H + 1), ValueError, "hidden as in x"),
     ("w_gate_up", torch.randn(E, 2 * I + 1, H), ValueError, "even"),
     ("w_gate_up", torch.randn(0, 2 * I, H), ValueError, "w_down"),
     ("w_gate_up", torch.randn(E, 2 * I, H, dtype=torch.float64), TypeError, "dtype"),

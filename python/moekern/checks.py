@@ -39,7 +39,8 @@ def has_shape(name: str, value: Tensor, shape: Sequence[int | str], hint: str = 
 
     Args:
         shape: One entry a dimension: a number that must be met, or the name of a free dimension.
-        hint: What the numbers stand for, added to the message.
+        hint: What the numbers stand for, added to the message. In words: a size formatted into it would make
+            torch.compile build a graph for every value of that size.
     """
     fits = value.ndim == len(shape) and all(
         isinstance(want, str) or got == want for got, want in zip(value.shape, shape, strict=True)

@@ -30,7 +30,7 @@ def expert_choice(logits: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     checks.is_tensor("logits", logits)
     checks.has_dtype("logits", logits, checks.FLOATING)
     checks.has_shape("logits", logits, ("tokens", "experts"))
-    checks.is_int("capacity", capacity, 0, logits.shape[0], f"logits have {logits.shape[0]} tokens")
+    checks.is_int("capacity", capacity, 0, logits.shape[0], "as many as logits have tokens")
     scores = router.scores(logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32), "softmax_topk")
     by_expert = scores.mT.contiguous()
     tokens = router.choose(by_expert.detach(), capacity)

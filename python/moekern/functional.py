@@ -274,7 +274,7 @@ def check_experts(
     hidden = x.shape[1]
     features = "2 * intermediate" if gated else "intermediate"
     up_shape = ("experts", hidden, features) if transposed else ("experts", features, hidden)
-    checks.has_shape("w_gate_up", w_gate_up, up_shape, f"hidden is {hidden}, from {x_name}")
+    checks.has_shape("w_gate_up", w_gate_up, up_shape, f"hidden as in {x_name}")
     num_experts, width = w_gate_up.shape[0], w_gate_up.shape[2 if transposed else 1]
     if gated and width % 2 != 0:
         raise ValueError(f"w_gate_up: got {width} features, expected an even number: gate and up halves")

@@ -83,7 +83,7 @@ class Rounded(NamedTuple):
         checks.has_dtype("y", y, checks.FLOATING)
         tokens = self.topk_ids.shape[0]
         rows = tokens + self.extra_tokens.numel()
-        checks.has_shape("y", y, (rows, "hidden"), f"{tokens} tokens and {rows - tokens} extra rows")
+        checks.has_shape("y", y, (rows, "hidden"), "the tokens and their extra rows")
         if self.extra_tokens.numel() == 0:
             return y
         # The transpose of an embedding lookup adds in a fixed order on every device.
