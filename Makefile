@@ -67,7 +67,7 @@ releases: $(INSTALLED) ## the tests beside older releases of torch and transform
 	}; \
 	beside torch-$(TORCH) "torch==$(TORCH)" "not gpu" $(foreach part,$(TORCH_TESTS),tests/test_$(part).py); \
 	for release in $(TRANSFORMERS); do \
-		beside $$release "transformers==$$release" "not gpu and not slow" tests/test_hf.py tests/test_router.py tests/test_shared_expert.py; \
+		beside $$release "transformers==$$release" "not gpu and not slow" tests/test_hf.py tests/test_hf_blocks.py tests/test_router.py tests/test_shared_expert.py; \
 	done; \
 	beside torchtitan "--no-deps $(TORCHTITAN)" "not gpu and not slow" tests/test_torchtitan.py
 

@@ -120,6 +120,8 @@ def test_what_holds_the_matrices_of_dbrx_is_not_taken_away() -> None:
 @pytest.mark.parametrize("make_model", [llama4, dbrx])
 def test_router_logits_are_recorded(make_model: Any) -> None:
     model, expected = make_model("cpu"), make_model("cpu")
+    if getattr(expected(tokens("cpu"), output_router_logits=True), "router_logits", None) is None:
+        pytest.skip(f"transformers {transformers.__version__} does not return this model's router logits")
     model(tokens("cpu"), output_router_logits=True)  # transformers puts its recorders in place
     mk.hf.replace(model)
     fresh = make_model("cpu")
