@@ -187,3 +187,18 @@ def test_module_and_a_reader_that_leaves() -> None:
     assert process.returncode == 0
     assert "Traceback" not in process.stderr
     assert "BrokenPipe" not in process.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a POSIX shell closes the streams")
+@pytest.mark.parametrize(
+    ("arguments", "how"),
+    [("doctor --json", ">&-"), *(("--help", how) for how in (">&- 2>&- <&-", ">/dev/full", "| true"))],
+)
+def test_streams_that_are_closed_full_or_gone(arguments: str, how: str) -> None:
+    command = f"{sys.executable} -m moekern {arguments} {how}"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=300)
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+    assert done.stderr.count("\n") <= 1
+    if "full" not in how:
+        assert done.returncode == 0

@@ -236,3 +236,24 @@ def test_bad_cache_limit_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     doctor.examine_cache(diagnosis)
     assert not diagnosis.usable
     assert "MOEKERN_CACHE_LIMIT: got 'plenty'" in diagnosis.problems[0][0]
+
+
+@pytest.mark.parametrize("value", ["gpu", "cuda"])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU MOEKERN_BACKEND=cuda works")
+def test_a_backend_that_makes_every_call_fail(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moekern.dispatch._current", value)
+    diagnosis = Diagnosis()
+    doctor.examine_environment(diagnosis)
+    assert not diagnosis.usable
+    assert not diagnosis.healthy
+    assert f"MOEKERN_BACKEND={value} makes every call fail: " in diagnosis.problems[0][0]
+
+
+def test_misspelt_and_misleading_variables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MOEKERN_BACKED", "cpu")
+    monkeypatch.setenv("MOEKERN_CUDA_DIR", str(tmp_path))
+    diagnosis = Diagnosis()
+    doctor.examine_environment(diagnosis)
+    assert "set MOEKERN_CUDA_DIR to a directory that holds hopper.cuh" in diagnosis.problems[0][0]
+    assert "MOEKERN_BACKED is none that moekern reads" in diagnosis.problems[1][0]
+    assert "did you mean MOEKERN_BACKEND?" in diagnosis.problems[1][1]

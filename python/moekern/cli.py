@@ -5,6 +5,7 @@ A sub-command is a module with `add_parser(subparsers)`. It sets `run=function` 
 """
 
 import argparse
+import contextlib
 import importlib
 import os
 import sys
@@ -76,11 +77,33 @@ def one_line(error: BaseException) -> str:
     return " ".join(text.split())
 
 
+def open_closed_streams() -> None:
+    """Give what a caller closed (`>&-`) a place to go: Python has None for it, and the next file would get its number.
+
+    A program without a console has None too.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, this one
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  until the process ends
+
+
+def discard_output() -> None:
+    """What stdout still holds cannot be written: without this the interpreter would try again at its end."""
+    with contextlib.suppress(OSError, ValueError):  # a stream of no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv`, by default that of the process.
 
     Returns the exit code: 0 for success, 1 for problems found, 2 for bad input.
     """
+    open_closed_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
     if not arguments:
@@ -94,11 +117,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return result
     except BrokenPipeError:  # `moekern doctor | head`: the reader is gone, and so is the place to complain
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
         return 0
     except (ValueError, TypeError, OSError) as error:
         if os.environ.get("MOEKERN_DEBUG"):
             raise
+        try:
+            sys.stdout.flush()
+        except OSError:  # a full disk
+            discard_output()
         sys.stderr.write(complaint(args.command, one_line(error)))
         return USAGE_ERROR
     except KeyboardInterrupt:

@@ -1,6 +1,7 @@
 """`moekern doctor`: what this machine can run, whether it computes correctly, and how to mend what it lacks."""
 
 import argparse
+import difflib
 import json
 import os
 import platform
@@ -14,11 +15,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from moekern import __version__, machine
+from moekern import __version__, dispatch, machine
 from moekern.backends.cuda import kernel_cache as cache
 from moekern.backends.cuda import loader
 from moekern.backends.cuda.configuration import choose
-from moekern.backends.cuda.errors import CacheError
+from moekern.backends.cuda.errors import CacheError, KernelError
 from moekern.cli import HelpFormat, Subparsers
 from moekern.selftest import ALLOWED, SelfTest, run_self_test
 
@@ -32,6 +33,10 @@ otherwise. A missing optional package is not a
 failure: it is listed with the command that adds it.
 """
 USUAL_SIZES = (65536, 64, 2048, 1024)  # slots, experts, hidden, inter: the answer holds for all that are multiples of 8
+VARIABLES = {
+    "MOEKERN_BACKEND", "MOEKERN_CPU_ISA", "MOEKERN_CUDA_DIR", "MOEKERN_DEBUG", "MOEKERN_COMMIT",
+    cache.FOLDER, cache.LIMIT, cache.TRUSTED, "MOEKERN_FUZZ_CASES",
+}  # fmt: skip
 
 
 @dataclass
@@ -83,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
 
 def diagnose() -> Diagnosis:
     diagnosis = Diagnosis()
-    for examine in (examine_packages, examine_cpu, examine_gpu, examine_cupy, examine_cache):
+    for examine in (examine_packages, examine_environment, examine_cpu, examine_gpu, examine_cupy, examine_cache):
         examine(diagnosis)
     for backend, device in backends_here():
         for dtype in ALLOWED:
@@ -112,6 +117,34 @@ def examine_packages(diagnosis: Diagnosis) -> None:
     forced = {name: value for name, value in sorted(os.environ.items()) if name.startswith("MOEKERN_")}
     if forced:
         diagnosis.fact("software", "environment", ", ".join(f"{name}={value}" for name, value in forced.items()))
+
+
+def examine_environment(diagnosis: Diagnosis) -> None:
+    """Environment variables that make calls fail, or that nobody reads."""
+    devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+    refusals = []
+    for device in devices:
+        try:
+            dispatch.resolve(device)
+        except ValueError as error:
+            refusals.append(str(error))
+    if len(refusals) == len(devices):
+        diagnosis.failure(
+            f"{dispatch.ENVIRONMENT_VARIABLE}={dispatch.current()} makes every call fail: {refusals[0]}",
+            f"unset {dispatch.ENVIRONMENT_VARIABLE}, or set it to what works here ({', '.join(dispatch.BACKENDS)})",
+        )
+    try:
+        loader.cuda_directory()
+    except KernelError as error:
+        report = diagnosis.failure if torch.cuda.is_available() else diagnosis.problem
+        report(str(error), "unset MOEKERN_CUDA_DIR, or reinstall moekern")
+    for name in sorted(os.environ):
+        if name.startswith("MOEKERN_") and name not in VARIABLES:
+            near = difflib.get_close_matches(name, VARIABLES, n=1)
+            diagnosis.problem(
+                f"environment variable {name} is none that moekern reads",
+                f"{f'did you mean {near[0]}? ' if near else ''}it reads {', '.join(sorted(VARIABLES))}",
+            )
 
 
 def examine_cpu(diagnosis: Diagnosis) -> None:
