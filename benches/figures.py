@@ -6,14 +6,15 @@ Each record benches/results/NAME.json gets its page NAME.md. In README.md, docs/
 
 is filled anew from the record NAME. Views:
 
-- of a record of `moekern bench`: `shapes` (a row a shape and verb), `wide` (a row a shape), `grid` (sizes in place of
-  names), `memory`, `series tokens` (or experts, top_k), `summary` (sentences), `machine`, `command`;
+- of a record of `moekern bench`: `shapes` (a row per shape and verb), `wide` (a row per shape), `grid` (sizes in place
+  of names), `memory`, `series tokens` (or experts, top_k), `summary` (sentences), `machine`, `command`; `chart FILE`, a
+  picture, which is drawn into that file (from the root of the repository) and shown;
 - of one of pytest-benchmark: `table GROUP`; `range GROUP COLUMN [PARAMETER=VALUE …]`, the smallest and largest value of
   a column, where COLUMN may be `median`;
 - of one of benches/gpu_experts.py: `columns NAME …`;
 - of a page without a record: `match PATTERN`, the first group of a regular expression.
 
-Tables stand on lines of their own, everything else in its sentence.
+Tables and pictures stand on lines of their own, everything else in its sentence.
 
 `--check` writes nothing and exits with 1 if anything would change.
 """
@@ -28,6 +29,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import drawings
 import tables
 from moekern.bench import record as records
 from moekern.bench import summary
@@ -36,7 +38,7 @@ from moekern.bench.units import duration, figure
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"<!-- figures:(.*?) -->(.*?)<!-- /figures -->", re.DOTALL)
 UNTRACKED = "latest"  # the record that `make bench` writes without a name: nobody's text
-TEXTS = ("README.md", "docs/*.md", "cuda/README.md", "benches/results/README.md")
+TEXTS = ("README.md", "docs/*.md", "cuda/*.md", "benches/results/README.md")
 
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
@@ -57,8 +59,15 @@ def wanted(root: Path) -> dict[Path, str]:
     """What every page of a record and every text with blocks should contain."""
     results = root / "benches" / "results"
     pages = {path.with_suffix(".md"): tables.page(path) for path in sorted(results.glob("*.json"))}
-    texts = [path for pattern in TEXTS for path in sorted(root.glob(pattern)) if path not in pages]
-    return {**pages, **{path: filled(path.read_text(), results, str(path.relative_to(root))) for path in texts}}
+    paths = [path for pattern in TEXTS for path in sorted(root.glob(pattern)) if path not in pages]
+    texts = {path: path.read_text() for path in paths}
+    pictures: dict[Path, str] = {}
+    for text in texts.values():
+        for words in (shlex.split(block[1]) for block in BLOCK.finditer(text)):
+            if words[1:2] == ["chart"] and len(words) == 3:
+                pictures[root / words[2]] = drawings.speed(records.load(results / f"{words[0]}.json"))
+    made = {path: filled(text, results, str(path.relative_to(root))) for path, text in texts.items()}
+    return {**pages, **pictures, **made}
 
 
 def filled(text: str, results: Path, where: str = "text") -> str:
@@ -71,10 +80,10 @@ def filled(text: str, results: Path, where: str = "text") -> str:
     def fill(block: re.Match[str]) -> str:
         words = shlex.split(block[1])
         try:
-            content = view(results, words[0], words[1:])
+            content = view(results, words[0], words[1:], Path(where).parent)
         except (LookupError, OSError, ValueError) as error:
             raise ValueError(f"{where}: block figures:{block[1]}: {error}") from error
-        if content.startswith("|"):
+        if content.startswith(("|", "![")):
             content = f"\n{content}\n"
         elif block.start() == 0 or text[block.start() - 1] == "\n":
             raise ValueError(f"{where}: block figures:{block[1]}: a comment that starts a line ends its paragraph")
@@ -86,8 +95,8 @@ def filled(text: str, results: Path, where: str = "text") -> str:
     return made
 
 
-def view(results: Path, name: str, words: list[str]) -> str:
-    """One view of one record."""
+def view(results: Path, name: str, words: list[str], folder: Path = Path()) -> str:
+    """One view of one record, for a text in `folder` of the repository."""
     if not words:
         raise ValueError("no view is named")
     what, *rest = words
@@ -99,6 +108,9 @@ def view(results: Path, name: str, words: list[str]) -> str:
     path = results / f"{name}.json"
     content = json.loads(path.read_text())
     if "rows" in content:
+        if what == "chart" and len(rest) == 1:
+            record = records.load(path)
+            return f"![{drawings.alternative(record)}]({Path(rest[0]).relative_to(folder)})"
         return view_of_bench(records.load(path), what, rest)
     if what == "table":
         return tables.group_table(tables.groups(content)[rest[0]])
@@ -121,7 +133,7 @@ def view_of_bench(record: records.Record, what: str, rest: list[str]) -> str:
         "command": lambda: f"`{record.command}`",
     }
     if what not in views:
-        raise ValueError(f"got the view {what}, expected one of {', '.join(views)}")
+        raise ValueError(f"got the view {what}, expected one of {', '.join(views)}, chart FILE")
     return views[what]()
 
 

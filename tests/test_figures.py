@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -83,9 +85,51 @@ def test_texts_show_what_the_records_say(figures: ModuleType, capsys: pytest.Cap
     assert figures.main(["--check"]) == 0, capsys.readouterr().out
 
 
-def test_readme_has_blocks(figures: ModuleType) -> None:
-    blocks = figures.BLOCK.findall((ROOT / "README.md").read_text())
-    assert {"plan-zen4", "demo-cpu"} <= {block.split()[0] for block, _ in blocks}
+def test_texts_have_blocks(figures: ModuleType) -> None:
+    names = {
+        text: {block.split()[0] for block, _ in figures.BLOCK.findall((ROOT / text).read_text())}
+        for text in ("README.md", "docs/performance.md", "cuda/LADDER.md")
+    }
+    assert names["README.md"] == {"peers-h200"}
+    assert {"plan-zen4", "demo-cpu", "layer-h200", "experts-zen4"} <= names["docs/performance.md"]
+    assert names["cuda/LADDER.md"] == {"layer-h100", "layer-h200"}
+
+
+def test_no_table_stands_twice(figures: ModuleType) -> None:
+    texts = [path for pattern in figures.TEXTS for path in sorted(ROOT.glob(pattern))]
+    blocks = [block for text in texts for block, content in figures.BLOCK.findall(text.read_text()) if "\n|" in content]
+    assert len(blocks) >= 10
+    assert len(set(blocks)) == len(blocks)
+
+
+def test_chart(figures: ModuleType, root: Path) -> None:
+    """A picture for README.md, and for a text in a folder, from one block each."""
+    (root / "docs").mkdir()
+    block = "<!-- figures:layers chart docs/bars.svg --><!-- /figures -->\n"
+    (root / "README.md").write_text(block)
+    (root / "docs/page.md").write_text(block)
+    assert figures.main([], root) == 0
+    ours = row_of("mixtral-8x7b", BOTH, MOEKERN)
+    shown = f"moekern {figure(ours.tflops)}"
+    for text, link in (("README.md", "(docs/bars.svg)"), ("docs/page.md", "(bars.svg)")):
+        image = (root / text).read_text().splitlines()[1]
+        assert shown in image.split("mixtral-8x7b, forward+backward, TFLOP/s: ", 1)[1].split(".", 1)[0]
+        assert image.endswith(link)
+    drawn = ElementTree.parse(root / "docs/bars.svg").getroot()
+    panels = drawn.findall("{*}svg")
+    cases = {row.case for row in made_up().rows if not row.sweep}
+    assert len(panels) == len(cases)
+    assert all(panel.findall("{*}rect") for panel in panels)
+    corners = {(panel.get("x"), panel.get("y")) for panel in panels}
+    assert len(corners) == len(panels)
+    below = [float(panel.get("y", 0)) + float(panel.get("height", 0)) for panel in panels]
+    assert max(below) < float(drawn.get("height", 0))
+    colours = set(re.findall(r"var\(--(\w+)\)", ElementTree.tostring(drawn, "unicode")))
+    style = drawn.findtext("{*}style") or ""
+    light, dark = style.split("prefers-color-scheme:dark", 1)
+    assert all(f"--{colour}:" in light and f"--{colour}:" in dark for colour in colours)
+    (root / "docs/bars.svg").write_text("stale")
+    assert figures.main(["--check"], root) == 1
 
 
 def test_page_of_pytest_benchmark(figures: ModuleType, root: Path) -> None:

@@ -58,8 +58,8 @@ def test_code_runs() -> None:
 
 
 def test_make_targets_exist() -> None:
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = set(re.findall(r"make ([a-z]+)", " ".join(re.findall(r"^    .*|`[^`]*`", README, re.MULTILINE))))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"make ([a-z-]+)", " ".join(re.findall(r"^    .*|`[^`]*`", README, re.MULTILINE))))
     assert {"demo", "test"} <= named <= targets
 
 

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-STYLE = """
+# The colours that drawings name, for light and for dark.
+COLOURS = """
 :root{--page:#fbfbfa;--ink:#1d2430;--soft:#667085;--rule:#e3e5e9;--card:#fff;--dense:#3b6fb6;--moe:#d9622b;
 --series1:#d9622b;--series2:#3b6fb6;--series3:#3f8f5f;--series4:#8a5bb5;
 --series5:#b58a1c;--series6:#5b7083;--series7:#2a9d9d;--series8:#b5485d;--series9:#c2479c;--series10:#6f8f1d;--bad:#c0322b}
@@ -13,7 +14,11 @@ STYLE = """
 --dense:#7ba9ea;--moe:#f08a55;
 --series1:#f08a55;--series2:#7ba9ea;--series3:#6fc191;--series4:#b993e0;
 --series5:#d9b44a;--series6:#93a7b9;--series7:#5cc8c8;--series8:#e08496;--series9:#ef8fd0;--series10:#b3cf4e;--bad:#ff7b72}}
-*{box-sizing:border-box}
+"""
+
+STYLE = (
+    COLOURS
+    + """*{box-sizing:border-box}
 body{margin:0;background:var(--page);color:var(--ink);
 font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 main{max-width:1120px;margin:0 auto;padding:40px 24px 64px}
@@ -36,6 +41,7 @@ svg{display:block;width:100%;height:auto}svg text{font-family:inherit}
 .cell{fill:var(--moe)}.share{font-size:12px;font-variant-numeric:tabular-nums}.share.dark{fill:var(--ink)}.share.light{fill:#fff}
 code{font:13.5px ui-monospace,SFMono-Regular,Menlo,monospace;overflow-wrap:anywhere}
 """
+)
 
 
 def page(title: str, body: str, data: Any, style: str = "") -> str:
