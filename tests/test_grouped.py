@@ -148,3 +148,36 @@ def test_grouped_mlp_never_synchronises(monkeypatch: pytest.MonkeyPatch) -> None
     assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
     assert not again[0][437:].any()
     assert not again[1][437:].any()
+
+
+SIZES = [(0, 5), (5, 0), (0, 0), (0, 500), (1, 0), (40, 0)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("counts", [[2, 0, 9], [64], [0, 0], [130, 1]])
+@pytest.mark.parametrize(("inner", "columns"), SIZES)
+@pytest.mark.usefixtures("poisoned")
+def test_sizes_of_zero(device: str, dtype: torch.dtype, counts: list[int], inner: int, columns: int) -> None:
+    """A sum over nothing is zero, whatever an earlier call left in the kernels' memory; in gradients too."""
+    rows, experts = sum(counts), len(counts)
+    offsets = offsets_of(counts, device)
+    earlier = torch.full((rows, 64), 3.0, device=device, dtype=dtype)
+    mk.grouped_mm(earlier, torch.ones(experts, 64, 500, device=device, dtype=dtype), offsets)
+    for swapped in (False, True):
+        a = torch.randn(rows, inner, device=device).to(dtype).requires_grad_()
+        b = torch.randn(experts, *((columns, inner) if swapped else (inner, columns)), device=device).to(dtype)
+        b.requires_grad_()
+        y = mk.grouped_mm(a, b.mT if swapped else b, offsets)
+        assert y.shape == (rows, columns)
+        assert (y == 0).all()
+        da, db = torch.autograd.grad(y, (a, b), torch.ones_like(y))
+        assert da.shape == a.shape
+        assert db.shape == b.shape
+        assert (da == 0).all()
+        assert (db == 0).all()
+    left = torch.randn(rows, inner, device=device).to(dtype).requires_grad_()
+    right = torch.randn(rows, columns, device=device).to(dtype).requires_grad_()
+    y = mk.grouped_mm(left, right, offsets)
+    assert y.shape == (experts, inner, columns)
+    for gradient in torch.autograd.grad(y, (left, right), torch.ones_like(y)):
+        assert (gradient == 0).all()

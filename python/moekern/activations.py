@@ -6,7 +6,6 @@ The torch definitions here are the specification that every backend is tested ag
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -50,70 +49,81 @@ def _silu(x: Tensor) -> Tensor:
     return (wide * torch.sigmoid(wide)).to(x.dtype)
 
 
-def _silu_grad(x: Tensor) -> Tensor:
-    s = torch.sigmoid(x)
-    return s * (1 + x * (1 - s))
+# The gradients are torch's own operators: one kernel each, float32 inside for half precision, and finite wherever
+# autograd's are.
+def _silu_grad(da: Tensor, x: Tensor) -> Tensor:
+    if not eager.forward_mode():
+        return torch.ops.aten.silu_backward(da, x)  # type: ignore[no-any-return]
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    s = torch.sigmoid(wide)
+    return (da * (s * (1 + wide * (1 - s)))).to(x.dtype)
 
 
-def _gelu_grad(x: Tensor) -> Tensor:
-    cdf = 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))
-    return cdf + x * torch.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
+def _gelu_grad(da: Tensor, x: Tensor) -> Tensor:
+    return torch.ops.aten.gelu_backward(da, x)  # type: ignore[no-any-return]
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-def _gelu_tanh_grad(x: Tensor) -> Tensor:
-    beta, cubic = math.sqrt(2 / math.pi), 0.044715
-    t = torch.tanh(beta * (x + cubic * x * x * x))
-    return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * beta * (1 + 3 * cubic * x * x)
+def _gelu_tanh_grad(da: Tensor, x: Tensor) -> Tensor:
+    # From 30 on the slope is 0 or 1, and from 1e13 on the formula 0 * inf.
+    return torch.ops.aten.gelu_backward(da, x.clamp(-30, 30), approximate="tanh")  # type: ignore[no-any-return]
 
 
-def _relu_grad(x: Tensor) -> Tensor:
-    return (x > 0).to(x.dtype)
+def _relu_grad(da: Tensor, x: Tensor) -> Tensor:
+    return torch.where(x <= 0, 0, da)
 
 
 def _relu2(x: Tensor) -> Tensor:
     return torch.relu(x).square()
 
 
-def _relu2_grad(x: Tensor) -> Tensor:
-    return 2 * torch.relu(x)
+def _relu2_grad(da: Tensor, x: Tensor) -> Tensor:
+    return da * (2 * torch.relu(x))
 
 
-def _gated(f: Callable[[Tensor], Tensor], grad: Callable[[Tensor], Tensor]) -> tuple[Forward, Backward]:
+def _gated(f: Callable[[Tensor], Tensor], grad: Callable[[Tensor, Tensor], Tensor]) -> tuple[Forward, Backward]:
     def forward(g: Tensor, u: Tensor | None) -> Tensor:
         assert u is not None
         return f(g) * u
 
     def backward(da: Tensor, g: Tensor, u: Tensor | None) -> tuple[Tensor, Tensor | None]:
         assert u is not None
-        return da * u * grad(g), da * f(g)
+        return grad(da * u, g), da * f(g)
 
     return forward, backward
 
 
-def _plain(f: Callable[[Tensor], Tensor], grad: Callable[[Tensor], Tensor]) -> tuple[Forward, Backward]:
-    return lambda g, u: f(g), lambda da, g, u: (da * grad(g), None)
+def _plain(f: Callable[[Tensor], Tensor], grad: Callable[[Tensor, Tensor], Tensor]) -> tuple[Forward, Backward]:
+    return lambda g, u: f(g), lambda da, g, u: (grad(da, g), None)
+
+
+# gpt-oss clamps. A clamped value is a constant, and the bound itself counts as clamped: torch's clamp has this rule
+# from 2.14 on, and let the gradient through at the bound before. Written out, it holds with every torch, and for second
+# derivatives too. NaN is not clamped.
+def _clamp_above(x: Tensor) -> Tensor:
+    return torch.where(x >= OAI_LIMIT, OAI_LIMIT, x)
+
+
+def _clamp(x: Tensor) -> Tensor:
+    return torch.where(x <= -OAI_LIMIT, -OAI_LIMIT, _clamp_above(x))
 
 
 def _swiglu_oai(g: Tensor, u: Tensor | None) -> Tensor:
     assert u is not None
-    g = g.clamp(max=OAI_LIMIT)
-    u = u.clamp(min=-OAI_LIMIT, max=OAI_LIMIT)
-    return (u + 1) * g * torch.sigmoid(OAI_ALPHA * g)
+    g = _clamp_above(g)
+    return (_clamp(u) + 1) * (g * torch.sigmoid(OAI_ALPHA * g))  # the sigmoid first: (u + 1) * g overflows in float16
 
 
 def _swiglu_oai_backward(da: Tensor, g: Tensor, u: Tensor | None) -> tuple[Tensor, Tensor | None]:
     assert u is not None
-    gc = g.clamp(max=OAI_LIMIT)
-    uc = u.clamp(min=-OAI_LIMIT, max=OAI_LIMIT)
+    gc, uc = _clamp_above(g), _clamp(u)
     s = torch.sigmoid(OAI_ALPHA * gc)
-    dg = da * (uc + 1) * s * (1 + OAI_ALPHA * gc * (1 - s))
-    du = da * gc * s
-    # A clamped value is a constant; torch counts the bound itself as inside.
-    return dg * (g <= OAI_LIMIT), du * ((u >= -OAI_LIMIT) & (u <= OAI_LIMIT))
+    glu = gc * s
+    dg = da * (uc + 1) * (s + OAI_ALPHA * (glu * (1 - s)))
+    return torch.where(g >= OAI_LIMIT, 0, dg), torch.where((u >= OAI_LIMIT) | (u <= -OAI_LIMIT), 0, da * glu)
 
 
 _TABLE: tuple[tuple[str, bool, tuple[Forward, Backward]], ...] = (

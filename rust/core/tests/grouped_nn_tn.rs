@@ -151,6 +151,19 @@ fn nn_with_ragged_rows() {
 }
 
 #[test]
+fn nn_sums_over_nothing_leave_the_bias() {
+    let rows = Rows::new(&RAGGED, &mut Random::new(1));
+    for isa in isas() {
+        for dtype in DTYPES {
+            for n in [1, 64, 500, 2048] {
+                check_nn(isa, dtype, &rows, 72, n, true, true); // leaves its sums in the same memory
+                check_nn(isa, dtype, &rows, 0, n, true, true);
+            }
+        }
+    }
+}
+
+#[test]
 fn nn_with_whole_columns_split_among_threads() {
     let rows = Rows::new(&[7], &mut Random::new(2));
     for isa in isas() {

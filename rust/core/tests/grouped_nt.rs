@@ -165,6 +165,14 @@ fn any_inner_size() {
 }
 
 #[test]
+fn sums_over_nothing_leave_the_bias() {
+    for dtype in DTYPES {
+        Case { dtype, counts: vec![1, 40, 140], ..Case::default() }.check("a product before, in the same memory");
+        Case { dtype, k: 0, n: 500, counts: vec![1, 4, 6, 12, 20, 140], bias: true, ..Case::default() }.check("k = 0");
+    }
+}
+
+#[test]
 fn any_number_of_features() {
     for dtype in DTYPES {
         for n in [1, 2, 3, 5, 7, 8, 13, 24, 95, 96, 97, 136, 481, 500] {

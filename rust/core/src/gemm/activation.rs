@@ -139,15 +139,22 @@ impl Kernel for Activate {
     }
 }
 
+/// What is multiplied by a factor that falls to zero on the left: this saturates before it is zero (`exp` at e^88, `erf`
+/// a rounding short of -1), so from there on the argument must not grow. NaN stays NaN.
+#[inline(always)]
+pub(super) unsafe fn tail<S: Simd>(x: S::V) -> S::V {
+    S::max(S::splat(-100.0), x)
+}
+
 #[inline(always)]
 unsafe fn silu<S: Simd>(x: S::V) -> S::V {
-    S::mul(x, sigmoid::<S>(x))
+    S::mul(tail::<S>(x), sigmoid::<S>(x))
 }
 
 #[inline(always)]
 unsafe fn gelu<S: Simd>(x: S::V) -> S::V {
     let cdf = S::add(S::splat(1.0), erf::<S>(S::mul(x, S::splat(std::f32::consts::FRAC_1_SQRT_2))));
-    S::mul(S::mul(S::splat(0.5), x), cdf)
+    S::mul(S::mul(S::splat(0.5), tail::<S>(x)), cdf)
 }
 
 /// (1 + tanh z) / 2 is sigmoid(2 z).
@@ -155,14 +162,14 @@ unsafe fn gelu<S: Simd>(x: S::V) -> S::V {
 unsafe fn gelu_tanh<S: Simd>(x: S::V) -> S::V {
     let cubic = S::fma(S::mul(x, x), S::splat(GELU_CUBIC), S::splat(1.0));
     let z2 = S::mul(S::mul(x, cubic), S::splat(2.0 * GELU_SCALE));
-    S::mul(x, sigmoid::<S>(z2))
+    S::mul(tail::<S>(x), sigmoid::<S>(z2))
 }
 
 #[inline(always)]
 unsafe fn swiglu_oai<S: Simd>(g: S::V, u: S::V) -> S::V {
     let g = S::min(S::splat(OAI_LIMIT), g);
     let u = S::max(S::splat(-OAI_LIMIT), S::min(S::splat(OAI_LIMIT), u));
-    let gate = S::mul(g, sigmoid::<S>(S::mul(g, S::splat(OAI_ALPHA))));
+    let gate = S::mul(tail::<S>(g), sigmoid::<S>(S::mul(g, S::splat(OAI_ALPHA))));
     S::mul(S::add(u, S::splat(1.0)), gate)
 }
 

@@ -6,7 +6,7 @@
 
 #![allow(unsafe_op_in_unsafe_fn)]
 
-use super::activation::{Activation, GELU_CUBIC, GELU_SCALE, OAI_ALPHA, OAI_LIMIT};
+use super::activation::{Activation, GELU_CUBIC, GELU_SCALE, OAI_ALPHA, OAI_LIMIT, tail};
 use super::format::Format;
 use super::math::{erf, exp, sigmoid};
 use super::nn::{Block, COLUMN_BLOCK, Finish};
@@ -198,10 +198,16 @@ macro_rules! gated {
 }
 gated!(swiglu = silu geglu = gelu geglu_tanh = gelu_tanh reglu = relu);
 
+/// The argument, bounded where the slopes of both GELUs have long been 0 and 1: its powers would overflow. NaN stays NaN.
+#[inline(always)]
+unsafe fn bounded<S: Simd>(x: S::V) -> S::V {
+    S::min(S::splat(100.0), tail::<S>(x))
+}
+
 #[inline(always)]
 unsafe fn silu<S: Simd>(x: S::V, _: S::V) -> Derived<S::V> {
     let q = sigmoid::<S>(x);
-    let value = S::mul(x, q);
+    let value = S::mul(tail::<S>(x), q);
     // q (1 + x (1 - q)) = q + value (1 - q)
     (value, S::fma(value, S::sub(S::splat(1.0), q), q), S::zero())
 }
@@ -213,18 +219,19 @@ unsafe fn gelu<S: Simd>(x: S::V, _: S::V) -> Derived<S::V> {
     let cdf = S::mul(S::splat(0.5), S::add(S::splat(1.0), erf::<S>(root)));
     let exponent = S::sub(S::zero(), S::mul(root, root));
     let density = S::mul(S::splat(DENSITY_AT_ZERO), exp::<S>(exponent));
-    (S::mul(x, cdf), S::fma(x, density, cdf), S::zero())
+    (S::mul(tail::<S>(x), cdf), S::fma(bounded::<S>(x), density, cdf), S::zero())
 }
 
 #[inline(always)]
 unsafe fn gelu_tanh<S: Simd>(x: S::V, _: S::V) -> Derived<S::V> {
-    let square = S::mul(x, x);
+    let near = bounded::<S>(x);
+    let square = S::mul(near, near);
     let cubic = S::fma(square, S::splat(GELU_CUBIC), S::splat(1.0));
     // (1 + tanh z) / 2 is sigmoid(2 z).
-    let q = sigmoid::<S>(S::mul(S::mul(x, cubic), S::splat(2.0 * GELU_SCALE)));
-    let value = S::mul(x, q);
+    let q = sigmoid::<S>(S::mul(S::mul(near, cubic), S::splat(2.0 * GELU_SCALE)));
     let inner = S::fma(square, S::splat(6.0 * GELU_SCALE * GELU_CUBIC), S::splat(2.0 * GELU_SCALE));
-    (value, S::fma(S::mul(value, S::sub(S::splat(1.0), q)), inner, q), S::zero())
+    let slope = S::fma(S::mul(S::mul(near, q), S::sub(S::splat(1.0), q)), inner, q);
+    (S::mul(tail::<S>(x), q), slope, S::zero())
 }
 
 #[inline(always)]
@@ -238,16 +245,18 @@ unsafe fn relu2<S: Simd>(x: S::V, _: S::V) -> Derived<S::V> {
     (S::mul(positive, positive), S::add(positive, positive), S::zero())
 }
 
-/// Clamped inputs have no gradient; those on the limit do.
+/// Clamped inputs have no gradient, those on the limit included, as in torch from 2.14 on. NaN is not clamped.
 #[inline(always)]
 unsafe fn swiglu_oai<S: Simd>(gate: S::V, up: S::V) -> Derived<S::V> {
+    const INSIDE: f32 = OAI_LIMIT.next_down(); // the largest value that is not clamped
     let (limit, floor) = (S::splat(OAI_LIMIT), S::splat(-OAI_LIMIT));
+    let (inside, above) = (S::splat(INSIDE), S::splat(-INSIDE));
     let g = S::min(limit, gate);
     let u1 = S::add(S::max(floor, S::min(limit, up)), S::splat(1.0));
     let q = sigmoid::<S>(S::mul(g, S::splat(OAI_ALPHA)));
-    let value = S::mul(g, q);
+    let value = S::mul(tail::<S>(g), q);
     let slope = S::fma(S::mul(value, S::splat(OAI_ALPHA)), S::sub(S::splat(1.0), q), q);
-    let slope_gate = S::select_less(limit, gate, S::zero(), S::mul(u1, slope));
-    let slope_up = S::select_less(limit, up, S::zero(), S::select_less(up, floor, S::zero(), value));
+    let slope_gate = S::select_less(inside, gate, S::zero(), S::mul(u1, slope));
+    let slope_up = S::select_less(inside, up, S::zero(), S::select_less(up, above, S::zero(), value));
     (S::mul(u1, value), slope_gate, slope_up)
 }

@@ -172,7 +172,7 @@ impl<S: Simd, F: Format, E: Finish> NnJob<S, F, E> {
                 // Whole weight rows are best for few rows, unless threads would have nothing to do.
                 let width = if Self::in_place(args, rows) {
                     let cuts = (2 * args.threads).div_ceil(busy).min(args.n.div_ceil(2 * COLUMN_BLOCK)).max(1);
-                    args.n.div_ceil(cuts).next_multiple_of(COLUMN_BLOCK)
+                    args.n.div_ceil(cuts).max(1).next_multiple_of(COLUMN_BLOCK)
                 } else {
                     let columns = BlockShape::new::<F>(rows).columns;
                     // Unless threads would wait for the last ones.
@@ -229,6 +229,9 @@ impl<S: Simd, F: Format, E: Finish> NnJob<S, F, E> {
         let stride = sums_stride(ticket.columns);
         let values = ticket.rows * stride;
         let sums = worker.scratch.results.words(2 * values);
+        if k == 0 {
+            sums.write_bytes(0, values);
+        }
         let weight_stride = self.args.n * F::BYTES;
         let weights = self.weights(ticket);
         let summed = if matches!(F::KIND, Kind::F32) { SUMMED } else { k };
@@ -271,6 +274,9 @@ impl<S: Simd, F: Format, E: Finish> NnJob<S, F, E> {
         let panels = ticket.columns.div_ceil(width);
         let stride = sums_stride(panels * width);
         let sums = worker.scratch.results.words(ticket.rows * stride);
+        if k == 0 {
+            sums.write_bytes(0, ticket.rows * stride);
+        }
         // Panels that are packed, and then multiplied with all rows, together.
         let together = (PACKED_BYTES / (F::words(block) * width * 4)).max(1);
         let packed = worker.scratch.weights.words(F::words(block) * together * width);
