@@ -17,7 +17,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def swiglu_oai(g: Tensor, u: Tensor) -> Tensor:
-    """gpt-oss's activation with the rule at the bound written out: what is clamped is a constant, the bound included."""
+    """gpt-oss's activation, its rule at the bound written out: what is clamped, the bound too, is a constant."""
     g = torch.where(g < OAI_LIMIT, g, OAI_LIMIT)
     u = torch.where(u.abs() < OAI_LIMIT, u, OAI_LIMIT * u.detach().sign())
     return (u + 1) * (g * torch.sigmoid(g * OAI_ALPHA))

@@ -6,8 +6,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
 
 import moekern as mk
+from moekern.capacity import capacity_of
 from problems import error, make
 
 H, I, E, K = 16, 8, 5, 2
@@ -124,3 +126,33 @@ def test_a_weight_of_nan_stays(device: str) -> None:
     weights[500] = torch.tensor(-0x00400000, dtype=torch.int32).view(torch.float32)
     kept = mk.limit_tokens(torch.zeros(600, 1, dtype=torch.int64, device=device), weights, 1, capacity=1)
     assert (kept.flatten() >= 0).nonzero().flatten().tolist() == [500]
+
+
+def test_capacities_are_rounded_without_error() -> None:
+    """As decimal arithmetic rounds them: 1.1 * 50 is 55, although the product of the floats is a little more."""
+    for hundredths in range(1, 400):
+        for tokens, top_k, experts in ((10, 1, 1), (100, 1, 8), (4096, 8, 128), (700, 2, 7), (1, 1, 64), (0, 2, 3)):
+            want = -(-min(hundredths, 100 * experts) * tokens * top_k // (100 * experts))
+            assert capacity_of(hundredths / 100, tokens, top_k, experts) == want, (hundredths, tokens)
+    assert capacity_of(4 / 3, 9, 1, 3) == 4
+    assert capacity_of(1e-7, 10, 1, 1) == 1
+    assert capacity_of(2, 3, 1, 2) == 3
+
+
+def test_capacity_of_a_symbolic_number_of_tokens(device: str) -> None:
+    """One graph for all token counts."""
+    counted = CompileCounter()
+    compiled = torch.compile(lambda x: x[: capacity_of(1.1, x.shape[0], 2, 8)] + 1, backend=counted, dynamic=True)
+    for tokens in (10, 20, 30, 41):
+        assert len(compiled(torch.zeros(tokens, 3, device=device))) == min(tokens, -(-11 * tokens // 40))
+    assert counted.frame_count == 1
+
+
+def test_layer_takes_the_exact_capacity(device: str) -> None:
+    """55 of the 100 tokens that all choose the same one of two experts."""
+    layer = mk.MoE(H, I, 2, 1, capacity_factor=1.1, router_bias=True, device=device).eval()
+    with torch.no_grad():
+        layer.gate.bias[1] = 1e4
+        x = torch.randn(100, H, device=device)
+        for run in (layer, torch.compile(layer, backend="eager", dynamic=True)):
+            assert (run(x) != 0).any(1).sum() == 55

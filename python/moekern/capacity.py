@@ -68,7 +68,7 @@ def check_options(capacity: int | None, multiple: int, by: str) -> None:
 def capacity_of(factor: float, tokens: Count, top_k: int, num_experts: int) -> Count:
     """The capacity that is ``factor`` times an even share of the slots, rounded up; of a number or a tensor of tokens.
 
-    In integers: 1.1 times ten is eleven, but a little more in binary floating point, which rounded up would be twelve.
+    In integers: 1.1 times 50 is 55, but a little more in binary floating point, which rounded up would be 56.
     """
     numerator, denominator = _ratio(min(factor, num_experts))  # a larger one limits nothing
     return -(-(numerator * top_k * tokens) // (denominator * num_experts))

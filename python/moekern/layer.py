@@ -57,8 +57,9 @@ class MoE(nn.Module):
         router_jitter_noise: In training, multiply the layer's input by uniform noise within one plus or minus this, as
             Mixtral does.
         scale_input: Apply the router's weights to the experts' input, not their output (Llama 4).
-        capacity_factor: An expert takes at most so many times its even share of the slots, ``T * K / E``; None for no
-            limit. See :func:`moekern.limit_tokens` for this and the next one.
+        capacity_factor: An expert takes at most so many times its even share of the slots, ``T * K / E``, rounded up
+            without error (1.1 is eleven tenths); None for no limit. See :func:`moekern.limit_tokens` for this and the
+            next one.
         drop_by: ``"score"`` or ``"position"``.
         round_tokens_to: Every expert takes a multiple of so many tokens in training.
         rounding: ``"nearest"``, ``"down"`` or ``"up"``, see :func:`moekern.round_tokens`.
