@@ -20,6 +20,7 @@ CUDA ?= $(if $(filter Linux,$(shell uname -s)),cuda13)
 MADE := $(VENV)/.made
 INSTALLED := $(VENV)/.installed
 LINTERS := $(VENV)/.linters
+SITE := $(VENV)/.site
 SOURCES := Cargo.toml Cargo.lock pyproject.toml README.md LICENSE \
 	$(shell find rust cuda python \( -name '__pycache__' -prune \) -o ! -name '*.so' ! -name '*.pyc' -print 2>/dev/null)
 
@@ -35,7 +36,7 @@ install = if [ -x $(BIN)/uv ]; then $(BIN)/uv pip install --python $(BIN)/python
 	else $(BIN)/python -m pip install $(1); fi
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu releases sanitize doctor lint format bench figures build wheel sdist dev clean
+.PHONY: help demo test test-gpu releases sanitize doctor lint format bench figures docs build wheel sdist dev clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -101,6 +102,9 @@ bench: $(INSTALLED) ## run the benchmarks; figures go to benches/results/NAME.js
 figures: $(INSTALLED) ## rewrite the figures in the texts from the records in benches/results
 	$(BIN)/python benches/figures.py
 
+docs: $(SITE) ## build the documentation's site into site/, with the reference; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet $(ARGS)
+
 build: dev ## the same as dev
 
 dev: $(MADE) ## compile the extension into python/moekern and install the package editable
@@ -120,7 +124,7 @@ sdist: $(MADE) ## build the source distribution into dist/
 	$(BIN)/maturin sdist --out dist
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV) target dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) target dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	rm -rf python/moekern/cuda python/moekern/*.so
 
 $(MADE):
@@ -140,6 +144,10 @@ $(INSTALLED): $(MADE) $(SOURCES)
 	@$(MAKE) --no-print-directory wheel
 	@$(BIN)/python -m pip uninstall -y -q moekern 2>/dev/null || true
 	$(call install,"moekern[$(EXTRAS)] @ file://$$(echo $(CURDIR)/dist/moekern-*.whl)")
+	@touch $@
+
+$(SITE): $(MADE) pyproject.toml
+	$(call install,-q --group docs)
 	@touch $@
 
 $(LINTERS): $(MADE) pyproject.toml

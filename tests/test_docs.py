@@ -78,6 +78,14 @@ def test_every_page_is_run() -> None:
     assert {page.stem for page in PAGES if "```python" in page.read_text()} <= tested
 
 
+def test_index_and_site_have_every_page() -> None:
+    index = (PAGES[0].parent / "README.md").read_text()
+    site = (PAGES[0].parents[1] / "mkdocs.yml").read_text()
+    for page in PAGES:
+        assert page.name == "README.md" or f"({page.name})" in index, page
+        assert f"docs/{page.name}\n" in site, page
+
+
 def test_transformers() -> None:
     pytest.importorskip("transformers", reason="transformers is not installed")
     names = run_page("transformers")
