@@ -12,6 +12,7 @@ The public names::
 
 from importlib.metadata import PackageNotFoundError, version
 
+from moekern import flops
 from moekern.balance import (
     aux_loss,
     bias_update_hook,
@@ -31,6 +32,8 @@ from moekern.permutation import combine, permute
 from moekern.plan import Plan, PlanStats, plan
 from moekern.rounding import Rounded, round_tokens
 from moekern.router import route
+
+flops.register()
 
 try:
     __version__ = version("moekern")

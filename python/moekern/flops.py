@@ -1,0 +1,62 @@
+"""What ``torch.utils.flop_counter.FlopCounterMode`` counts for the operators: two per multiplication and addition.
+
+Counted are the matrix products, as torch counts its own, from shapes alone: an operator does not read how many slots
+are sentinels (dropped, or another rank's experts), so each of the T * K slots counts as a row of work. Activations,
+biases and sums over a token's experts count as nothing, as everywhere in torch's counter. What activation
+checkpointing runs again is counted again. Second derivatives and tangents are grouped products, and count as such.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch.utils.flop_counter import register_flop_formula
+
+from moekern import ops
+
+Shape = Sequence[int]
+
+
+def _products(order: Shape, w_gate_up: Shape, w_down: Shape, transposed: bool) -> tuple[int, int]:
+    """FLOPs of the up and of the down projection over all slots."""
+    slots = order[0]
+    hidden, up = (w_gate_up[1], w_gate_up[2]) if transposed else (w_gate_up[2], w_gate_up[1])
+    inter = w_down[1 if transposed else 2]
+    return 2 * slots * hidden * up, 2 * slots * hidden * inter
+
+
+def experts_forward(
+    x: Shape, scores: Shape | None, order: Shape, inverse: Shape, offsets: Shape, w_gate_up: Shape, w_down: Shape,
+    b_gate_up: Shape | None, b_down: Shape | None, top_k: int, activation: str, transposed: bool, *_: Any, **__: Any,
+) -> int:  # fmt: skip
+    """The up and the down projection."""
+    return sum(_products(order, w_gate_up, w_down, transposed))
+
+
+def experts_backward(
+    dout: Shape, x: Shape, pre: Shape, scores: Shape | None, order: Shape, inverse: Shape, offsets: Shape,
+    w_gate_up: Shape, w_down: Shape, b_gate_up: Shape | None, b_down: Shape | None, top_k: int, activation: str,
+    transposed: bool, interleaved: bool, needs: Sequence[bool], *_: Any, **__: Any,
+) -> int:  # fmt: skip
+    """The products that the wanted gradients need; `needs` is in the order x, scores, both weights, both biases."""
+    up, down = _products(order, w_gate_up, w_down, transposed)
+    wants_x, wants_scores, wants_up, wants_down, wants_up_bias, _wants_down_bias = needs
+    through_down = wants_x or wants_scores or wants_up or wants_up_bias
+    return up * (wants_x + wants_up) + down * (through_down + wants_down)
+
+
+def grouped_mm(a: Shape, b: Shape, offsets: Shape, kind: str, *_: Any, **__: Any) -> int:
+    """Every row of `a` times one matrix; for "tn", times its row of `b`."""
+    rows, inner = a
+    return 2 * rows * inner * b[1 if kind in ("nt", "tn") else 2]
+
+
+def register() -> None:
+    """Make the formulas known to torch."""
+    for operator, formula in (
+        (ops.experts_forward, experts_forward),
+        (ops.experts_backward, experts_backward),
+        (ops.grouped_mm, grouped_mm),
+    ):
+        register_flop_formula(operator.overloadpacket)(formula)
