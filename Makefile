@@ -59,7 +59,7 @@ test-gpu: $(INSTALLED) ## the tests that need a GPU, with torch's usual allocato
 	done; exit $$failed
 
 # Each in a folder of its own ahead of the environment, which keeps the newest.
-releases: $(INSTALLED) ## the tests beside older releases of torch and transformers, and beside torchtitan
+releases: $(INSTALLED) ## the tests with older releases of torch and transformers, and with torchtitan
 	@set -e; beside() { \
 		there=$(abspath $(VENV))/beside-$$1; what="$$2"; which="$$3"; shift 3; \
 		[ -d $$there ] || { $(call install,-q --target $$there $$what) || { rm -rf $$there; exit 1; }; }; \
@@ -79,7 +79,7 @@ sanitize: $(INSTALLED) ## every CUDA kernel on small sizes under compute-sanitiz
 			$(BIN)/python -m pytest -q -m gpu tests/gpu/test_small.py $(ARGS); \
 	done
 
-doctor: $(INSTALLED) ## say what this machine can run
+doctor: $(INSTALLED) ## report what this machine can run
 	$(BIN)/moekern doctor
 
 lint: $(INSTALLED) $(LINTERS) ## formatters, linters and type checker, warnings as errors
