@@ -94,3 +94,14 @@ def test_export(options: dict[str, Any]) -> None:
     for tokens in (20, 33):
         x = torch.randn(tokens, H)
         torch.testing.assert_close(program(x), layer(x))
+
+
+@pytest.mark.parametrize("options", [{}, {"shared_intermediate_size": I, "routed_scaling_factor": 2.0}], ids=str)
+def test_export_of_expert_choice_for_any_number_of_tokens(options: dict[str, Any]) -> None:
+    """The tokens per expert are a fraction of the tokens, one among them."""
+    layer = mk.MoE(H, I, E, K, routing="expert_choice", **options).eval()
+    tokens = torch.export.Dim("tokens", min=1, max=4096)
+    program = torch.export.export(layer, (torch.randn(20, H),), dynamic_shapes=({0: tokens},)).module()
+    for count in (1, 3, 4, 5, 20, 77):
+        x = torch.randn(count, H)
+        torch.testing.assert_close(program(x), layer(x), rtol=0, atol=0)

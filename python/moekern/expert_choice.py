@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moekern import checks, router
+from moekern import checks, eager, router
 
 
 def expert_choice(logits: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
@@ -31,10 +31,27 @@ def expert_choice(logits: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     checks.has_dtype("logits", logits, checks.FLOATING)
     checks.has_shape("logits", logits, ("tokens", "experts"))
     checks.is_int("capacity", capacity, 0, logits.shape[0], "as many as logits have tokens")
+    return choose_any(logits, capacity)
+
+
+def choose_any(logits: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    """:func:`expert_choice` without its checks: to compare sizes would bind an exported program to some of them."""
     scores = router.scores(logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32), "softmax_topk")
     by_expert = scores.mT.contiguous()
     tokens = router.choose(by_expert.detach(), capacity)
     return by_expert.gather(1, tokens), tokens
+
+
+def free_size(capacity: int, tokens: int) -> int:
+    """The same number as a size of its own for torch.export, which makes no assumption on it.
+
+    As a formula of the number of tokens, torch.export would assume that it is not one, and then refuse any range of
+    tokens in which it can be.
+    """
+    free = torch.full((), capacity, device="cpu").item()
+    torch._check(free >= 0)
+    torch._check(free <= tokens)
+    return free  # type: ignore[return-value]
 
 
 def choose_real(logits: Tensor, capacity: int, mask: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,7 +77,7 @@ def run_chosen(x: Tensor, weights: Tensor, tokens: Tensor, experts: Callable[...
     offsets = torch.arange(num_experts + 1, device=x.device, dtype=torch.int32) * capacity
     y = experts(rows, offsets=offsets)
     weighted = y.to(weights.dtype) * weights.reshape(-1, 1)
-    if capacity == 0:  # whose derivative cannot do without rows
+    if not eager.is_exporting() and capacity == 0:  # whose derivative cannot do without rows
         return weighted.sum(0).expand(x.shape).to(y.dtype)
     summed = torch.ops.aten.embedding_dense_backward(weighted, tokens.reshape(-1), x.shape[0], -1, False)
     return summed.to(y.dtype)  # type: ignore[no-any-return]

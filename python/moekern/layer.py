@@ -7,9 +7,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moekern import capacity, checks, joined, masks, ops, router
+from moekern import capacity, checks, eager, joined, masks, ops, router
 from moekern.activations import ACTIVATIONS
-from moekern.expert_choice import choose_real, expert_choice, run_chosen
+from moekern.expert_choice import choose_any, choose_real, free_size, run_chosen
 from moekern.layer_inference import infer
 from moekern.layer_training import Latest, train
 from moekern.parts import Experts, Router, SharedExpert, inner, is_ordinary, whole
@@ -402,10 +402,12 @@ class MoE(nn.Module):
 
     def _expert_choice(self, tokens: Tensor, logits: Tensor, shape: tuple[int, ...], mask: Tensor | None) -> Tensor:
         """Every expert chooses its tokens; the routed part of the output ``[T, H]``."""
-        count = min(tokens.shape[0], capacity.capacity_of(1.0, tokens.shape[0], self.top_k, self.num_experts))
+        count = capacity.capacity_of(1.0, tokens.shape[0], self.top_k, self.num_experts)  # at most T, as K <= E
+        if eager.is_exporting():
+            count = free_size(count, tokens.shape[0])
         counts = logits.new_full((self.num_experts,), count, dtype=torch.int32)
         if mask is None:
-            weights, chosen = expert_choice(logits, count)
+            weights, chosen = choose_any(logits, count)
         else:
             real = mask.sum()
             places = capacity.capacity_of(1.0, real, self.top_k, self.num_experts).minimum(real)
@@ -420,7 +422,7 @@ class MoE(nn.Module):
         self, logits: Tensor, counts: Tensor, ids: Tensor | None, shape: tuple[int, ...], mask: Tensor | None
     ) -> None:
         """Keep what the losses need, in training only."""
-        if not self.training or _is_exporting():
+        if not self.training or eager.is_exporting():
             return
         if mask is not None and ids is not None:
             counts = masks.counts(ids, mask, self.num_experts)
@@ -453,12 +455,6 @@ class MoE(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave out the latest routing and its mask: they belong to a batch that they do not."""
         return {**self.__dict__, "_latest_routing": None, "_token_mask": None}
-
-
-def _is_exporting() -> bool:
-    """As torch.compiler.is_exporting(), which torch 2.11's Dynamo takes for true in every compilation."""
-    flag: bool | None = getattr(torch.compiler, "_is_exporting_flag", None)
-    return torch.compiler.is_exporting() if flag is None else flag
 
 
 def _refuse_with_expert_choice(**used: bool) -> None:

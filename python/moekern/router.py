@@ -189,7 +189,7 @@ def choose(ranking: Tensor, k: int) -> Tensor:
     last = ranking.shape[-1] - 1
     from_the_end = torch.arange(last, -1, -1, device=ranking.device)
     packed = (ascending.to(torch.int64) << 31) | from_the_end
-    return last - (torch.topk(packed, k, dim=-1)[0] & 0x7FFFFFFF)
+    return torch.topk(packed, k, dim=-1)[1]
 
 
 def largest_first(values: Tensor) -> Tensor:
