@@ -41,22 +41,22 @@ examples:
   moekern bench --quick                              one small shape, in seconds; half a minute with --report
   moekern bench --shape olmoe-1b-7b --shape mixtral-8x7b --routing zipf
   moekern bench --thiek 4096,2048,1024,64,8          your own layer: tokens, hidden, intermediate, experts, top-k
-  moekern bench --peers grouped_mm,transformers      only these beside it; "all" takes those that tune for minutes too
+  moekern bench --peers grouped_mm,transformers      only these peers; "all" includes those that tune for minutes
   moekern bench --json new.json --report new.html    keep the figures; a page with charts and scaling
-  moekern bench --compare old.json                   what became faster or slower since then
-  moekern bench --from new.json --compare old.json   the same of two files, measuring nothing; --report works too
+  moekern bench --compare old.json                   measure again and show what became faster or slower
+  moekern bench --from new.json --compare old.json   compare two files without measuring; --report works too
 
 shapes: {shapes}
 
 peers:
 {peers}
 
-Every implementation is first checked against float32: a wrong result is shown as WRONG, not as fast. Then they run in
-turns, each directly after the ceiling: on a GPU cuBLAS doing dense matrix products of the same FLOPs (for decode, a
-copy of as many bytes), on a CPU the larger of torch's dense matmul and the reading of the weights. "of ceiling" 1.00
-means: no kernel can do much better here; small shapes can pass it, where the ceiling's own
-products are too small to run well. GPU times are taken with a swept L2 cache; decode runs in a CUDA graph over
-weights that take turns.
+Every implementation is first checked against float32: a wrong result is shown as WRONG, not as fast. Then they run
+alternately, each directly after the ceiling. On a GPU the ceiling is cuBLAS doing dense matrix products of the same
+FLOPs (for decode, a copy of as many bytes). On a CPU it is the larger of two times: that of torch's dense matmul, and
+that of reading the weights. "of ceiling" 1.00 means: no kernel can do much better here. Small shapes can pass it, where
+the ceiling's own products are too small to run well. GPU times are taken with a swept L2 cache; decode runs in a CUDA
+graph over several sets of weights, one after the other.
 """
 
 
@@ -64,8 +64,8 @@ def add_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "bench",
         help="measure the layer against its peers and against the machine's limit",
-        description="Measure the experts' forward and backward pass against what else could compute them, and against "
-        "what the machine can do at best.",
+        description="Measure the experts' forward and backward pass, and compare it with other implementations and "
+        "with the machine's limit.",
         epilog=EXAMPLES.format(shapes=", ".join(shapes.SHAPES), peers=peer_list()),
         formatter_class=HelpFormat,
     )
@@ -73,24 +73,24 @@ def add_parser(subparsers: Subparsers) -> None:
     def several(option: str, text: str) -> None:
         parser.add_argument(option, action="append", type=names, metavar="NAME", help=text)
 
-    several("--shape", "named sizes, or all of this device; again or with commas for more")
-    parser.add_argument("--thiek", action="append", metavar="T,H,I,E,K", help="sizes of your own; again for more")
+    several("--shape", "named sizes, or all of this device; repeat the option, or use commas, for more")
+    parser.add_argument("--thiek", action="append", metavar="T,H,I,E,K", help="sizes of your own; repeat for more")
     several("--peers", "names, usual, all or none (default: usual)")
     several("--routing", f"{', '.join(ROUTINGS)} (default: uniform)")
     several("--dtype", f"{', '.join(DTYPES)} (default: bf16, but fp32 on CPUs without bfloat16 units)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
     several("--verbs", f"{', '.join(VERBS)} (default: decode for decode shapes, forward and both for others)")
-    parser.add_argument("--threads", type=whole_number(1, 4096), metavar="N", help="of the CPU (default: as torch)")
+    parser.add_argument("--threads", type=whole_number(1, 4096), metavar="N", help="CPU threads (default: as torch)")
     several(
         "--sweep", f"vary {', '.join(SWEEPS)} of the first shape, or none (default: all three with --report, else none)"
     )
-    parser.add_argument("--quick", action="store_true", help="one small shape, unless told otherwise, short timing and "
-                        "three sizes a series")  # fmt: skip
-    parser.add_argument("--minutes", type=positive, metavar="M", help="leave out what would begin later "
+    parser.add_argument("--quick", action="store_true", help="one small shape unless you name others, short timing and "
+                        "three sizes per series")  # fmt: skip
+    parser.add_argument("--minutes", type=positive, metavar="M", help="start no case after so many minutes "
                         f"(default: {MINUTES['cuda']:g} on a GPU, {MINUTES['cpu']:g} on a CPU)")  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="write the figures, for --compare and for programs")
     parser.add_argument("--report", metavar="FILE.html", help="write one page with charts")
-    parser.add_argument("--compare", metavar="OLD.json", help="measure the same again and say what changed; "
+    parser.add_argument("--compare", metavar="OLD.json", help="measure the same again and report what changed; "
                         "exit code 1 if moekern became slower or wrong")  # fmt: skip
     parser.add_argument("--from", dest="source", metavar="FILE.json", help="measure nothing: take the figures of this "
                         "file, for the table, for --report and for --compare")  # fmt: skip

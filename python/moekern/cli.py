@@ -24,7 +24,7 @@ INTERRUPTED = 130
 EXAMPLES = """\
 examples:
   moekern doctor                       what can this machine run, and does it compute correctly?
-  moekern demo                         train a dense model and an MoE model side by side, then compare them
+  moekern demo                         train a dense model and an MoE model on the same text, then compare them
   moekern demo --text ~/novels         the same on your own text
   moekern bench                        how fast is the layer here, and how far from the limit of the hardware?
   moekern COMMAND --help               options and more examples of one command

@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\
 examples:
-  moekern compile              what SwiGLU and gpt-oss layers in bfloat16 need
+  moekern compile              the kernels of SwiGLU and gpt-oss layers in bfloat16
   moekern compile --set all    every variant: every activation, layout, dtype
   MOEKERN_CACHE_DIR=/shared/kernels moekern compile && chmod -R a+rX,go-w /shared/kernels
                                for all users of a machine: they set MOEKERN_CACHE_DIR and read what you wrote
 
 The cache is ~/.cache/moekern or MOEKERN_CACHE_DIR, for you alone unless you let others read it. Kernels run with your
-rights, so those in a folder that other users may write to, or that belongs to one, are not used; only
-MOEKERN_TRUSTED_CACHE=FOLDER makes them so. MOEKERN_CACHE_LIMIT (1GiB) is its size: the kernels not used for longest go.
-moekern doctor says where it is and what is wrong with it.
+rights, so those in a folder that belongs to another user, or that other users may write to, are not used unless
+MOEKERN_TRUSTED_CACHE=FOLDER names it. MOEKERN_CACHE_LIMIT (1GiB) is its size: those unused for longest are deleted.
+moekern doctor reports where the cache is and what is wrong with it.
 """
 
 
@@ -32,7 +32,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "compile",
         help="compile the CUDA kernels into the cache",
-        description="Compile the CUDA kernels into the cache, so that no first call has to wait for it. Needs NVRTC "
+        description="Compile the CUDA kernels into the cache, so that the first call need not wait. Needs NVRTC "
         "(through CuPy), but neither a GPU nor a driver.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -40,7 +40,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--arch", default="sm_90a", help="GPU architecture (default: sm_90a, Hopper)")
     parser.add_argument(
         "--set", dest="which", choices=("usual", "covering", "all"), default="usual",
-        help="usual: what today's models need (default); covering: few variants with every line in one; all",
+        help="usual: for today's models (default); covering: few variants that use every line; all: every variant",
     )  # fmt: skip
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilations at once (default: cores)")
     parser.set_defaults(run=run)

@@ -50,7 +50,7 @@ LARGEST_SEED = 2**63 - 1
 def add_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "demo",
-        help="train a dense and an MoE language model side by side on real text and compare them",
+        help="train a dense and an MoE language model on the same real text and compare them",
         description="Train two small byte-level transformers on real text, one with dense MLPs, one with moekern.MoE "
         "at the same active compute per token, and compare them.",
         epilog=EXAMPLES,
@@ -63,15 +63,15 @@ def add_parser(subparsers: Subparsers) -> None:
         help=f"training steps of each model (default: {EXPECTED_STEPS}, or as many as fit into about 2.5 minutes)",
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
-    parser.add_argument("--seed", type=whole_number(0, LARGEST_SEED), default=0, help="of weights and batches")
-    parser.add_argument("--experts", type=whole_number(1, 4096), default=Shape.experts, help="per layer")
+    parser.add_argument("--seed", type=whole_number(0, LARGEST_SEED), default=0, help="seed of weights and batches")
+    parser.add_argument("--experts", type=whole_number(1, 4096), default=Shape.experts, help="experts per layer")
     parser.add_argument("--top-k", type=whole_number(1), default=Shape.top_k, help="experts that each token uses")
     parser.add_argument(
-        "--width", type=whole_number(1), default=Shape.width, help=f"of the models, a multiple of {HEAD_WIDTH}"
+        "--width", type=whole_number(1), default=Shape.width, help=f"width of the models, a multiple of {HEAD_WIDTH}"
     )
     parser.add_argument("--layers", type=whole_number(1), default=Shape.layers, help="transformer blocks")
     parser.add_argument("--context", type=whole_number(2), default=Shape.context, help="bytes that a model looks at")
-    parser.add_argument("--batch", type=whole_number(1), default=Options.batch, help="windows of text in a step")
+    parser.add_argument("--batch", type=whole_number(1), default=Options.batch, help="windows of text per step")
     parser.add_argument("--report", metavar="PATH", default="moekern-report.html", help="HTML file to write")
     parser.add_argument("--json", metavar="PATH", help="also write all numbers as JSON")
     parser.set_defaults(run=run)

@@ -68,7 +68,7 @@ class Diagnosis:
 def add_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "doctor",
-        help="say what this machine can run and test that it computes correctly",
+        help="report what this machine can run and test that it computes correctly",
         description="Say what this machine can run, test each backend against float64, and name each problem's fix.",
         epilog=EXAMPLES,
         formatter_class=HelpFormat,
