@@ -241,7 +241,7 @@ def test_bad_cache_limit_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("value", ["gpu", "cuda"])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU MOEKERN_BACKEND=cuda works")
 def test_a_backend_that_makes_every_call_fail(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moekern.dispatch._current", value)
+    monkeypatch.setattr("moekern.dispatch._default", value)
     diagnosis = Diagnosis()
     doctor.examine_environment(diagnosis)
     assert not diagnosis.usable

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from contextvars import ContextVar
+
+import torch
+from torch._dynamo.variables import misc as _misc
 
 BACKENDS = ("auto", "cpu", "cuda", "reference")
 ENVIRONMENT_VARIABLE = "MOEKERN_BACKEND"
+_KEY = "moekern_backend"
 
 
 def _check(name: object, source: str) -> str:
@@ -18,14 +22,28 @@ def _check(name: object, source: str) -> str:
     return name
 
 
-# A plain global, not a context variable: torch.compile guards on it, and autograd's threads never ask for it
-# because the forward pass hands the resolved name on.
-_current = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+_default = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+
+# A block holds for its thread, task or generator's context: each sees the innermost of its own open blocks.
+_chosen: ContextVar[str | None] = ContextVar("moekern_backend", default=None)
+_blocks: ContextVar[tuple[backend, ...]] = ContextVar("moekern_backend_blocks", default=())
+# Inside of compiled code, which may not set context variables: what a block in the traced function itself asks for.
+_traced: str | None = None
+# For a Dynamo that cannot guard on context variables: what the block says that was entered last, in any thread.
+_latest: str | None = None
+_open: dict[backend, str] = {}
+_guards_on_context = hasattr(_misc, "ContextVarVariable")
+
+_is_compiling = torch.compiler.is_compiling
 
 
-@contextmanager
-def backend(name: str) -> Iterator[None]:
-    """Use one implementation within a ``with`` block.
+def _choose(name: str | None) -> None:
+    _chosen.set(name)
+    torch._C._stash_obj_in_tls(_KEY, (threading.get_ident(), name))
+
+
+class backend:  # noqa: N801  used like a function
+    """Use one implementation within a ``with`` block, in this thread or task.
 
     Args:
         name: ``"auto"`` (by device, the default), ``"cpu"`` (Rust), ``"cuda"`` or ``"reference"`` (plain torch, any
@@ -34,18 +52,58 @@ def backend(name: str) -> Iterator[None]:
     Raises:
         TypeError, ValueError: ``name`` is not one of these.
     """
-    global _current
-    name = _check(name, "backend")
-    previous, _current = _current, name
-    try:
-        yield
-    finally:
-        _current = previous
+
+    def __init__(self, name: str) -> None:
+        self.name = _check(name, "backend")
+        self._previous: list[str | None] = []
+
+    def __enter__(self) -> None:
+        global _traced, _latest
+        if _is_compiling():
+            self._previous.append(_traced)
+            _traced = self.name
+            return
+        _blocks.set((*_blocks.get(), self))
+        _choose(self.name)
+        _open[self] = _latest = self.name
+
+    def __exit__(self, *_: object) -> None:
+        global _traced, _latest
+        if self._previous:
+            _traced = self._previous.pop()
+            return
+        blocks = list(_blocks.get())
+        if self in blocks:  # not so where a generator is closed in another context than it was started in
+            blocks.reverse()
+            blocks.remove(self)
+            blocks.reverse()
+            _blocks.set(tuple(blocks))
+            _choose(blocks[-1].name if blocks else None)
+        _open.pop(self, None)
+        _latest = next(reversed(list(_open.values())), None)
 
 
 def current() -> str:
     """The name in force: ``"auto"`` or the implementation that was asked for."""
-    return _current
+    if _is_compiling():
+        return _traced or (_chosen.get() if _guards_on_context else _latest) or _default
+    return in_eager_call()
+
+
+def in_eager_call() -> str:
+    """The same where it is known that nothing compiles: to ask costs more than the rest."""
+    return _traced or _chosen.get() or (_open and _of_backward()) or _default
+
+
+def _of_backward() -> str | None:
+    """In a thread of autograd, what was in force where the backward pass began: checkpoints run a forward pass there.
+
+    Such a thread has no context of its own, but torch hands it what was stashed.
+    """
+    if torch._C._current_graph_task_id() == -1 or not torch._C._is_key_in_tls(_KEY):
+        return None
+    thread, name = torch._C._get_obj_in_tls(_KEY)
+    return name if thread != threading.get_ident() else None
 
 
 def resolve(device_type: str) -> str:
@@ -54,7 +112,7 @@ def resolve(device_type: str) -> str:
     Raises:
         ValueError: The backend asked for does not work on such tensors.
     """
-    name = _current
+    name = current()
     if name not in BACKENDS:  # only the environment can have put it there
         _check(name, f"environment variable {ENVIRONMENT_VARIABLE}")
     if name == "auto":

@@ -135,7 +135,7 @@ def signature(
             None if topk_weights is None else _kind(topk_weights),
             None if b_gate_up is None else _kind(b_gate_up),
             None if b_down is None else _kind(b_down),
-            activation, transposed, interleaved, dispatch.current(),
+            activation, transposed, interleaved, dispatch.in_eager_call(),
         )  # fmt: skip
     except (AttributeError, TypeError, RuntimeError):
         return None

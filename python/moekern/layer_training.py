@@ -158,7 +158,7 @@ def _gradients_again(
         scores = router.weights_of(logits, layout.chosen(kept)[0].long(), *ctx.method)
         out = autograd.experts(
             tokens, scores, layout.plan(kept), w_gate_up, w_down, b_gate_up, b_down, ctx.settings,
-            dispatch.resolve(x.device.type),
+            x.device.type,  # the backend of the program, whatever is asked for by now
         )  # fmt: skip
         pairs = [(out, None if dout is None else dout.reshape(out.shape)), (logits, dlogits)]
         outputs, upstream = zip(*(pair for pair in pairs if pair[1] is not None), strict=True)
