@@ -119,11 +119,8 @@ def test_a_parametrization_is_seen(device: str) -> None:
     assert torch.allclose(moe(x), want, rtol=1e-5, atol=1e-6)
 
 
-UNFUSED = {name: options for name, options in OPTIONS.items() if name != "fused"}
-
-
 @pytest.mark.parametrize("kind", ["cpu", "disk"])
-@pytest.mark.parametrize("options", UNFUSED.values(), ids=UNFUSED.keys())
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_accelerate_offloads(kind: str, options: dict, tmp_path: Path) -> None:
     accelerate = pytest.importorskip("accelerate")
     moe, x = layer(**options).eval(), tokens()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -318,6 +319,114 @@ def test_fused_from_meta_by_assignment() -> None:
     fresh = fused_and_beside(device="meta")[0].to_empty(device="cpu")
     fresh.reset_parameters()
     assert torch.isfinite(fresh(torch.randn(3, H))).all()
+
+
+def model_of_transformers(**options: Any) -> Any:
+    """A model that contains a fused layer, in evaluation mode."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+
+    class Config(transformers.PretrainedConfig):
+        model_type = "of_a_test"
+
+    class Model(transformers.PreTrainedModel):
+        config_class = Config
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.first = nn.Linear(H, H)
+            sizes = {"shared_intermediate_size": 2 * I, "shared_gate": True, **options}
+            self.mlp = mk.MoE(H, I, E, K, fuse_shared_expert=True, **sizes)
+            self.post_init()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.mlp(self.first(x))
+
+    return Model(Config()).eval()
+
+
+def shapes(module: nn.Module) -> list[tuple[str, torch.Size]]:
+    return [(name, parameter.shape) for name, parameter in module.named_parameters()]
+
+
+@pytest.mark.parametrize("options", [{}, {"shared_gate": False}, {"activation": "relu2"}], ids=str)
+def test_fused_through_from_pretrained(options: dict[str, Any], tmp_path: Path) -> None:
+    model, x = model_of_transformers(**options), torch.randn(9, H)
+    want, state = model(x), model.state_dict()
+    model.save_pretrained(tmp_path)
+    for folder in (tmp_path, tmp_path / "again"):
+        loaded, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+        assert not any(info.values())
+        assert torch.equal(loaded(x), want)
+        assert shapes(loaded) == shapes(model)
+        loaded.save_pretrained(folder)
+    assert all(torch.equal(value, state[name]) for name, value in loaded.state_dict().items())
+    loaded.train()(x).sum().backward()
+    assert loaded.mlp.experts.down_proj.grad[E:].abs().max() > 0
+    half = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert shapes(half) == shapes(model)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+
+
+def test_what_from_pretrained_lacks_of_a_fused_layer_is_drawn(tmp_path: Path) -> None:
+    files = pytest.importorskip("safetensors.torch", reason="needs safetensors")
+    model = model_of_transformers()
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    state = files.load_file(file)
+    lacking = {name for name in state if "shared_expert.up" in name or "shared_expert.down" in name}
+    kept = {name: value for name, value in state.items() if name not in lacking}
+    files.save_file(kept, file, metadata={"format": "pt"})
+    loaded, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert set(info["missing_keys"]) == lacking
+    assert shapes(loaded) == shapes(model)
+    for name, value in loaded.state_dict().items():
+        if name in lacking:
+            assert 0.01 < value.std() < 0.04  # transformers' own
+        else:
+            assert torch.equal(value, state[name]), name
+
+
+@pytest.mark.parametrize("place", [{"": "cpu"}, {"first": "cpu", "mlp": "disk"}], ids=str)
+def test_fused_filled_by_accelerate(place: dict[str, str], tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    pytest.importorskip("safetensors", reason="needs safetensors")
+    model, x = model_of_transformers(), torch.randn(9, H)
+    model.save_pretrained(tmp_path)
+    with accelerate.init_empty_weights():
+        empty = type(model)(model.config).eval()
+    empty.mlp.state_dict()  # of a layer without values, which may ask for nothing
+    file, folder = str(tmp_path / "model.safetensors"), str(tmp_path / "offloaded")
+    filled = accelerate.load_checkpoint_and_dispatch(empty, file, device_map=place, offload_folder=folder)
+    before = {id(parameter) for parameter in filled.parameters()}
+    with torch.no_grad():
+        for _ in range(2):
+            assert error(filled(x), model(x)) < 1e-6
+    assert {id(parameter) for parameter in filled.train().parameters()} == before or "disk" in place.values()
+
+
+def test_fused_without_values_is_joined_when_it_gets_memory() -> None:
+    def without_values() -> mk.MoE:
+        return mk.MoE(H, I, E, K, norm_topk_prob=False, shared_intermediate_size=2 * I, shared_gate=True,
+                      fuse_shared_expert=True, device="meta")  # fmt: skip
+
+    fused = fused_and_beside()[0]
+    names = shapes(fused)
+    empty = without_values()
+    assert shapes(empty) == names
+    state = empty.state_dict()
+    assert [(name, value.shape) for name, value in state.items()] == shapes(fused_and_beside()[1])
+    assert shapes(empty.eval()) == shapes(fused_and_beside()[1])
+    assert list(empty.state_dict()) == list(state)
+    assert empty(torch.empty(3, H, device="meta")).shape == (3, H)
+    for other in (copy.deepcopy(empty), empty):
+        assert shapes(other.to_empty(device="cpu")) == names
+    empty.load_state_dict(fused.state_dict())
+    x = torch.randn(5, H)
+    assert torch.equal(empty(x), fused.eval()(x))
+    again = without_values()
+    again.load_state_dict({**again.state_dict(), **fused.state_dict()}, assign=True)
+    assert shapes(again) == names
+    assert torch.equal(again.eval()(x), fused(x))
 
 
 def test_fused_starts_as_beside() -> None:

@@ -3,16 +3,26 @@
 A gated MLP n times as wide as an expert is the sum of n experts. State dicts keep the names and shapes of a layer with
 the shared expert beside, so that checkpoints serve both: the parameters are split when a state dict is made, and joined
 when one is loaded.
+
+transformers and accelerate fill a model without values (meta device) by the names of its state dict, and call no hooks
+of torch. So a layer without values whose state dict is made comes apart: it becomes one that is not fused, with a
+module under every name. When its values have come it is joined again, before anything sees its parameters: by
+``train()`` and ``eval()``, with which ``from_pretrained`` ends, by whatever lists or moves them, and by
+``load_state_dict``. A layer that cannot be joined, because something wraps its parts by then, stays apart and computes
+the same.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from moekern import eager
 from moekern.activations import ACTIVATIONS
+from moekern.parts import Experts, SharedExpert, is_ordinary
 
 if TYPE_CHECKING:
     from moekern.layer import MoE
@@ -74,8 +84,123 @@ def join(matrix: str, parts: dict[str, Tensor], count: int) -> Tensor:
     return torch.cat((routed, behind))
 
 
+def take_apart(layer: MoE) -> None:
+    """Make of a fused layer the same with its shared expert next to the routed ones."""
+    experts, count = layer.experts, layer.num_fused_experts
+    weight = experts.gate_up_proj
+    size = count * layer.intermediate_size
+    shared = SharedExpert(layer.hidden_size, size, layer.activation, device="meta", dtype=weight.dtype)
+    for matrix in _MATRICES:
+        whole = experts._parameters[matrix]
+        assert whole is not None
+        for name, part in split(matrix, whole.detach(), layer.num_experts, _is_gated(layer)).items():
+            owner, _, last = name.removeprefix("shared_expert.").removeprefix("experts.").rpartition(".")
+            _put(shared.get_submodule(owner) if owner else experts, last, part, [whole])
+    experts.fused = layer.num_fused_experts = 0
+    layer.num_apart_experts = count
+    gate = layer.shared_expert_gate
+    if gate is not None:
+        del layer.shared_expert_gate
+    layer.shared_expert = shared.train(layer.training)
+    layer.shared_expert_gate = gate  # behind the shared expert, as where it is not fused
+
+
+def put_together(layer: MoE, without_values: bool = True, partly_loaded: bool = True) -> None:
+    """The inverse of :func:`take_apart`, where nothing wraps the parts and all are of one kind.
+
+    Args:
+        layer: One that may be apart.
+        without_values: Also on the meta device, where values may yet come by the names of the parts.
+        partly_loaded: Also where transformers loaded some of the parts and is yet to draw the others.
+    """
+    experts, shared, count = layer.experts, layer.shared_expert, layer.num_apart_experts
+    if not count or shared is None or not is_ordinary(experts, Experts) or not is_ordinary(shared, SharedExpert):
+        return
+    linears = {name: child for name, child in shared.named_children() if is_ordinary(child, nn.Linear)}
+    expected = {"gate_proj", "up_proj", "down_proj"} if _is_gated(layer) else {"up_proj", "down_proj"}
+    if linears.keys() != expected:
+        return
+    parts: dict[str, dict[str, Any]] = {
+        matrix: {
+            "experts": experts._parameters.get(matrix),
+            **{
+                name: linear._parameters.get("weight")
+                for name, linear in linears.items()
+                if (name == "down_proj") == is_down
+            },
+        }
+        for matrix, is_down in zip(_MATRICES, (False, True), strict=True)
+    }
+    every = [part for group in parts.values() for part in group.values()]
+    if not all(type(part) in eager.PLAIN for part in every):
+        return
+    if len({(part.device, part.dtype) for part in every}) > 1:
+        return
+    if every[0].is_meta and not without_values:
+        return
+    if not partly_loaded and len({_is_loaded(part) for part in every}) > 1:
+        return
+    if any(len({part.requires_grad for part in group.values()}) > 1 for group in parts.values()):
+        return
+    del layer.shared_expert  # from the layer's modules
+    layer.shared_expert = None
+    experts.fused = layer.num_fused_experts = count
+    layer.num_apart_experts = 0
+    for matrix, group in parts.items():
+        values = {name: part.detach() for name, part in group.items()}
+        _put(experts, matrix, join(matrix, values, count), list(group.values()))
+
+
+def _put(module: nn.Module, name: str, value: Tensor, sources: list[Tensor]) -> None:
+    """Make a value a parameter that is, where it was made of parameters, trained and marked as they are."""
+    parameter = nn.Parameter(value, requires_grad=sources[0].requires_grad)
+    if all(map(_is_loaded, sources)):  # transformers draws others anew
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+    setattr(module, name, parameter)
+
+
+def _is_loaded(parameter: Tensor) -> bool:
+    return getattr(parameter, "_is_hf_initialized", False)
+
+
+class _Joined(Mapping[str, Tensor]):
+    """The experts' matrices, joined when asked for from a mapping of what a state dict holds."""
+
+    def __init__(self, entries: Mapping[str, Tensor], prefix: str, layer: MoE) -> None:
+        self.entries, self.prefix, self.count = entries, prefix, layer.num_fused_experts
+        self.names = {
+            matrix: list(split(matrix, parameter.detach().to("meta"), layer.num_experts, _is_gated(layer)))
+            for matrix in _MATRICES
+            if (parameter := layer.experts._parameters.get(matrix)) is not None
+        }
+
+    def __getitem__(self, matrix: str) -> Tensor:
+        return join(matrix, {name: self.entries[self.prefix + name] for name in self.names[matrix]}, self.count)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def join_offloaded(layer: MoE) -> None:
+    """Let accelerate's hook on a fused layer's experts bring joined matrices: it keeps what the state dict holds."""
+    hook = layer.experts.__dict__.get("_hf_hook")
+    if hook is None:
+        return
+    for one in getattr(hook, "hooks", (hook,)):
+        offloaded = getattr(one, "weights_map", None)
+        entries, prefix = getattr(offloaded, "dataset", None), getattr(offloaded, "prefix", "")
+        before = prefix.removesuffix("experts.")
+        if isinstance(entries, Mapping) and before != prefix and f"{before}shared_expert.up_proj.weight" in entries:
+            one.weights_map = _Joined(entries, before, layer)
+
+
 def write_apart(layer: MoE, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Hook on a state dict: the names of a layer that is not fused. Parameters spread over ranks stay joined."""
+    if layer.num_apart_experts:
+        return
     keys = [f"{prefix}experts.{matrix}" for matrix in _MATRICES]
     if not all(key in state and not _is_spread(state[key]) for key in keys):
         return
@@ -85,6 +210,11 @@ def write_apart(layer: MoE, state: dict[str, Any], prefix: str, *_: Any) -> None
         for name, part in split(matrix, state[key], layer.num_experts, _is_gated(layer)).items():
             state[prefix + name] = part
     state.update(gate)
+    if is_ordinary(layer.experts, Experts) and all(
+        parameter is not None and type(parameter) in eager.PLAIN and parameter.is_meta
+        for parameter in map(layer.experts._parameters.get, _MATRICES)
+    ):
+        take_apart(layer)
 
 
 def read_apart(
@@ -98,6 +228,9 @@ def read_apart(
     errors: list[str],
 ) -> None:
     """Hook before loading: joins what :func:`write_apart` took apart, and leaves what is joined already."""
+    put_together(layer)
+    if layer.num_apart_experts:
+        return
     own = {matrix: layer.experts._parameters.get(matrix) for matrix in _MATRICES}
     names = [f"{prefix}shared_expert.{name}_proj.weight" for name in ("gate", "up", "down")]
     joined_rows = layer.num_experts + layer.num_fused_experts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -177,6 +178,7 @@ class MoE(nn.Module):
         self.rounding = rounding
         self.gate = Router(hidden_size, num_experts, router_bias, device, dtype, selection_bias)
         self.num_fused_experts = 0
+        self.num_apart_experts = 0  # those that are fused again when the layer has its values: see `joined`
         if fuse_shared_expert and shared_intermediate_size is not None:
             self.num_fused_experts = shared_intermediate_size // intermediate_size
             self.register_state_dict_post_hook(joined.write_apart)
@@ -259,6 +261,23 @@ class MoE(nn.Module):
             if part is not None:
                 part.reset_parameters()
 
+    def train(self, mode: bool = True) -> MoE:
+        """As any module's; fuses a shared expert that was loaded apart."""
+        if self.num_apart_experts:
+            joined.put_together(self, without_values=False)
+        return super().train(mode)
+
+    def named_modules(self, *args: Any, **options: Any) -> Iterator[tuple[str, nn.Module]]:
+        """As any module's; the same as with :meth:`train`, so that no optimiser holds parameters that are replaced."""
+        if self.num_apart_experts:
+            joined.put_together(self, without_values=False, partly_loaded=False)
+        yield from super().named_modules(*args, **options)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoE:
+        if self.num_apart_experts:
+            joined.put_together(self)
+        return super()._apply(fn, recurse)
+
     @property
     def latest_routing(self) -> Routing | None:
         """What the router decided in the latest forward pass in training mode; None before that."""
@@ -334,6 +353,8 @@ class MoE(nn.Module):
             checks.same_device("x", x, "the layer's parameters", weight)
             if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
                 raise TypeError(f"x: got dtype {x.dtype}, expected {weight.dtype}, the dtype of the layer's experts")
+        elif self.num_fused_experts:
+            joined.join_offloaded(self)
 
     def _token_choice(self, tokens: Tensor, logits: Tensor, shape: tuple[int, ...], mask: Tensor | None) -> Tensor:
         """Every token chooses its experts; the routed part of the output ``[T, H]``."""
