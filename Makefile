@@ -103,7 +103,7 @@ figures: $(INSTALLED) ## rewrite the figures in the texts from the records in be
 	$(BIN)/python benches/figures.py
 
 docs: $(SITE) ## build the documentation's site into site/, with the reference; warnings are errors
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build $(ARGS)
 
 build: dev ## the same as dev
 
