@@ -276,3 +276,14 @@ def test_weights_in_neither_layout_are_named_once(device: str) -> None:
     assert "w_gate_up" in ours[0]
     assert torch.equal(got[0], mk.experts(x, ids, None, w_gate_up.contiguous(), w_down))
     assert torch.equal(got[0], got[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_second_derivatives_without_tokens(device: str, dtype: torch.dtype) -> None:
+    p = make(0, 6, 4, 3, 2, device=device, dtype=dtype, bias=True)
+    leaves = [t.requires_grad_() for t in (p.x, p.w_gate_up, p.w_down, p.b_gate_up, p.b_down) if t is not None]
+    first = torch.autograd.grad(mk.experts(p.x, p.ids, p.weights, *leaves[1:]).sum(), leaves, create_graph=True)
+    second = torch.autograd.grad(sum(g.sum() for g in first), leaves, materialize_grads=True)
+    for leaf, value in zip(leaves, second, strict=True):
+        assert value.shape == leaf.shape
+        assert (value == 0).all()

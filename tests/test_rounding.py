@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import moekern as mk
 from moekern import router
+from moekern.rounding import Rounded
 from problems import error
 
 H, I, E, K = 16, 8, 5, 2
@@ -154,3 +155,28 @@ def test_tokens_of_score_minus_infinity_count_less_than_none_chosen_twice(device
     rounded = mk.round_tokens(scores, ids, torch.rand(tokens, 1, device=device), 8, mode="up")
     added = rounded.extra_tokens[0][rounded.extra_tokens[0] >= 0]
     assert added.tolist() == [3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_token_of_a_thousand_experts_is_added_up_in_float32(device: str, dtype: torch.dtype) -> None:
+    """A sum in bfloat16 stops at 256 ones."""
+    count = 1024
+    extra = torch.zeros(count, 1, dtype=torch.int64, device=device)
+    rounded = Rounded(torch.zeros(1, 1, dtype=torch.int64, device=device), extra, torch.ones(count, 1, device=device))
+    y = torch.ones(1 + count, 4, dtype=dtype, device=device)
+    assert (rounded.fold(y).double() - (1 + count)).abs().max() <= 1
+    x = torch.ones(1, 4, dtype=dtype, device=device, requires_grad=True)
+    rows = rounded.extend(x, torch.ones(1, 1, device=device))[0]
+    (gradient,) = torch.autograd.grad(rows.sum(), x)
+    assert (gradient.double() - (1 + count)).abs().max() <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_token_that_every_expert_takes(device: str, dtype: torch.dtype) -> None:
+    """Its gradient of expert choice is summed in float32."""
+    layer = mk.MoE(H, I, 512, 512, routing="expert_choice", device=device).to(dtype)
+    x = torch.randn(2, H, device=device).to(dtype).requires_grad_()
+    (gradient,) = torch.autograd.grad(layer(x).sum(), x)
+    exact = x.detach().double().requires_grad_()
+    (expected,) = torch.autograd.grad(layer.double()(exact).sum(), exact)
+    assert error(gradient, expected) < {torch.bfloat16: 1.2e-2, torch.float16: 1.5e-3}[dtype]

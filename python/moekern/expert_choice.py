@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moekern import checks, eager, router
+from moekern.backends.reference import take_rows
 
 
 def expert_choice(logits: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
@@ -66,6 +67,15 @@ def choose_real(logits: Tensor, capacity: int, mask: Tensor, places: Tensor) -> 
     return torch.where(is_used, by_expert.gather(1, tokens), 0), tokens
 
 
+def add_rows(y: Tensor, tokens: Tensor, count: int) -> Tensor:
+    """``[count, H]``, the sums by token of rows y ``[R, H]``, in float32 or float64.
+
+    The transpose of an embedding lookup: it adds in a fixed order on every device.
+    """
+    wide = y.to(torch.promote_types(y.dtype, torch.float32))
+    return torch.ops.aten.embedding_dense_backward(wide, tokens, count, -1, False)  # type: ignore[no-any-return]
+
+
 def run_chosen(x: Tensor, weights: Tensor, tokens: Tensor, experts: Callable[..., Tensor]) -> Tensor:
     """Run tokens ``[E, C]`` of x ``[T, H]`` through their experts and sum by token with weights ``[E, C]``.
 
@@ -73,11 +83,10 @@ def run_chosen(x: Tensor, weights: Tensor, tokens: Tensor, experts: Callable[...
     every device.
     """
     num_experts, capacity = tokens.shape
-    rows = torch.nn.functional.embedding(tokens.reshape(-1), x)
+    rows = take_rows(x, tokens.reshape(-1))
     offsets = torch.arange(num_experts + 1, device=x.device, dtype=torch.int32) * capacity
     y = experts(rows, offsets=offsets)
     weighted = y.to(weights.dtype) * weights.reshape(-1, 1)
     if not eager.is_exporting() and capacity == 0:  # whose derivative cannot do without rows
         return weighted.sum(0).expand(x.shape).to(y.dtype)
-    summed = torch.ops.aten.embedding_dense_backward(weighted, tokens.reshape(-1), x.shape[0], -1, False)
-    return summed.to(y.dtype)  # type: ignore[no-any-return]
+    return add_rows(weighted, tokens.reshape(-1), x.shape[0]).to(y.dtype)

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from moekern import checks, router
+from moekern.backends.reference import take_rows
 from moekern.capacity import check_options as check_capacity
 from moekern.capacity import keep_best
+from moekern.expert_choice import add_rows
 from moekern.plan import Plan, plan
 
 MODES = ("down", "nearest", "up")
@@ -56,7 +58,7 @@ class Rounded(NamedTuple):
         if self.extra_tokens.numel() == 0:
             return x, self.topk_ids, topk_weights
         used = self.extra_tokens >= 0
-        rows = torch.nn.functional.embedding(self.extra_tokens.clamp(min=0).reshape(-1), x)
+        rows = take_rows(x, self.extra_tokens.clamp(min=0).reshape(-1))
         experts = torch.arange(used.shape[0], device=x.device).unsqueeze(1)
         others = (0, top_k - 1)  # the further slots of such a row
         ids = torch.nn.functional.pad(torch.where(used, experts, -1).reshape(-1, 1), others, value=-1)
@@ -86,10 +88,8 @@ class Rounded(NamedTuple):
         checks.has_shape("y", y, (rows, "hidden"), "the tokens and their extra rows")
         if self.extra_tokens.numel() == 0:
             return y
-        # The transpose of an embedding lookup adds in a fixed order on every device.
         index = self.extra_tokens.clamp(min=0).reshape(-1)
-        added = torch.ops.aten.embedding_dense_backward(y[tokens:], index, tokens, -1, False)
-        return y[:tokens] + added
+        return (y[:tokens] + add_rows(y[tokens:], index, tokens)).to(y.dtype)
 
 
 def round_tokens(

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from moekern import eager
 from moekern.activations import ACTIVATIONS, join, split
 
 
@@ -59,16 +60,22 @@ def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor, kind: str) -> Tensor:
 GroupedMM = Callable[[Tensor, Tensor, Tensor, str], Tensor]  # how a backend multiplies, with grouped_mm's arguments
 
 
-def _rows(t: Tensor, index: Tensor) -> Tensor:
-    """Rows of ``[n, m]``. As a lookup its gradient adds in a fixed order on every device, and has a rule for vmap."""
-    return torch.nn.functional.embedding(index.long(), t)
+def take_rows(t: Tensor, index: Tensor) -> Tensor:
+    """Rows of ``[n, m]``. As a lookup its gradient adds in a fixed order on every device, and has a rule for vmap.
+
+    It adds in float32: sums in bfloat16 stop growing at 256 equal addends.
+    """
+    if not eager.is_exporting() and index.numel() == 0:  # a lookup of nothing has no second derivative
+        return t[index.long()]
+    wide = t.to(_accumulator(t.dtype)) if t.requires_grad and torch.is_grad_enabled() else t
+    return torch.nn.functional.embedding(index.long(), wide).to(t.dtype)
 
 
 def _bias_rows(bias: Tensor, offsets: Tensor, rows: int) -> Tensor:
     """The bias of each row's expert, ``[rows, n]``, zero past the last expert."""
     row = torch.arange(rows, device=offsets.device)
     expert = torch.searchsorted(offsets[1:].to(row.dtype), row, right=True)
-    return _rows(torch.cat((bias, torch.zeros_like(bias[:1]))), expert)
+    return take_rows(torch.cat((bias, torch.zeros_like(bias[:1]))), expert)
 
 
 def _linear(
@@ -107,11 +114,11 @@ def _forward(
     multiply: GroupedMM = grouped_mm,
 ) -> tuple[Tensor, Tensor]:
     act = ACTIVATIONS[activation]
-    rows = _rows(x, order // top_k)
+    rows = take_rows(x, order // top_k)
     pre = _linear(rows, w_gate_up, b_gate_up, offsets, transposed, multiply)
     y = _linear(act.forward(*split(pre, act, interleaved)), w_down, b_down, offsets, transposed, multiply)
     weights = _slot_scores(scores, inverse, offsets, x).reshape(x.shape[0], top_k, 1)
-    by_slot = _rows(y, inverse).reshape(x.shape[0], top_k, y.shape[-1])
+    by_slot = take_rows(y, inverse).reshape(x.shape[0], top_k, y.shape[-1])
     return (by_slot.to(weights.dtype) * weights).sum(1).to(x.dtype), pre
 
 
