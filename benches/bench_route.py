@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import moekern as mk
-from moekern.router import choose
+from moekern.routing.router import choose
 from suite import Case, run, streamed
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from moekern.backends.cuda import loader
+from moekern.backends.cuda.build import loader
 
 # Every cp.async of a gather is written with one of these; as a comment it still takes its operands.
 COPIES = {"hopper.cuh": "COPY_16", "wgrad.cu": "COPY"}

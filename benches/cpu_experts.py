@@ -20,12 +20,13 @@ from pathlib import Path
 
 import torch
 
-from moekern import _core, machine
+from moekern import _core
 from moekern.bench.cases import Options
 from moekern.bench.peers import PEERS
 from moekern.bench.record import BOTH, FORWARD, MOEKERN, Record, Row, load, save
 from moekern.bench.runner import Session
 from moekern.bench.shapes import Shape
+from moekern.report import machine
 
 NAMES = {"loop": "transformers", "grouped_mm": "grouped_mm"}
 VERBS = {"forward": FORWARD, "both": BOTH}

@@ -7,7 +7,7 @@ from html import escape
 from moekern.bench import charts, report, summary
 from moekern.bench.record import CEILING, OK, Record, Row
 from moekern.bench.units import figure
-from moekern.page import COLOURS
+from moekern.report.page import COLOURS
 
 WIDTH, MARGIN, GAP, HEAD, CAPTION, FOOT = 980, 20, 20, 62, 26, 34
 # Letters larger than in the reports, whose drawings stand alone: here two share a line, and pages shrink the whole.

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from gpu_items import Item, base_of
 from moekern.backends import reference
-from moekern.backends.cuda import backward, backward_kernels, forward, kernels
 from moekern.backends.cuda.configuration import choose
+from moekern.backends.cuda.kernels import gradients, grouped
+from moekern.backends.cuda.passes import backward, forward
 from moekern.bench.ceiling import Dense
 from moekern.bench.problem import Problem
 
@@ -26,17 +27,17 @@ def of_forward(problem: Problem, dense: Dense) -> list[Item]:
     activated, pre = p.x.new_empty(s.slots, s.intermediate), p.x.new_empty(s.slots, 2 * s.intermediate)
     rows, out = p.x.new_empty(s.slots, s.hidden), torch.empty_like(p.x)
 
-    def tables() -> kernels.Tables:
-        return kernels.Tables(offsets, s.slots)
+    def tables() -> grouped.Tables:
+        return grouped.Tables(offsets, s.slots)
 
-    def up(t: kernels.Tables, save: bool, few: bool) -> None:
+    def up(t: grouped.Tables, save: bool, few: bool) -> None:
         kept = pre if save else None
-        kernels.up(p.x, order, p.w_gate_up, None, activated, kept, t, s.top_k, "swiglu", False, False, few, False)
+        grouped.up(p.x, order, p.w_gate_up, None, activated, kept, t, s.top_k, "swiglu", False, False, few, False)
 
-    def down(t: kernels.Tables, stages: int, store_rows: int) -> None:
-        kernels.grouped_mm(activated, p.w_down, None, rows, t, False, stages, store_rows)
+    def down(t: grouped.Tables, stages: int, store_rows: int) -> None:
+        grouped.grouped_mm(activated, p.w_down, None, rows, t, False, stages, store_rows)
 
-    def item(name: str, product: str, run: Callable[[kernels.Tables], None]) -> Item:
+    def item(name: str, product: str, run: Callable[[grouped.Tables], None]) -> Item:
         return Item(name, run, base_of(dense, product), flops_of(problem, product), tables)
 
     beside = base_of(dense, "down")
@@ -49,8 +50,8 @@ def of_forward(problem: Problem, dense: Dense) -> list[Item]:
         item("up, few rows", "up", partial(up, save=False, few=True)),
         item("down, 3 stages", "down", partial(down, stages=3, store_rows=256)),
         item("down, 4 stages", "down", partial(down, stages=4, store_rows=128)),
-        item("down, one tile", "down", lambda t: kernels.grouped_few(activated, p.w_down, None, rows, t, False)),
-        Item("combine", lambda: kernels.combine(rows, p.scores, inverse, offsets, out, s.top_k), beside),
+        item("down, one tile", "down", lambda t: grouped.grouped_few(activated, p.w_down, None, rows, t, False)),
+        Item("combine", lambda: grouped.combine(rows, p.scores, inverse, offsets, out, s.top_k), beside),
     ]
 
 
@@ -80,31 +81,31 @@ def of_backward(problem: Problem, dense: Dense, parts: bool = True) -> list[Item
     ]
     if not parts:
         return items[1:]
-    rows = backward_kernels.Rows(
+    rows = gradients.Rows(
         p.x, order, p.scores, s.top_k, torch.empty_like(order), torch.empty(s.slots, device=p.x.device)
     )
-    columns = -(-s.intermediate // backward_kernels.DH_FEATURES)
+    columns = -(-s.intermediate // gradients.DH_FEATURES)
     dh, scaled = pre.clone(), normal(s.slots, s.intermediate)
     partials = torch.empty(s.slots, columns, device=p.x.device)
     grad_rows, dx = normal(s.slots, s.hidden), torch.empty_like(p.x)
     dw_gate_up, dw_down = torch.empty_like(p.w_gate_up), torch.empty_like(p.w_down)
 
-    def run_dh(t: kernels.Tables, one_tile: bool) -> None:
-        backward_kernels.dh(p.dout, p.w_down, pre, rows, t, "swiglu", False, False, dh, scaled, partials, one_tile)
+    def run_dh(t: grouped.Tables, one_tile: bool) -> None:
+        gradients.dh(p.dout, p.w_down, pre, rows, t, "swiglu", False, False, dh, scaled, partials, one_tile)
 
-    def run_dgrad(t: kernels.Tables, one_tile: bool) -> None:
+    def run_dgrad(t: grouped.Tables, one_tile: bool) -> None:
         form = replace(chosen, one_tile=one_tile)
-        kernels.grouped_product(dh, p.w_gate_up, None, grad_rows, t, True, form)
+        grouped.grouped_product(dh, p.w_gate_up, None, grad_rows, t, True, form)
 
-    def run_dw_down(t: kernels.Tables, stages: int) -> None:
-        backward_kernels.wgrad(p.dout, scaled, rows.token, offsets, t, dw_down, False, stages=stages)
+    def run_dw_down(t: grouped.Tables, stages: int) -> None:
+        gradients.wgrad(p.dout, scaled, rows.token, offsets, t, dw_down, False, stages=stages)
 
-    def run_dw_gate_up(t: kernels.Tables, stages: int) -> None:
-        backward_kernels.wgrad(p.x, dh, rows.token, offsets, t, dw_gate_up, True, stages=stages)
+    def run_dw_gate_up(t: grouped.Tables, stages: int) -> None:
+        gradients.wgrad(p.x, dh, rows.token, offsets, t, dw_gate_up, True, stages=stages)
 
-    def item(name: str, product: str, run: Callable[[kernels.Tables], None]) -> Item:
+    def item(name: str, product: str, run: Callable[[grouped.Tables], None]) -> Item:
         return Item(
-            name, run, base_of(dense, product), flops_of(problem, product), lambda: kernels.Tables(offsets, s.slots)
+            name, run, base_of(dense, product), flops_of(problem, product), lambda: grouped.Tables(offsets, s.slots)
         )
 
     return [
@@ -114,7 +115,7 @@ def of_backward(problem: Problem, dense: Dense, parts: bool = True) -> list[Item
         *(item(f"dw_gate_up, {n} stages", "dw_gate_up", partial(run_dw_gate_up, stages=n)) for n in (3, 4)),
         Item(
             "combine of gradients",
-            lambda: kernels.combine(grad_rows, None, inverse, offsets, dx, s.top_k),
+            lambda: grouped.combine(grad_rows, None, inverse, offsets, dx, s.top_k),
             base_of(dense, "dh"),
         ),
         *items,

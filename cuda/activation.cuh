@@ -1,4 +1,4 @@
-// The activations, by the codes of moekern/activations.py: 0 swiglu, 1 geglu (erf), 2 geglu_tanh, 3 reglu, 4 swiglu_oai
+// The activations, by the codes of moekern/backends/activations.py: 0 swiglu, 1 geglu (erf), 2 geglu_tanh, 3 reglu, 4 swiglu_oai
 // (gpt-oss), 5 silu, 6 gelu (erf), 7 gelu_tanh, 8 relu, 9 relu2. Codes below 5 are gated: they read gate and up.
 // ACTIVATION selects one at compile time.
 #pragma once

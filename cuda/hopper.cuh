@@ -192,7 +192,7 @@ DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" :::
 template <int Pending> DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory"); }
 
 // Wgmma<N, Element, TransposeA, TransposeB>::issue(accumulators, a, b, accumulate): m64nNk16, fp32 accumulators. The
-// 64 specialisations are text without information, so the loader generates them (moekern/backends/cuda/wgmma.py).
+// 64 specialisations are text without information, so the loader generates them (moekern/backends/cuda/build/wgmma.py).
 struct Bf16;
 struct F16;
 template <int N, class Element, int TransposeA, int TransposeB> struct Wgmma;

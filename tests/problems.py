@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import moekern as mk
-from moekern.activations import ACTIVATIONS
+from moekern.backends.activations import ACTIVATIONS
 
 NAMES = ("x", "weights", "w_gate_up", "w_down", "b_gate_up", "b_down")
 

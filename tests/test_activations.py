@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import moekern as mk
-from moekern.activations import ACTIVATIONS, OAI_ALPHA, OAI_LIMIT
+from moekern.backends.activations import ACTIVATIONS, OAI_ALPHA, OAI_LIMIT
 from problems import error
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import moekern as mk
-from moekern import dispatch
+from moekern.verbs import backend as dispatch
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +97,7 @@ def test_compiled_code_guards_on_it(on_context: bool, monkeypatch: pytest.Monkey
     torch.compiler.reset()
 
     def name_as_number(x: torch.Tensor) -> torch.Tensor:
-        return x + mk.dispatch.BACKENDS.index(dispatch.current())
+        return x + dispatch.BACKENDS.index(dispatch.current())
 
     compiled = torch.compile(name_as_number, backend="eager", fullgraph=True)
     for name in ("auto", "reference", "cpu", "reference"):

@@ -327,6 +327,6 @@ def test_plan_of_other_tokens_or_experts() -> None:
 
 
 def test_the_environment_names_an_unknown_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moekern.dispatch._default", "gpu")
+    monkeypatch.setattr("moekern.verbs.backend._default", "gpu")
     with pytest.raises(ValueError, match="environment variable MOEKERN_BACKEND: got 'gpu'"):
         mk.plan(torch.zeros(T, K, dtype=torch.int64), E)

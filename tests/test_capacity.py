@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 
 import moekern as mk
-from moekern.capacity import capacity_of
+from moekern.routing.capacity import capacity_of
 from problems import error, make
 
 H, I, E, K = 16, 8, 5, 2

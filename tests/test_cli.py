@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import moekern
-from moekern import cli, demo
+from moekern import cli
+from moekern.cli import demo
 
 Call = Callable[..., tuple[int, str, str]]
 

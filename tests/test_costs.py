@@ -17,7 +17,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
 import moekern as mk
-from moekern import _core, eager
+from moekern import _core
+from moekern.verbs import direct
 
 T, H, I, E, K = 64, 32, 16, 8, 2
 S = T * K
@@ -90,7 +91,7 @@ def costs(run: Callable[[], object], *, short: bool = True) -> Costs:
     run(), run()
     with pytest.MonkeyPatch.context() as patch, counted_calls() as calls:
         if short:
-            patch.setattr(eager, "undisturbed", lambda: True)
+            patch.setattr(direct, "undisturbed", lambda: True)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
             kept = run()
         del kept

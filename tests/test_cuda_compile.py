@@ -18,9 +18,11 @@ from moekern.cli import main
 pytest.importorskip("cupy")
 
 from moekern import _core
-from moekern.backends.cuda import kernels, loader, program, variants
-from moekern.backends.cuda.errors import KernelError
-from moekern.backends.cuda.loader import KernelSource
+from moekern.backends.cuda.build import loader, variants
+from moekern.backends.cuda.build.errors import KernelError
+from moekern.backends.cuda.build.loader import KernelSource
+from moekern.backends.cuda.kernels import grouped
+from moekern.backends.cuda.launch import program
 
 SMALLEST = KernelSource.of("combine.cu", {"ELEMENT": "Bf16", "TOP_K": 1})
 
@@ -223,15 +225,15 @@ def test_the_usual_variants_are_a_subset_of_all() -> None:
 
 def test_a_verbs_variants_are_listed() -> None:
     """What the forward pass launches is what `moekern compile` prepares."""
-    from moekern.backends.cuda import forward
     from moekern.backends.cuda.configuration import Configuration
+    from moekern.backends.cuda.passes import forward
 
     seen: list[KernelSource] = []
     few_rows = [tuple(i < n for i in range(3)) for n in range(4)]  # few rows, few even where it saves, one tile
     for activation, save, few in itertools.product(("swiglu", "relu2"), (False, True), few_rows):
         chosen = Configuration("hopper", *few, *variants.DOWN_FORMS[few[0]])
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(kernels, "multiprocessors", lambda device: 132)
+            patch.setattr(grouped, "multiprocessors", lambda device: 132)
             patch.setattr(forward, "record", lambda device, verb, meanwhile: seen.extend(program.sources_of(verb)))
             forward._forward_program.__wrapped__(
                 0, torch.bfloat16, 32, 64, 24, 4, 2, activation, False, False, save, True, False, False, chosen
@@ -241,8 +243,9 @@ def test_a_verbs_variants_are_listed() -> None:
 
 
 def test_the_backward_passs_variants_are_listed() -> None:
-    from moekern.backends.cuda import backward, backward_kernels
     from moekern.backends.cuda.configuration import Configuration
+    from moekern.backends.cuda.kernels import gradients
+    from moekern.backends.cuda.passes import backward
 
     seen: list[KernelSource] = []
 
@@ -251,8 +254,8 @@ def test_the_backward_passs_variants_are_listed() -> None:
         return [None] * len(parts)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "multiprocessors", lambda device: 132)
-        patch.setattr(backward_kernels, "multiprocessors", lambda device: 132)
+        patch.setattr(grouped, "multiprocessors", lambda device: 132)
+        patch.setattr(gradients, "multiprocessors", lambda device: 132)
         patch.setattr(backward, "record_parts", note)
         for tokens, activation, one_tile in ((32768, "swiglu", True), (32768, "swiglu", False), (16, "relu2", False)):
             chosen = Configuration("hopper", one_tile=one_tile)
@@ -277,4 +280,4 @@ def test_recorded_addresses() -> None:
     for place in (0, 3, 200):
         tensor = program.Placeholder(place, (4, 8), torch.bfloat16, 0, offset=512)
         assert program._relocation(tensor.data_ptr()) == (place, 512)
-        assert program._relocation(kernels._ragged(tensor.data_ptr(), 1 << 17)) == (place, 512 - (1 << 26))
+        assert program._relocation(grouped._ragged(tensor.data_ptr(), 1 << 17)) == (place, 512 - (1 << 26))

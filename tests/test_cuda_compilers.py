@@ -19,10 +19,10 @@ import pytest
 
 pytest.importorskip("cupy")
 
-from moekern.backends.cuda import compilers, kernel_cache, loader
-from moekern.backends.cuda.compilers import AbandonedError, Answer, Compilers, Job
-from moekern.backends.cuda.errors import CacheError, KernelError
-from moekern.backends.cuda.loader import KernelSource
+from moekern.backends.cuda.build import compilers, kernel_cache, loader
+from moekern.backends.cuda.build.compilers import AbandonedError, Answer, Compilers, Job
+from moekern.backends.cuda.build.errors import CacheError, KernelError
+from moekern.backends.cuda.build.loader import KernelSource
 
 COMBINES = [KernelSource.of("combine.cu", {"ELEMENT": "Bf16", "TOP_K": k}) for k in (1, 2, 4)]
 BROKEN = ("broken.cu", "int f() { return oops; }", ("--gpu-architecture=sm_90a",))
@@ -166,7 +166,7 @@ def test_what_is_abandoned_ends_at_once_and_what_comes_later_is_compiled() -> No
 def test_a_program_that_ends_while_kernels_compile_says_nothing_of_it(end: str, tmp_path: Path) -> None:
     last = {"returns": "", "raises": "raise SystemExit(3)", "exits": "import os; os._exit(0)"}[end]
     script = (
-        "import time\nfrom moekern.backends.cuda import loader, variants\n"
+        "import time\nfrom moekern.backends.cuda.build import loader, variants\n"
         f"for source in variants.usual()[:6]: loader.start(source)\ntime.sleep(1.5)\n{last}"
     )
     environment = {**os.environ, "MOEKERN_CACHE_DIR": str(tmp_path)}

@@ -9,14 +9,16 @@ import pytest
 import torch
 
 import pretended
-from moekern.backends.cuda import backward_kernels, kernels
-from moekern.backends.cuda.program import FIRST, SPACING, Map, Placeholder
+from moekern.backends.cuda.kernels import gradients, grouped
+from moekern.backends.cuda.launch.program import FIRST, SPACING, Map, Placeholder
 
 # Every launcher with maps, recorded and replayed at low addresses, as virtual memory has, cudaMalloc's, the highest.
 PROGRAM = """
 import ctypes, itertools, torch
-from moekern.activations import ACTIVATIONS
-from moekern.backends.cuda import backward, backward_kernels, forward, kernels, program
+from moekern.backends.activations import ACTIVATIONS
+from moekern.backends.cuda.kernels import gradients as backward_kernels, grouped as kernels
+from moekern.backends.cuda.launch import program
+from moekern.backends.cuda.passes import backward, forward
 from moekern.backends.cuda.configuration import Configuration
 
 driver = ctypes.CDLL("libcuda.so.1")
@@ -77,7 +79,7 @@ def _base(described: Map) -> int:
 def test_stores_end_with_the_tile(columns: int, halves: bool) -> None:
     """A tile has up to 288 rows; a box of any of its parts writes its own rows, at their places, and no other."""
     tensor = Placeholder(0, (40000, columns), torch.bfloat16, 0)
-    described = kernels._pre_activation(tensor, columns // 2, halves, 144)  # type: ignore[arg-type]
+    described = grouped._pre_activation(tensor, columns // 2, halves, 144)  # type: ignore[arg-type]
     _, _, dims, strides, _ = described
     shift = dims[-2]
     for rows, first in product((1, 143, 256, 288), (0, 5, 39_712)):
@@ -93,7 +95,7 @@ def test_stores_end_with_the_tile(columns: int, halves: bool) -> None:
 @pytest.mark.parametrize("columns", [8, 768, 65536])
 def test_loads_end_with_the_expert(columns: int) -> None:
     """An expert has any number of rows; the base is the tensor's, and the shift vanishes modulo 2^64."""
-    described = backward_kernels._ragged_rows(Placeholder(0, (1 << 24, columns), torch.bfloat16, 0))  # type: ignore[arg-type]
+    described = gradients._ragged_rows(Placeholder(0, (1 << 24, columns), torch.bfloat16, 0))  # type: ignore[arg-type]
     _, _, dims, strides, _ = described
     assert _base(described) == 0
     shift = dims[1]

@@ -11,10 +11,12 @@ import pytest
 import torch
 
 import moekern as mk
-from moekern import charts, cli, demo_summary, demo_train
-from moekern.demo_model import Shape, build_dense, build_moe, parameter_counts
-from moekern.demo_text import load_corpus, split_by_file, split_one
-from moekern.demo_train import Balance, ModelResult, Options, Point, Result
+from moekern import cli
+from moekern.demo import summary, train
+from moekern.demo.model import Shape, build_dense, build_moe, parameter_counts
+from moekern.demo.text import load_corpus, split_by_file, split_one
+from moekern.demo.train import Balance, ModelResult, Options, Point, Result
+from moekern.report import charts
 
 TINY = Shape(width=32, layers=2, context=16, experts=4, top_k=2)
 
@@ -127,7 +129,7 @@ def test_model_is_causal() -> None:
 @pytest.fixture
 def run_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> object:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("moekern.demo_train.EVALUATION_WINDOWS", 32)
+    monkeypatch.setattr("moekern.demo.train.EVALUATION_WINDOWS", 32)
     text = tmp_path / "text.txt"
     text.write_text("".join(f"{n} bottles of beer on the wall, {n} bottles of beer\n" for n in range(400)))
 
@@ -198,17 +200,17 @@ def test_training_learns_and_repeats_exactly(run_demo) -> None:  # type: ignore[
 
 
 def test_number_of_steps_follows_the_time_there_is(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moekern.demo_train.EVALUATION_WINDOWS", 8)
+    monkeypatch.setattr("moekern.demo.train.EVALUATION_WINDOWS", 8)
     corpus = load_corpus(str(folder), context=16)
     options = Options(TINY, batch=2)
-    assert demo_train.steps_that_fit(corpus, replace(options, seconds=1e6)) == demo_train.EXPECTED_STEPS
-    assert demo_train.steps_that_fit(corpus, replace(options, seconds=0.0)) == 20
+    assert train.steps_that_fit(corpus, replace(options, seconds=1e6)) == train.EXPECTED_STEPS
+    assert train.steps_that_fit(corpus, replace(options, seconds=0.0)) == 20
 
 
 def test_divergence_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moekern.demo_train.LEARNING_RATE", float("inf"))
+    monkeypatch.setattr("moekern.demo.train.LEARNING_RATE", float("inf"))
     corpus = load_corpus(str(folder), context=16)
-    trainer, _ = demo_train.make_trainers(corpus, Options(TINY, batch=2), steps=5)
+    trainer, _ = train.make_trainers(corpus, Options(TINY, batch=2), steps=5)
     trainer.step()  # the first loss is that of the initial weights
     with pytest.raises(ValueError, match="the dense model diverged"):
         trainer.step()
@@ -216,7 +218,7 @@ def test_divergence_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_load_is_counted_over_all_validation_tokens(folder: Path) -> None:
     corpus = load_corpus(str(folder), context=16)
-    _, moe = demo_train.make_trainers(corpus, Options(TINY, batch=2), steps=5)
+    _, moe = train.make_trainers(corpus, Options(TINY, batch=2), steps=5)
     bits, load = moe.evaluate(40)
     assert bits.shape == (40,)
     assert load.sum(dim=1).tolist() == [40 * 16 * TINY.top_k] * 2
@@ -250,17 +252,15 @@ def made_up(dense: float, moe: float, error: float = 0.01) -> Result:
     ],
 )
 def test_headline_says_who_is_ahead(dense: float, moe: float, words: str) -> None:
-    assert words in demo_summary.headline(made_up(dense, moe))
+    assert words in summary.headline(made_up(dense, moe))
 
 
 def test_catching_up_is_read_off_the_curve() -> None:
-    assert demo_summary.catch_up(made_up(dense=3.0, moe=2.0)) == (
+    assert summary.catch_up(made_up(dense=3.0, moe=2.0)) == (
         "The MoE model reached the dense model's final 3.000 bits per byte after about 75 steps and 15 s; "
         "the dense model took 100 and 10 s."
     )
-    assert demo_summary.catch_up(made_up(dense=2.0, moe=3.0)).startswith(
-        "The dense model reached the MoE model's final"
-    )
+    assert summary.catch_up(made_up(dense=2.0, moe=3.0)).startswith("The dense model reached the MoE model's final")
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 600), (2.31, 4.02), (0.001, 0.0013), (1, 1e6)])

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 import moekern as mk
-from moekern import cli, doctor, machine, selftest
-from moekern.backends.cuda import kernel_cache
-from moekern.doctor import Diagnosis
-from moekern.selftest import SelfTest
+from moekern import cli
+from moekern.backends.cuda.build import kernel_cache
+from moekern.cli import doctor, selftest
+from moekern.cli.doctor import Diagnosis
+from moekern.cli.selftest import SelfTest
+from moekern.report import machine
 
 
 def test_healthy_machine_as_json(capsys: pytest.CaptureFixture[str]) -> None:
@@ -241,7 +243,7 @@ def test_bad_cache_limit_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("value", ["gpu", "cuda"])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU MOEKERN_BACKEND=cuda works")
 def test_a_backend_that_makes_every_call_fail(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moekern.dispatch._default", value)
+    monkeypatch.setattr("moekern.verbs.backend._default", value)
     diagnosis = Diagnosis()
     doctor.examine_environment(diagnosis)
     assert not diagnosis.usable

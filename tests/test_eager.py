@@ -11,13 +11,14 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import moekern as mk
-from moekern import eager, functional
+from moekern.functional import experts as functional
+from moekern.verbs import direct
 from problems import Problem, make
 
 
 @pytest.fixture(autouse=True)
 def _nothing_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(functional, "_accepted", eager.Accepted())
+    monkeypatch.setattr(functional, "_accepted", direct.Accepted())
 
 
 def arguments(device: str = "cpu", **options: Any) -> dict[str, Any]:
@@ -30,7 +31,7 @@ def arguments(device: str = "cpu", **options: Any) -> dict[str, Any]:
 
 
 def is_remembered(**changed: Any) -> bool:
-    return functional._accepted.get(eager.signature(**changed)) is not None
+    return functional._accepted.get(direct.signature(**changed)) is not None
 
 
 def spoiled(good: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -158,14 +159,14 @@ def test_autocast_and_backends_are_part_of_the_call() -> None:
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace")
 def test_what_disturbs() -> None:
-    assert eager.undisturbed()
+    assert direct.undisturbed()
     with forward_ad.dual_level():
-        assert not eager.undisturbed()
+        assert not direct.undisturbed()
     with torch.device("cpu"):
-        assert not eager.undisturbed()
+        assert not direct.undisturbed()
     seen = []
-    torch.func.vmap(lambda x: seen.append(eager.undisturbed()) or x)(torch.ones(2))
-    torch.jit.trace(lambda x: seen.append(eager.undisturbed()) or x + 1, torch.ones(2), check_trace=False)
+    torch.func.vmap(lambda x: seen.append(direct.undisturbed()) or x)(torch.ones(2))
+    torch.jit.trace(lambda x: seen.append(direct.undisturbed()) or x + 1, torch.ones(2), check_trace=False)
     assert seen == [False, False]
 
 
@@ -182,7 +183,7 @@ def test_gradients_are_asked_for_call_by_call() -> None:
 
 
 def test_few_signatures_are_kept() -> None:
-    accepted = eager.Accepted(most=3)
+    accepted = direct.Accepted(most=3)
     for i in range(10):
         accepted.remember((i,), i)
         assert accepted.get((i,)) == i

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import moekern as mk
-from moekern import functional
-from moekern.activations import ACTIVATIONS
+from moekern.backends.activations import ACTIVATIONS
+from moekern.functional import experts as functional
 from problems import NAMES, Problem, check_against_truth, error, gradients, make
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -106,8 +106,8 @@ def test_logits_loss_and_gradients(device: str, family: str, monkeypatch: pytest
     theirs = run(model, device)
     use_moekern(model)
     calls = []
-    kernel = mk.functional.experts
-    monkeypatch.setattr(mk.functional, "experts", lambda *a, **k: calls.append(k["activation"]) or kernel(*a, **k))
+    kernel = mk.hf.experts
+    monkeypatch.setattr(mk.hf, "experts", lambda *a, **k: calls.append(k["activation"]) or kernel(*a, **k))
     check_same(run(model, device), theirs)
     assert set(calls) == {"swiglu_oai" if family == "GptOss" else "swiglu"}  # fused, not around the module's gate
     assert any("experts" in name or "_linear" in name for name in theirs)

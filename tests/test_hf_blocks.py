@@ -60,7 +60,7 @@ def test_peft_on_llama4_in_both_orders(options: dict[str, Any]) -> None:
     for model in both_orders(llama4, **options):
         check_same(run(model, "cpu"), expected)
         assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-        assert any(isinstance(m, mk.hf_blocks.Llama4Experts) for m in model.modules())
+        assert any(isinstance(m, mk.hf.blocks.Llama4Experts) for m in model.modules())
 
 
 def test_lora_around_the_router_of_llama4_is_refused_by_name() -> None:
@@ -182,7 +182,7 @@ def test_experts_parametrized_before_replace() -> None:
     mk.hf.replace(model)
     check_same(run(model, "cpu"), theirs)
     nn.utils.parametrize.remove_parametrizations(block_of(model).experts, "down_proj")
-    assert type(block_of(model).experts) is mk.hf_blocks.Llama4Experts
+    assert type(block_of(model).experts) is mk.hf.blocks.Llama4Experts
 
 
 @pytest.mark.parametrize("replaced_first", [True, False])

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from moekern.backends.cuda import kernel_cache as cache
-from moekern.backends.cuda.errors import CacheError
-from moekern.backends.cuda.trust import distrust_folder
+from moekern.backends.cuda.build import kernel_cache as cache
+from moekern.backends.cuda.build.errors import CacheError
+from moekern.backends.cuda.build.trust import distrust_folder
 
 CUBIN = b"\x7fELF" + bytes(range(256)) * 40
 NAMES = [f"kernel_{i}-{i:040x}.cubin" for i in range(8)]
@@ -407,7 +407,7 @@ def test_a_limit_below_one_kernel_keeps_nothing(folder: Path, monkeypatch: pytes
 
 SIDE_BY_SIDE = """
 import random, sys, warnings
-from moekern.backends.cuda import kernel_cache as cache
+from moekern.backends.cuda.build import kernel_cache as cache
 warnings.simplefilter("ignore")
 role, seed = sys.argv[1], int(sys.argv[2])
 names = [f"kernel_{i}-{i:040x}.cubin" for i in range(8)]

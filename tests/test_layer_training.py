@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 import moekern as mk
-from moekern import layer_training, router
 from moekern.backends import cpu, reference
+from moekern.layer import training
+from moekern.routing import router
 
 H, I, E, K = 32, 16, 6, 2
 
 
 class Layout:
-    """As :class:`moekern.backends.cuda.training.Kept`."""
+    """As :class:`moekern.backends.cuda.passes.training.Kept`."""
 
     def __init__(self, tokens: int):
         self.slots = tokens * K
@@ -32,7 +33,7 @@ class Layout:
 
 
 class Program:
-    """As :class:`moekern.backends.cuda.training.Layer`."""
+    """As :class:`moekern.backends.cuda.passes.training.Layer`."""
 
     def __init__(self, x: Tensor, weight: Tensor, *rest: Any):
         *_, top_k, activation, (formula, norm, scale) = rest
@@ -90,7 +91,7 @@ def programs(monkeypatch: pytest.MonkeyPatch) -> list[Program]:
         return made[-1]
 
     monkeypatch.setattr(cpu, "prepare_training", prepare, raising=False)
-    monkeypatch.setattr(layer_training, "_accepted", layer_training.eager.Accepted())
+    monkeypatch.setattr(training, "_accepted", training.direct.Accepted())
     return made
 
 
@@ -109,7 +110,7 @@ def step(moe: mk.MoE, x: Tensor, coefficient: float = 0.0) -> list[Tensor]:
 
 def long_way(monkeypatch: pytest.MonkeyPatch, moe: mk.MoE, *args: Any) -> list[Tensor]:
     with monkeypatch.context() as patch:
-        patch.setattr("moekern.layer.train", lambda layer, x: None)
+        patch.setattr("moekern.layer.moe.train", lambda layer, x: None)
         return step(moe, *args)
 
 
@@ -218,7 +219,7 @@ def test_second_derivatives(programs: list[Program], monkeypatch: pytest.MonkeyP
 
     got = second()
     assert programs[0].calls == 1
-    monkeypatch.setattr("moekern.layer.train", lambda layer, x: None)
+    monkeypatch.setattr("moekern.layer.moe.train", lambda layer, x: None)
     for a, b in zip(got, second(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 

@@ -204,7 +204,7 @@ def test_a_mask_that_was_set_holds_in_training_until_it_is_ended(device: str) ->
     [(1.1, 40, 11), (0.7, 40, 7), (4 / 3, 12, 4), (1.25, 64, 20), (1e-9, 8, 1), (1e300, 8, 16)],
 )
 def test_capacity_is_rounded_in_integers(factor: float, tokens: int, expected: int) -> None:
-    from moekern.capacity import capacity_of
+    from moekern.routing.capacity import capacity_of
 
     assert capacity_of(factor, tokens, K, E) == expected
     assert int(capacity_of(factor, torch.tensor(tokens), K, E)) == expected

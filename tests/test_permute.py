@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import moekern as mk
-from moekern.permutation import combine, permute
-from moekern.plan import Plan, plan
+from moekern.functional.permute import combine, permute
+from moekern.functional.plan import Plan, plan
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 # Rounding to the dtype once, plus fp32 sums whose order may differ.

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import moekern as mk
-from moekern import _core, checks, ops
+from moekern import _core
 from moekern.backends import reference
-from moekern.plan import Plan, plan
+from moekern.functional.plan import Plan, plan
+from moekern.verbs import checks, ops
 from problems import make
 
 
@@ -298,7 +299,7 @@ def test_backends_get_contiguous_ids(monkeypatch: pytest.MonkeyPatch) -> None:
         return right(ids, num_experts, backend)
 
     monkeypatch.setattr(ops, "plan", watched)
-    monkeypatch.setattr("moekern.eager.undisturbed", lambda: False)
+    monkeypatch.setattr("moekern.verbs.direct.undisturbed", lambda: False)
     ids = torch.rand(50, 16).argsort(dim=1)[:, :2]
     assert not ids.is_contiguous()
     for backend in ("reference", "cpu"):

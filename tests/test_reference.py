@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 import moekern as mk
-from moekern import autograd
-from moekern.activations import ACTIVATIONS
 from moekern.backends import reference
+from moekern.backends.activations import ACTIVATIONS
+from moekern.verbs import autograd
 from problems import Problem, error, gradients, make
 
 

@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import moekern as mk
-from moekern import router
-from moekern.rounding import Rounded
+from moekern.routing import router
+from moekern.routing.rounding import Rounded
 from problems import error
 
 H, I, E, K = 16, 8, 5, 2

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import moekern as mk
-from moekern.router import FORMULAS
+from moekern.routing.router import FORMULAS
 from problems import error
 
 

@@ -13,7 +13,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import moekern as mk
-from moekern import ops
+from moekern.verbs import ops
 from problems import NAMES, error, gradients, make
 
 H, I, E, K = 32, 24, 5, 2
@@ -265,7 +265,7 @@ def test_backend_context_restores_on_error() -> None:
     with pytest.raises(RuntimeError, match="inside"), mk.backend("reference"):
         raise RuntimeError("inside")
     assert torch.equal(p.run(), p.run())
-    from moekern import dispatch
+    from moekern.verbs import backend as dispatch
 
     assert dispatch.resolve("cpu") in ("cpu", "reference")
 

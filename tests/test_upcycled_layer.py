@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import moekern as mk
-from moekern.activations import ACTIVATIONS
+from moekern.backends.activations import ACTIVATIONS
 from problems import error
 
 H, I = 24, 40

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 import moekern as mk
-from moekern import upcycling
-from moekern.activations import ACTIVATIONS
-from moekern.upcycling import (
+from moekern.backends.activations import ACTIVATIONS
+from moekern.layer import upcycling
+from moekern.layer.upcycling import (
     dropped_neurons,
     generator_for,
     noised,

@@ -13,7 +13,10 @@ The public names::
 from importlib.metadata import PackageNotFoundError, version
 
 from moekern import flops
-from moekern.balance import (
+from moekern.functional.experts import experts, grouped_mlp, grouped_mm
+from moekern.functional.permute import combine, permute
+from moekern.functional.plan import Plan, PlanStats, plan
+from moekern.layer.balance import (
     aux_loss,
     bias_update_hook,
     load_balancing_loss,
@@ -22,16 +25,13 @@ from moekern.balance import (
     update_selection_bias,
     z_loss,
 )
-from moekern.capacity import limit_tokens
-from moekern.checkpointing import sac_policy
-from moekern.dispatch import backend
-from moekern.expert_choice import expert_choice
-from moekern.functional import experts, grouped_mlp, grouped_mm
-from moekern.layer import MoE
-from moekern.permutation import combine, permute
-from moekern.plan import Plan, PlanStats, plan
-from moekern.rounding import Rounded, round_tokens
-from moekern.router import route
+from moekern.layer.moe import MoE
+from moekern.routing.capacity import limit_tokens
+from moekern.routing.expert_choice import expert_choice
+from moekern.routing.rounding import Rounded, round_tokens
+from moekern.routing.router import route
+from moekern.verbs.backend import backend
+from moekern.verbs.checkpointing import sac_policy
 
 flops.register()
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.utils.flop_counter import register_flop_formula
 
-from moekern import ops
+from moekern.verbs import ops
 
 Shape = Sequence[int]
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moekern.functional import grouped_mlp
-from moekern.parts import local
+from moekern.functional.experts import grouped_mlp
+from moekern.layer.parameters import local
 
 try:
     from torchtitan.config import derive, override

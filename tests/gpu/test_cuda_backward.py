@@ -8,8 +8,8 @@ from ragged import COUNTS, ROUNDING, assert_guards, assert_rows_close, guarded, 
 from torch import Tensor
 
 import moekern as mk
-from moekern.activations import ACTIVATIONS, join, split
 from moekern.backends import reference
+from moekern.backends.activations import ACTIVATIONS, join, split
 from problems import NAMES, error
 
 pytestmark = pytest.mark.gpu
@@ -24,10 +24,10 @@ def _hopper() -> None:
 
 
 def _rows(like: Tensor, order: Tensor, scores: Tensor | None):
-    from moekern.backends.cuda import backward_kernels
+    from moekern.backends.cuda.kernels import gradients
 
     token, score = torch.full_like(order, -1), torch.full(order.shape, NAN, device="cuda")
-    return backward_kernels.Rows(like, order, scores, 1, token, score)
+    return gradients.Rows(like, order, scores, 1, token, score)
 
 
 # ------------------------------------------------------------------------------------------------- dH, A' and dS
@@ -36,7 +36,7 @@ def _rows(like: Tensor, order: Tensor, scores: Tensor | None):
 def _check_dh(
     activation: str, dtype: torch.dtype, hidden: int, inter: int, transposed: bool = False, interleaved: bool = False
 ) -> None:
-    from moekern.backends.cuda import backward_kernels, kernels
+    from moekern.backends.cuda.kernels import gradients, grouped
 
     act = ACTIVATIONS[activation]
     experts, rows, sentinels = len(COUNTS), sum(COUNTS), 40
@@ -61,12 +61,12 @@ def _check_dh(
         whole_h, dh = guarded(slots, columns, dtype=dtype)
         whole_a, scaled = guarded(slots, inter, dtype=dtype)
         whole_s, partials = guarded(slots, -(-inter // 256), dtype=torch.float32)
-        tables, values = kernels.Tables(offsets, slots), _rows(dout, order, scores)
-        backward_kernels.dh(
+        tables, values = grouped.Tables(offsets, slots), _rows(dout, order, scores)
+        gradients.dh(
             dout, w, pre, values, tables, activation, transposed, interleaved, dh, scaled, partials, one_tile
         )  # fmt: skip
         out = torch.full((slots, 1), NAN, device="cuda")
-        backward_kernels.score_gradient(partials, inverse, offsets, dout, None, 1, out)
+        gradients.score_gradient(partials, inverse, offsets, dout, None, 1, out)
         assert_guards(whole_h, whole_a, whole_s)
         assert all(t[rows:].isnan().all() for t in (dh, scaled, partials))
         results.append((dh[:rows], scaled[:rows], out))
@@ -156,7 +156,7 @@ def test_dh_on_odd_sizes(
 def test_wgrad_on_ragged_rows(
     stages: int, launch_registers: int, dtype: torch.dtype, p_size: int, q_size: int, gather: bool, p_innermost: bool
 ) -> None:
-    from moekern.backends.cuda import backward_kernels, kernels
+    from moekern.backends.cuda.kernels import gradients, grouped
 
     experts, rows, sentinels = len(COUNTS), sum(COUNTS), 40
     order, _, offsets = plan_of_counts(COUNTS, sentinels)
@@ -168,9 +168,9 @@ def test_wgrad_on_ragged_rows(
     def run() -> tuple[Tensor, Tensor]:
         shape = (experts, q_size, p_size) if p_innermost else (experts, p_size, q_size)
         whole, out = guarded(*shape, dtype=dtype)
-        tables = kernels.Tables(offsets, slots)
+        tables = grouped.Tables(offsets, slots)
         token = _rows(p, order, None).token if gather else None
-        backward_kernels.wgrad(p, q, token, offsets, tables, out, p_innermost, launch_registers, stages)
+        gradients.wgrad(p, q, token, offsets, tables, out, p_innermost, launch_registers, stages)
         return whole, out
 
     whole, out = run()
@@ -204,7 +204,7 @@ def test_wgrad_on_ragged_rows(
 @pytest.mark.parametrize("top_k", [1, 2, 3, 8])
 @pytest.mark.parametrize("hidden", [8, 456, 2880])
 def test_score_gradient_with_bias(hidden: int, top_k: int) -> None:
-    from moekern.backends.cuda import backward_kernels
+    from moekern.backends.cuda.kernels import gradients
 
     tokens, experts, columns = 201, 9, 3
     ids = torch.randint(-1, experts, (tokens, top_k), device="cuda")
@@ -216,7 +216,7 @@ def test_score_gradient_with_bias(hidden: int, top_k: int) -> None:
     sums = torch.where(ids >= 0, partials[inverse.long()].sum(1).reshape(tokens, top_k), 0)
     for b in (None, bias):
         whole, out = guarded(tokens, top_k, dtype=torch.float32)
-        backward_kernels.score_gradient(partials, inverse, offsets, dout, b, top_k, out)
+        gradients.score_gradient(partials, inverse, offsets, dout, b, top_k, out)
         assert_guards(whole)
         products = torch.einsum("th,tkh->tk", dout.float(), bias[ids.clamp(min=0)].float())
         assert error(out, sums if b is None else sums + torch.where(ids >= 0, products, 0)) <= 1e-5
@@ -226,7 +226,7 @@ def test_score_gradient_with_bias(hidden: int, top_k: int) -> None:
 @pytest.mark.parametrize("gather", [False, True])
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_bias_gradient(dtype: torch.dtype, gather: bool, features: int) -> None:
-    from moekern.backends.cuda import backward_kernels
+    from moekern.backends.cuda.kernels import gradients
 
     rows = sum(COUNTS)
     order, _, offsets = plan_of_counts(COUNTS, 3)
@@ -235,10 +235,10 @@ def test_bias_gradient(dtype: torch.dtype, gather: bool, features: int) -> None:
     whole, out = guarded(len(COUNTS), features, dtype=dtype)
     by_row = source.float()
     if gather:
-        backward_kernels.bias_gradient(source, values.token, values.score, offsets, out)
+        gradients.bias_gradient(source, values.token, values.score, offsets, out)
         by_row = (source.float() * scores)[order.long()]
     else:
-        backward_kernels.bias_gradient(source, None, None, offsets, out)
+        gradients.bias_gradient(source, None, None, offsets, out)
     assert_guards(whole)
     ones = torch.ones(rows + 3, 1, device="cuda")
     wanted = reference.grouped_mm(ones[:rows], by_row[:rows], offsets, "tn").squeeze(1)
@@ -250,7 +250,7 @@ def test_bias_gradient(dtype: torch.dtype, gather: bool, features: int) -> None:
 @pytest.mark.parametrize("hidden", [8, 456, 2048])
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_combine_beside(dtype: torch.dtype, hidden: int, top_k: int) -> None:
-    from moekern.backends.cuda import backward_kernels, kernels
+    from moekern.backends.cuda.kernels import gradients, grouped
 
     tokens, experts = 1301, 9
     ids = torch.randint(-1, experts, (tokens, top_k), device="cuda")
@@ -258,10 +258,10 @@ def test_combine_beside(dtype: torch.dtype, hidden: int, top_k: int) -> None:
     rows = normal(tokens * top_k, hidden, dtype=dtype)
     rows[offsets[-1] :] = NAN
     whole, out = guarded(tokens, hidden, dtype=dtype)
-    backward_kernels.combine_beside(rows, inverse, offsets, out, top_k)
+    gradients.combine_beside(rows, inverse, offsets, out, top_k)
     assert_guards(whole)
     serial = torch.empty_like(out)
-    kernels.combine(rows, None, inverse, offsets, serial, top_k)
+    grouped.combine(rows, None, inverse, offsets, serial, top_k)
     assert torch.equal(out, serial)
 
 
@@ -301,8 +301,8 @@ def _problem(
 
 def _kernels(tensors: tuple, settings: tuple, needs: list[bool], rows: int = 2048) -> tuple[Tensor, ...]:
     """With the kernels for so many rows an expert, however many they have."""
-    from moekern.backends.cuda import backward
     from moekern.backends.cuda.configuration import choose
+    from moekern.backends.cuda.passes import backward
 
     chosen = choose(BF16, (9, 0), rows, 1, 8, 8)
     torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty then hands out NaN
@@ -378,7 +378,7 @@ def test_backward_of_unusual_routing(routing: str) -> None:
 
 @pytest.mark.parametrize("top_k", [2, 4, 8])
 def test_backward_with_the_combine_beside_the_weight_gradient(top_k: int) -> None:
-    from moekern.backends.cuda import backward
+    from moekern.backends.cuda.passes import backward
 
     tensors, settings = _problem(16384 // top_k, 1024, 512, 16, top_k, BF16)
     assert backward.combines_beside(16384, 1024, 512, top_k)
@@ -412,8 +412,8 @@ def test_backward_never_synchronises() -> None:
 @pytest.mark.parametrize("tokens", [64, 4096])  # with the combine in line, and beside on the second stream
 def test_backward_in_a_cuda_graph(tokens: int) -> None:
     """Replayed with other values and another routing."""
-    from moekern.backends.cuda import backward
     from moekern.backends.cuda.configuration import Configuration
+    from moekern.backends.cuda.passes import backward
 
     tensors, settings = _problem(tokens, 1024, 512, 16, 4, BF16, bias=True)
     other, _ = _problem(tokens, 1024, 512, 16, 4, BF16, bias=True)
@@ -432,8 +432,8 @@ def test_backward_in_a_cuda_graph(tokens: int) -> None:
 
 def test_backward_on_a_stream_while_another_is_captured() -> None:
     """A graph's second stream must not be that of work outside it, which CUDA would refuse or take into the graph."""
-    from moekern.backends.cuda import backward
     from moekern.backends.cuda.configuration import Configuration
+    from moekern.backends.cuda.passes import backward
 
     needs, chosen = [True] * 6, Configuration("hopper")
     (inside, settings), (outside, _) = (_problem(4096, 1024, 512, 16, 4, BF16) for _ in range(2))
@@ -451,8 +451,8 @@ def test_backward_on_a_stream_while_another_is_captured() -> None:
 
 
 def test_backward_on_two_streams_at_once() -> None:
-    from moekern.backends.cuda import backward
     from moekern.backends.cuda.configuration import Configuration
+    from moekern.backends.cuda.passes import backward
 
     needs, chosen = [True] * 6, Configuration("hopper")
     problems = [_problem(4096, 1024, 512, 16, 4, BF16) for _ in range(2)]

@@ -8,8 +8,8 @@ from ragged import COUNTS, ROUNDING, assert_guards, assert_rows_close, guarded, 
 from torch import Tensor
 
 import moekern as mk
-from moekern.activations import ACTIVATIONS, split
 from moekern.backends import reference
+from moekern.backends.activations import ACTIVATIONS, split
 from problems import error
 
 pytestmark = pytest.mark.gpu
@@ -37,7 +37,7 @@ def _hopper() -> None:
 )
 @pytest.mark.usefixtures("poisoned")
 def test_plan_has_the_reference_planners_bits(tokens: int, top_k: int, experts: int, dtype: torch.dtype) -> None:
-    from moekern.backends.cuda import forward
+    from moekern.backends.cuda.passes import forward
 
     low, high = (0, min(experts, 256)) if dtype == torch.uint8 else (-3, experts + 3)
     ids = torch.randint(low, high, (tokens, top_k), device="cuda").to(dtype)
@@ -49,7 +49,7 @@ def test_plan_has_the_reference_planners_bits(tokens: int, top_k: int, experts: 
 @pytest.mark.parametrize("hidden", [8, 256, 456, 2048])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_combine(dtype: torch.dtype, hidden: int, top_k: int) -> None:
-    from moekern.backends.cuda import kernels
+    from moekern.backends.cuda.kernels import grouped
 
     tokens, experts = 301, 9
     ids = torch.randint(-1, experts, (tokens, top_k), device="cuda")
@@ -60,7 +60,7 @@ def test_combine(dtype: torch.dtype, hidden: int, top_k: int) -> None:
     by_slot = torch.where(real, rows[inverse.long()].reshape(tokens, top_k, hidden).float(), 0)
     for s in (scores, None):
         whole, out = guarded(tokens, hidden, dtype=dtype)
-        kernels.combine(rows, s, inverse, offsets, out, top_k)
+        grouped.combine(rows, s, inverse, offsets, out, top_k)
         assert_guards(whole)
         wanted = (by_slot * (1 if s is None else s.unsqueeze(-1))).sum(1)
         assert error(out, wanted) <= ROUNDING[dtype]
@@ -73,7 +73,7 @@ def test_combine(dtype: torch.dtype, hidden: int, top_k: int) -> None:
 def test_grouped_mm_on_ragged_rows(
     dtype: torch.dtype, stages: int, store_rows: int, transposed: bool, inner: int, features: int
 ) -> None:
-    from moekern.backends.cuda import kernels
+    from moekern.backends.cuda.kernels import grouped
 
     experts, rows = len(COUNTS), sum(COUNTS)
     _, _, offsets = plan_of_counts(COUNTS)
@@ -85,11 +85,11 @@ def test_grouped_mm_on_ragged_rows(
         results = []
         for _ in range(2):
             whole, out = guarded(rows, features, dtype=dtype)
-            tables = kernels.Tables(offsets, rows)
+            tables = grouped.Tables(offsets, rows)
             if stages:
-                kernels.grouped_mm(a, w, b, out, tables, transposed, stages, store_rows)
+                grouped.grouped_mm(a, w, b, out, tables, transposed, stages, store_rows)
             else:
-                kernels.grouped_few(a, w, b, out, tables, transposed)
+                grouped.grouped_few(a, w, b, out, tables, transposed)
             assert_guards(whole)
             results.append(out)
         wanted = plain if b is None else plain + reference._bias_rows(b.float(), offsets, rows)
@@ -113,7 +113,7 @@ def test_grouped_mm_on_ragged_rows(
 def test_up_on_ragged_rows(
     activation: str, dtype: torch.dtype, bias: bool, hidden: int, inter: int, transposed: bool, interleaved: bool
 ) -> None:
-    from moekern.backends.cuda import kernels
+    from moekern.backends.cuda.kernels import grouped
 
     act = ACTIVATIONS[activation]
     experts, rows, sentinels = len(COUNTS), sum(COUNTS), 40
@@ -134,8 +134,8 @@ def test_up_on_ragged_rows(
     for save, one_tile in ((True, False), (False, False), (True, not act.gated or interleaved)):
         whole_a, activated = guarded(rows, inter, dtype=dtype)
         whole_p, pre = guarded(rows, columns, dtype=dtype)
-        tables = kernels.Tables(offsets, rows)
-        kernels.up(
+        tables = grouped.Tables(offsets, rows)
+        grouped.up(
             x, order, w, b, activated, pre if save else None, tables, 1, activation, transposed, interleaved, False,
             one_tile,
         )  # fmt: skip
@@ -159,7 +159,7 @@ def test_up_on_ragged_rows(
 def test_up_for_few_rows(
     activation: str, dtype: torch.dtype, bias: bool, hidden: int, inter: int, transposed: bool
 ) -> None:
-    from moekern.backends.cuda import kernels
+    from moekern.backends.cuda.kernels import grouped
 
     act, experts, rows = ACTIVATIONS[activation], len(COUNTS), sum(COUNTS)
     order, _, offsets = plan_of_counts(COUNTS)
@@ -174,8 +174,8 @@ def test_up_for_few_rows(
     for save in (False, True, False, True):
         whole, activated = guarded(rows, inter, dtype=dtype)
         whole_p, saved = guarded(rows, 2 * inter, dtype=dtype)
-        tables, kept = kernels.Tables(offsets, rows), saved if save else None
-        kernels.up(x, order, w, b, activated, kept, tables, 1, activation, transposed, False, True, False)
+        tables, kept = grouped.Tables(offsets, rows), saved if save else None
+        grouped.up(x, order, w, b, activated, kept, tables, 1, activation, transposed, False, True, False)
         assert_guards(whole, whole_p)
         results.append((activated, saved))
         if save:
@@ -203,17 +203,17 @@ def _even(rows: int, most: int) -> int:
 @pytest.mark.parametrize("experts", [1, 5, 128, 1024])
 @pytest.mark.parametrize("mean", [0, 3, 256, 300])
 def test_tables_hold_every_row_once(mean: int, experts: int) -> None:
-    from moekern.backends.cuda import kernels
+    from moekern.backends.cuda.kernels import grouped
 
     torch.manual_seed(mean + experts)
     rows = (torch.rand(experts) * 2 * mean).int()
     rows[experts // 2] *= 9  # one with more than a band of eight tiles
     offsets = torch.cat((torch.zeros(1, dtype=torch.int32), rows.cumsum(0).int()))
     total = int(offsets[-1])
-    memory = torch.full((kernels.Tables.size(total, experts),), 255, dtype=torch.uint8, device="cuda")
-    kernels.Tables(offsets.cuda(), total, memory)
+    memory = torch.full((grouped.Tables.size(total, experts),), 255, dtype=torch.uint8, device="cuda")
+    grouped.Tables(offsets.cuda(), total, memory)
     words = memory.view(torch.int32).cpu()
-    entries = kernels.Tables._entries(total, experts)
+    entries = grouped.Tables._entries(total, experts)
     for i, most in enumerate((256, 272, 288)):
         table = words[4 * entries * i :][: 4 * entries].view(-1, 4).tolist()
         expected = []
@@ -228,7 +228,7 @@ def test_tables_hold_every_row_once(mean: int, experts: int) -> None:
         assert table[1 : 1 + len(expected)] == expected
     by_rows = words[12 * entries :][:experts].tolist()
     assert by_rows == sorted(range(experts), key=lambda e: (-int(rows[e]), e))
-    assert words[12 * entries + experts :].tolist() == [0] * kernels.COUNTERS
+    assert words[12 * entries + experts :].tolist() == [0] * grouped.COUNTERS
 
 
 def layer(tokens: int, hidden: int, inter: int, experts: int, top_k: int) -> tuple[Tensor, ...]:
@@ -297,11 +297,11 @@ def test_forward_on_two_streams_at_once() -> None:
 
 
 def test_first_use_inside_a_capture_is_an_error() -> None:
-    from moekern.backends.cuda import kernels
+    from moekern.backends.cuda.kernels import grouped
 
-    kernels._loaded.cache_clear()
+    grouped._loaded.cache_clear()
     with pytest.raises(RuntimeError, match="graph is being captured"), torch.cuda.graph(torch.cuda.CUDAGraph()):
-        kernels._loaded(0, "combine.cu", "combine", 0, kernels.combine_variant(torch.bfloat16, 3), None)
+        grouped._loaded(0, "combine.cu", "combine", 0, grouped.combine_variant(torch.bfloat16, 3), None)
 
 
 def test_more_than_2_31_elements() -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import moekern as mk
-from moekern import layer_training, router
+from moekern.layer import training
+from moekern.routing import router
 from problems import error, forbid_torch_path
 
 pytestmark = pytest.mark.gpu
@@ -34,18 +35,18 @@ def _hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_gradient_of_the_choice(
     tokens: int, experts: int, top_k: int, norm: bool, method: str, dtype: torch.dtype
 ) -> None:
-    from moekern.backends.cuda import routing
+    from moekern.backends.cuda.kernels import router
 
     logits = (torch.randn(tokens, experts, device="cuda") * 3).requires_grad_()
-    how = routing.formula(method, norm, 2.5)
+    how = router.formula(method, norm, 2.5)
     ids = torch.empty(tokens, top_k, dtype=torch.int32, device="cuda")
     weights = torch.empty(tokens, top_k, device="cuda")
-    routing.route(logits.detach(), ids, weights, how)
+    router.route(logits.detach(), ids, weights, how)
     dweights, elsewhere = torch.randn_like(weights), torch.randn_like(logits)
     exact = router.weights_of(logits.double(), ids.long(), method, norm, 2.5)
     for up, other in ((dweights, None), (None, elsewhere), (dweights, elsewhere)):
         out = torch.full((tokens + 1, experts), float("nan"), device="cuda", dtype=dtype)
-        routing.route_backward(logits.detach(), ids, weights, up, other, out[:tokens], how)
+        router.route_backward(logits.detach(), ids, weights, up, other, out[:tokens], how)
         assert out[tokens].isnan().all()
         wanted = torch.zeros_like(logits, dtype=torch.float64) if other is None else other.double()
         if up is not None:
@@ -57,18 +58,18 @@ def test_gradient_of_the_choice(
 
 def test_saturated_logits() -> None:
     """Where torch's gradient of a choice is finite, so is the kernel's."""
-    from moekern.backends.cuda import routing
+    from moekern.backends.cuda.kernels import router
 
     logits = torch.tensor([[90.0, -90.0, 0.0, 30.0], [-INF, 1.0, -INF, 2.0], [200.0, 199.0, -200.0, -100.0]])
     logits = logits.cuda().requires_grad_()
     for method in router.FORMULAS:
         for norm in (False, True):
-            how = routing.formula(method, norm, 1.0)
+            how = router.formula(method, norm, 1.0)
             ids = torch.empty(3, 2, dtype=torch.int32, device="cuda")
             weights, out = torch.empty(3, 2, device="cuda"), torch.empty(3, 4, device="cuda", dtype=BF16)
-            routing.route(logits.detach(), ids, weights, how)
+            router.route(logits.detach(), ids, weights, how)
             up = torch.tensor([[1.0, -2.0]], device="cuda").expand(3, 2).contiguous()
-            routing.route_backward(logits.detach(), ids, weights, up, None, out, how)
+            router.route_backward(logits.detach(), ids, weights, up, None, out, how)
             wanted = torch.autograd.grad(router.weights_of(logits, ids.long(), method, norm, 1.0), logits, up)[0]
             assert ((out - wanted).abs() <= 1e-5 + 0.01 * wanted.abs()).all()
 
@@ -114,7 +115,7 @@ def test_both_ways(
     again = step(moe, x, coefficient)
     for a, b in zip([*decided, *got], [*again[0], *again[1]], strict=True):
         assert torch.equal(a, b)
-    monkeypatch.setattr("moekern.layer.train", lambda layer, x: None)
+    monkeypatch.setattr("moekern.layer.moe.train", lambda layer, x: None)
     wanted_decided, wanted = step(moe, x, coefficient)
     for a, b in zip(decided, wanted_decided, strict=True):
         assert a.dtype == b.dtype
@@ -163,7 +164,7 @@ def test_second_derivatives(monkeypatch: pytest.MonkeyPatch) -> None:
         return list(torch.autograd.grad(total, [leaf, *moe.parameters()]))
 
     got = second()
-    monkeypatch.setattr("moekern.layer.train", lambda layer, x: None)
+    monkeypatch.setattr("moekern.layer.moe.train", lambda layer, x: None)
     for a, b in zip(got, second(), strict=True):
         assert error(a, b) <= 2e-2
 
@@ -183,6 +184,6 @@ def test_one_program_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert made == 5  # logits, output, pre-activation, what is kept, working memory
-    assert layer_training.train(moe, x[:, ::1]) is not None
+    assert training.train(moe, x[:, ::1]) is not None
     misaligned = torch.zeros(16 * 256 + 1, device="cuda", dtype=BF16)[1:].view(16, 256)
-    assert layer_training.train(moe, misaligned) is None
+    assert training.train(moe, misaligned) is None

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moekern.activations import ACTIVATIONS
+from moekern.backends.activations import ACTIVATIONS
 from problems import NAMES, Problem, check_against_truth, forbid_torch_path, gradients, make
 
 CASES = int(os.environ.get("MOEKERN_FUZZ_CASES", "40"))

@@ -96,7 +96,7 @@ def arena() -> Iterator[Arena]:
 
 
 def test_each_kernel_with_maps(arena: Arena) -> None:
-    from moekern.backends.cuda import backward_kernels, kernels
+    from moekern.backends.cuda.kernels import gradients, grouped
 
     hidden, inter, experts, rows = 328, 296, len(COUNTS), sum(COUNTS)
     order, _, offsets = plan_of_counts(COUNTS)
@@ -117,26 +117,24 @@ def test_each_kernel_with_maps(arena: Arena) -> None:
             (True, True, False),
         ):
             activated, pre = new(rows, inter), new(rows, 2 * inter)
-            tables = kernels.Tables(offsets, rows)
-            kernels.up(
+            tables = grouped.Tables(offsets, rows)
+            grouped.up(
                 x, order, w, None, activated, pre if save else None, tables, 1, "swiglu", False, False, few_rows,
                 one_tile,
             )  # fmt: skip
             found += [activated, pre] if save else [activated]
         for stages, store_rows in ((3, 256), (4, 128), (0, 0)):
             out = new(rows, hidden)
-            tables = kernels.Tables(offsets, rows)
+            tables = grouped.Tables(offsets, rows)
             if stages:
-                kernels.grouped_mm(found[0], w_down, None, out, tables, False, stages, store_rows)
+                grouped.grouped_mm(found[0], w_down, None, out, tables, False, stages, store_rows)
             else:
-                kernels.grouped_few(found[0], w_down, None, out, tables, False)
+                grouped.grouped_few(found[0], w_down, None, out, tables, False)
             found.append(out)
         token = torch.arange(rows, dtype=torch.int32, device="cuda")
         for stages, gather in ((3, None), (4, token)):
             out = new(experts, hidden, inter)
-            backward_kernels.wgrad(
-                x, found[0], gather, offsets, kernels.Tables(offsets, rows), out, False, stages=stages
-            )
+            gradients.wgrad(x, found[0], gather, offsets, grouped.Tables(offsets, rows), out, False, stages=stages)
             found.append(out)
         results.append(found)
     assert len(results[0]) == 11

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import moekern as mk
-from moekern.layer_training import Latest
+from moekern.layer.training import Latest
 from problems import NAMES, Problem, check_against_truth, error, forbid_torch_path, gradients, make
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]

@@ -13,7 +13,8 @@ import torch
 
 import moekern as mk
 from moekern.backends import reference
-from moekern.backends.cuda import backward, configuration
+from moekern.backends.cuda import configuration
+from moekern.backends.cuda.passes import backward
 from problems import Problem, error, gradients, make
 
 pytestmark = pytest.mark.gpu

@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moekern import eager
-from moekern.activations import ACTIVATIONS, join, split
+from moekern.backends.activations import ACTIVATIONS, join, split
+from moekern.verbs import direct
 
 
 def plan(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,7 +65,7 @@ def take_rows(t: Tensor, index: Tensor) -> Tensor:
 
     It adds in float32: sums in bfloat16 stop growing at 256 equal addends.
     """
-    if not eager.is_exporting() and index.numel() == 0:  # a lookup of nothing has no second derivative
+    if not direct.is_exporting() and index.numel() == 0:  # a lookup of nothing has no second derivative
         return t[index.long()]
     wide = t.to(_accumulator(t.dtype)) if t.requires_grad and torch.is_grad_enabled() else t
     return torch.nn.functional.embedding(index.long(), wide).to(t.dtype)
@@ -154,7 +154,7 @@ def experts_forward(
         w_down: ``[E, H, I]``; last two swapped if ``transposed``.
         b_gate_up, b_down: ``[E, 2I]`` and ``[E, H]``, or None.
         top_k: K.
-        activation: A name of :data:`moekern.activations.ACTIVATIONS`.
+        activation: A name of :data:`moekern.backends.activations.ACTIVATIONS`.
         transposed, interleaved: Layout of the weights, see :func:`moekern.experts`.
         save: Whether the pre-activation is wanted.
 

@@ -9,7 +9,7 @@ from math import atan2, degrees
 
 from moekern.bench.record import BOTH, CEILING, DECODE, MOEKERN
 from moekern.bench.units import figure
-from moekern.charts import BOTTOM, HEIGHT, LEFT, TOP, WIDTH, Axis, LogAxis, frame, text
+from moekern.report.charts import BOTTOM, HEIGHT, LEFT, TOP, WIDTH, Axis, LogAxis, frame, text
 
 # Hatching for what was measured but is wrong; a page holds it once, before the first drawing.
 HATCH = (

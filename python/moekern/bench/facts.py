@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 
 import moekern
-from moekern import _core, machine
+from moekern import _core
 from moekern.bench.record import Machine
-from moekern.doctor import driver_version
+from moekern.cli.doctor import driver_version
+from moekern.report import machine
 
 COMMIT_VARIABLE = "MOEKERN_COMMIT"
 

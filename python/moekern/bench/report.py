@@ -13,9 +13,9 @@ from moekern.bench import charts, summary
 from moekern.bench.charts import Bar, Point
 from moekern.bench.record import BOTH, CEILING, DECODE, FAILED, MOEKERN, OK, SKIPPED, VERBS, WRONG, Machine, Record, Row
 from moekern.bench.units import RATES, SIZES, duration, figure, rate, size, unit_of
-from moekern.charts import Line, line_chart
-from moekern.page import figure as drawn
-from moekern.page import page, settings_table
+from moekern.report.charts import Line, line_chart
+from moekern.report.page import figure as drawn
+from moekern.report.page import page, settings_table
 
 STYLE = (
     charts.STYLE

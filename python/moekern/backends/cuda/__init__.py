@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from moekern.activations import ACTIVATIONS
+from moekern.backends.activations import ACTIVATIONS
 from moekern.backends.cuda import torch_path
 from moekern.backends.cuda.configuration import Configuration, choose
 from moekern.backends.cuda.torch_path import warn_once
 
 if TYPE_CHECKING:
-    from moekern.backends.cuda import training
+    from moekern.backends.cuda.passes import training
 
 # Fewer than this in x, and in the gradient of the output: their rows are addressed by 32 bits in units of 16 bytes.
 GATHERED_ELEMENTS = 1 << 35
@@ -62,7 +62,8 @@ def _configuration(tensor: Tensor, slots: int, experts: int, hidden: int, inter:
 def get_ready(device: int) -> None:
     """Import what the first call on a device needs, CuPy above all, which takes a tenth of a second."""
     if _capability(device) == (9, 0):
-        from moekern.backends.cuda import inference, loader, training  # noqa: F401
+        from moekern.backends.cuda.build import loader
+        from moekern.backends.cuda.passes import inference, training  # noqa: F401
 
         loader.get_ready()
 
@@ -72,14 +73,14 @@ def plan(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     chosen = _choose(torch.bfloat16, _capability(topk_ids.get_device()), 0, num_experts, 8, 8, True)
     if topk_ids.numel() == 0 or chosen.path == "torch":
         return torch_path.plan(topk_ids, num_experts)
-    from moekern.backends.cuda import forward
+    from moekern.backends.cuda.passes import forward
 
     return forward.plan(topk_ids.contiguous(), num_experts)
 
 
 @cache
 def _host_planner() -> Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]:
-    from moekern.backends.cuda import host_plan
+    from moekern.backends.cuda.passes import host_plan
 
     return host_plan.plan
 
@@ -127,7 +128,7 @@ def experts_forward(
             x, scores, order, inverse, offsets, w_gate_up, w_down, b_gate_up, b_down,
             top_k, activation, transposed, interleaved, save,
         )  # fmt: skip
-    from moekern.backends.cuda import forward
+    from moekern.backends.cuda.passes import forward
 
     return forward.experts_forward(
         x, scores, order, inverse, offsets, w_gate_up, w_down, b_gate_up, b_down,
@@ -160,13 +161,14 @@ def prepare_inference(
     chosen = _choose(x.dtype, _capability(x.get_device()), slots, experts, hidden, inter, True)
     if chosen.path == "torch" or slots == 0:
         return None
-    from moekern.backends.cuda import inference, routing
+    from moekern.backends.cuda.kernels import router
+    from moekern.backends.cuda.passes import inference
 
-    if formula is not None and top_k > routing.MOST_TOP_K:
+    if formula is not None and top_k > router.MOST_TOP_K:
         return None
     return inference.make(
         x, routed_by, topk_weights, w_gate_up, w_down, b_gate_up, b_down, top_k, activation, transposed, interleaved,
-        None if formula is None else routing.formula(*formula), chosen, makes_logits,
+        None if formula is None else router.formula(*formula), chosen, makes_logits,
     )  # fmt: skip
 
 
@@ -186,12 +188,13 @@ def prepare_training(
     chosen = _choose(x.dtype, _capability(x.get_device()), slots, experts, hidden, inter, True)
     if chosen.path == "torch" or slots == 0 or x.numel() >= GATHERED_ELEMENTS:
         return None
-    from moekern.backends.cuda import routing, training
+    from moekern.backends.cuda.kernels import router
+    from moekern.backends.cuda.passes import training
 
-    if top_k > routing.MOST_TOP_K:
+    if top_k > router.MOST_TOP_K:
         return None
     return training.Layer(
-        x, router_weight, w_gate_up, w_down, b_gate_up, b_down, top_k, activation, routing.formula(*formula), chosen
+        x, router_weight, w_gate_up, w_down, b_gate_up, b_down, top_k, activation, router.formula(*formula), chosen
     )
 
 
@@ -200,20 +203,21 @@ def makes_logits(x: Tensor, weight: Tensor) -> bool:
     fits = x.ndim == 2 and weight.ndim == 2 and x.shape[1] == weight.shape[1] and x.device == weight.device
     if not fits or x.dtype not in _HALF or x.dtype != weight.dtype or _capability(x.get_device()) != (9, 0):
         return False
-    from moekern.backends.cuda import routing
+    from moekern.backends.cuda.kernels import router
 
-    return routing.makes_logits(x.shape[0], weight.shape[0], x.shape[1])
+    return router.makes_logits(x.shape[0], weight.shape[0], x.shape[1])
 
 
 def logits(x: Tensor, weight: Tensor) -> Tensor:
     """``x @ weight.T`` in float32 of half-precision tensors, which are plain; torch refuses what does not fit."""
     if makes_logits(x, weight) and weight.is_contiguous() and _aligned(weight):
-        from moekern.backends.cuda import forward, routing
+        from moekern.backends.cuda.kernels import router
+        from moekern.backends.cuda.passes import forward
 
         x = _copied(x.contiguous())
         out = torch.empty(x.shape[0], weight.shape[0], dtype=torch.float32, device=x.device)
         with forward.on_device(x.get_device()):
-            routing.logits(x, weight, None, out)
+            router.logits(x, weight, None, out)
         return out
     return torch.mm(x, weight.mT, out_dtype=torch.float32)
 
@@ -249,7 +253,7 @@ def experts_backward(
     )  # fmt: skip
     if chosen.path == "torch" or not (slots and hidden and inter and gathers):
         return torch_path.experts_backward(*arguments)
-    from moekern.backends.cuda import backward
+    from moekern.backends.cuda.passes import backward
 
     with torch.cuda.device(x.device):
         return backward.experts_backward(*arguments, chosen)
@@ -263,7 +267,7 @@ def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor, kind: str) -> Tensor:
     chosen = _configuration(a, a.shape[0], experts, a.shape[1], features, _aligned(b))
     if chosen.path == "torch":
         return torch_path.grouped_mm(a, b, offsets, kind)
-    from moekern.backends.cuda import backward_kernels, kernels
+    from moekern.backends.cuda.kernels import gradients, grouped
 
     if kind == "tn":
         out = a.new_empty((experts, a.shape[1], features))
@@ -271,12 +275,12 @@ def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor, kind: str) -> Tensor:
             return out.zero_()
         if out.numel():
             with torch.cuda.device(a.device):
-                tables = kernels.Tables(offsets, a.shape[0])
-                backward_kernels.wgrad(a, b, None, offsets, tables, out, False, stages=chosen.wgrad_stages)
+                tables = grouped.Tables(offsets, a.shape[0])
+                gradients.wgrad(a, b, None, offsets, tables, out, False, stages=chosen.wgrad_stages)
         return out
     out = a.new_zeros((a.shape[0], features))  # rows past the last expert's stay zero
     if out.numel() and a.shape[1]:
         with torch.cuda.device(a.device):
-            tables = kernels.Tables(offsets, a.shape[0])
-            kernels.grouped_product(a, b, None, out, tables, kind == "nn", chosen)
+            tables = grouped.Tables(offsets, a.shape[0])
+            grouped.grouped_product(a, b, None, out, tables, kind == "nn", chosen)
     return out

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moekern import machine
 from moekern.bench.peers.base import Layer, Peer
 from moekern.bench.problem import Problem, Results
+from moekern.report import machine
 
 GROUPED_MM: Any = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
 

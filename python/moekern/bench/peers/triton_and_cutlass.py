@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moekern import machine
 from moekern.bench.peers.base import Layer, Peer
 from moekern.bench.problem import Problem
+from moekern.report import machine
 
 
 def not_installed(*packages: str) -> str | None:

@@ -1,0 +1,1 @@
+"""Sources, compilers and the cache of compiled kernels."""

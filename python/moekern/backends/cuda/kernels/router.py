@@ -1,0 +1,97 @@
+"""The router's part of a layer as launches: the logits of few tokens, the choice from logits, and the way back.
+
+Kernels: cuda/logits.cu, cuda/route.cu, cuda/route_backward.cu.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moekern.backends.cuda.kernels.grouped import ELEMENT, Macros, _function
+from moekern.backends.cuda.launch.program import launch
+
+MOST_TOP_K = 64
+TOKENS = 8  # of a block
+PER_LANE = (1, 2, 4, 8, 16, 32)  # builds: the logits of up to 32 times as many experts
+
+
+@dataclass(frozen=True)
+class Formula:
+    """How weights follow from the chosen logits."""
+
+    code: int  # 0 softmax of the chosen, 1 softmax of all, 2 sigmoid, 3 root of softplus
+    normalised: bool  # 2, 3: divided by their sum
+    scale: float
+
+
+def formula(name: str, norm_topk_prob: bool, scale: float) -> Formula:
+    """For one of :data:`moekern.routing.router.FORMULAS`."""
+    if name == "softmax_topk":
+        return Formula(0 if norm_topk_prob else 1, False, scale)
+    if name == "topk_softmax":
+        return Formula(0, False, scale)
+    if name == "sqrtsoftplus_topk":
+        return Formula(3, norm_topk_prob, scale)
+    return Formula(2, norm_topk_prob and name == "sigmoid_topk", scale)
+
+
+def route_variant(experts: int) -> Macros:
+    """Macros of the build for so many experts, at most 1024."""
+    return (("PER_LANE", next(n for n in PER_LANE if 32 * n >= experts)),)
+
+
+def route(logits: Any, ids: Any, weights: Any, how: Formula) -> None:
+    """Fill `ids` int32 and `weights` float32, both ``[T, K]``, from `logits` float32 ``[T, E]``."""
+    device, (tokens, experts), top_k = logits.get_device(), logits.shape, ids.shape[1]
+    params = struct.pack(
+        "<3Q5if", logits.data_ptr(), ids.data_ptr(), weights.data_ptr(), tokens, experts, top_k,
+        how.code, how.normalised, how.scale,
+    )  # fmt: skip
+    function = _function(device, "route.cu", "route", 0, route_variant(experts))
+    launch(function, device, -(-tokens // TOKENS), 32 * TOKENS, 0, [], params)
+
+
+LOGITS_TOKENS, LOGITS_EXPERTS = 16, 8  # of a block
+MOST_LOGITS_WORK = 1 << 20  # features that its blocks go through: beyond, their reading of the same rows shows
+
+
+def makes_logits(tokens: int, experts: int, hidden: int) -> bool:
+    """Whether the kernel for few tokens serves: there it is called sooner than a library, and takes no longer."""
+    blocks = -(-tokens // LOGITS_TOKENS) * -(-experts // LOGITS_EXPERTS)
+    return tokens > 0 and hidden % 8 == 0 and blocks * hidden <= MOST_LOGITS_WORK
+
+
+def logits_variant(dtype: torch.dtype) -> Macros:
+    """Macros of the logits' kernel, and of the gradient's."""
+    return (("ELEMENT", ELEMENT[dtype]),)
+
+
+def logits(x: Any, weight: Any, bias: Any, out: Any) -> None:
+    """Fill `out` float32 ``[T, E]`` with ``x @ weight.T + bias``, of 16-bit elements; `bias` may be None."""
+    device, (tokens, hidden), experts = x.get_device(), x.shape, weight.shape[0]
+    expert_blocks = -(-experts // LOGITS_EXPERTS)
+    params = struct.pack(
+        "<4Q4i", x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr(),
+        tokens, hidden, experts, expert_blocks,
+    )  # fmt: skip
+    function = _function(device, "logits.cu", "logits", 0, logits_variant(x.dtype))
+    launch(function, device, -(-tokens // LOGITS_TOKENS) * expert_blocks, 256, 0, [], params)
+
+
+def route_backward(logits: Any, ids: Any, weights: Any, dweights: Any, elsewhere: Any, out: Any, how: Formula) -> None:
+    """Fill `out` ``[T, E]``, 16 bits, with the logits' gradient: from `dweights`, and `elsewhere` added.
+
+    Arguments but `ids` are float32; `dweights` ``[T, K]`` and `elsewhere` ``[T, E]`` may be None.
+    """
+    device, (tokens, experts), top_k = logits.get_device(), logits.shape, ids.shape[1]
+    params = struct.pack(
+        "<6Q5if", logits.data_ptr(), ids.data_ptr(), weights.data_ptr(),
+        0 if dweights is None else dweights.data_ptr(), 0 if elsewhere is None else elsewhere.data_ptr(),
+        out.data_ptr(), tokens, experts, top_k, how.code, how.normalised, how.scale,
+    )  # fmt: skip
+    function = _function(device, "route_backward.cu", "route_backward", 0, logits_variant(out.dtype))
+    launch(function, device, -(-tokens // TOKENS), 32 * TOKENS, 4 * TOKENS * experts, [], params)

@@ -1,0 +1,1 @@
+"""The experiment of `moekern demo`: text, models, training, summary and report."""

@@ -1,0 +1,1 @@
+"""The torch modules: the layer, its parameters, its short ways, and what walks a model."""

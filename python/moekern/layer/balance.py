@@ -1,0 +1,329 @@
+"""Keeping the experts evenly used: losses on the router, and DeepSeek's bias that needs none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moekern.layer.moe import MoE, Routing
+from moekern.layer.parameters import Router, inner, local
+from moekern.routing import router
+from moekern.verbs import checks, masks
+
+
+def load_balancing_loss(
+    logits: Tensor, tokens_per_expert: Tensor, *, mask: Tensor | None = None, group: Any = None
+) -> Tensor:
+    """The auxiliary loss of Switch Transformer (Fedus et al. 2021, equations 4 to 6), scaled as transformers does.
+
+    ``E * sum_e f_e * P_e`` with ``f_e`` the share of tokens that chose expert e (these sum to top_k) and ``P_e`` its
+    mean probability. It is ``top_k`` when all experts are used alike, and larger otherwise.
+
+    Args:
+        logits: ``[T, E]`` router logits; the gradient flows through these.
+        tokens_per_expert: ``[E]`` counts, without those of masked tokens.
+        mask: ``[T]``, zero for tokens that do not count (padding), whatever their logits; bool, integer, or floating
+            with zeros and ones. None: all count.
+        group: A torch.distributed process group over which the counts are summed, so that the batches of all its ranks
+            are balanced together and not each on its own; None for this rank alone. The mean over the ranks, which
+            data-parallel training takes of the gradients, then gives the gradient of the loss of the whole batch,
+            however many tokens each rank has.
+
+    Returns:
+        A scalar in float32.
+    """
+    _check_logits(logits, ("tokens", "experts"))
+    _check_group(group)
+    num_experts = logits.shape[1]
+    checks.is_tensor("tokens_per_expert", tokens_per_expert)
+    checks.has_dtype("tokens_per_expert", tokens_per_expert, (*checks.OFFSETS, *checks.FLOATING))
+    checks.has_shape("tokens_per_expert", tokens_per_expert, (num_experts,), "one count an expert")
+    checks.same_device("tokens_per_expert", tokens_per_expert, "logits", logits)
+    weight = _token_weights(logits, mask)
+    probability = (torch.softmax(_masked(logits, weight), dim=-1) * weight).sum(0)
+    counts, tokens = tokens_per_expert.float(), weight.sum()
+    of_a_rank = tokens
+    if group is not None:
+        both = torch.cat((counts, tokens.reshape(1)))
+        dist.all_reduce(both, group=group)
+        counts, tokens = both[:-1], both[-1]
+        of_a_rank = tokens / dist.get_world_size(group)
+    return num_experts * ((counts / tokens.clamp(min=1)) * probability).sum() / _at_least_some(of_a_rank)
+
+
+def z_loss(logits: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """The router z-loss of ST-MoE (Zoph et al. 2022, equation 5): the mean square of the logits' log-sum-exp.
+
+    It keeps the logits small, where float32 resolves them well.
+
+    Args:
+        logits: ``[T, E]``.
+        mask: As in :func:`load_balancing_loss`.
+    """
+    _check_logits(logits, ("tokens", "experts"))
+    weight = _token_weights(logits, mask)
+    square = torch.logsumexp(_masked(logits, weight), dim=-1, keepdim=True).square()
+    return (square * weight).sum() / weight.sum().clamp(min=1)
+
+
+def sequence_balancing_loss(
+    logits: Tensor, topk_ids: Tensor, *, method: str = "deepseek_v3", mask: Tensor | None = None
+) -> Tensor:
+    """The sequence-wise loss of DeepSeek-V3 (2024, equations 17 to 20): balance within every sequence by itself.
+
+    For one sequence ``sum_e f_e * P_e`` with ``f_e = E / K`` times the share of its tokens that chose expert e, and
+    ``P_e`` the mean of e's score as a share of the token's scores. It is 1 when all experts are used alike.
+
+    Args:
+        logits: ``[B, N, E]``: B sequences of N tokens.
+        topk_ids: ``[B, N, K]`` int64, int32, uint8 or uint16; sentinels are not counted.
+        method: The method of :func:`moekern.route`, for its scores.
+        mask: ``[B, N]``, zero for padding, or None.
+
+    Returns:
+        The mean over the sequences that have a token, a scalar in float32; zero if none has.
+    """
+    _check_logits(logits, ("sequences", "tokens", "experts"))
+    checks.is_tensor("topk_ids", topk_ids)
+    checks.has_dtype("topk_ids", topk_ids, checks.INTEGER)
+    checks.same_device("topk_ids", topk_ids, "logits", logits)
+    sequences, length, num_experts = logits.shape
+    checks.has_shape("topk_ids", topk_ids, (sequences, length, "top_k"), "as logits")
+    checks.one_of("method", method, tuple(router.METHODS))
+    weight = _token_weights(logits, mask)
+    tokens = weight.sum(1).clamp(min=1)
+    scores = router.scores(_masked(logits, weight), method)
+    probability = (scores / (scores.sum(-1, keepdim=True) + 1e-20) * weight).sum(1) / tokens
+    chosen = weight.expand(-1, -1, topk_ids.shape[2]).flatten(1)
+    ids = topk_ids.flatten(1).to(torch.int64)
+    ids = torch.where((ids >= 0) & (ids < num_experts), ids, num_experts)  # a column for sentinels
+    counts = probability.new_zeros(sequences, num_experts + 1).scatter_add(1, ids, chosen)[:, :-1]
+    share = counts * num_experts / (topk_ids.shape[2] * tokens)
+    return (share * probability).sum() / (weight.sum(1) > 0).sum().clamp(min=1)
+
+
+def aux_loss(
+    model: nn.Module,
+    attention_mask: Tensor | None = None,
+    *,
+    balance: float = 1.0,
+    z: float = 0.0,
+    sequence: float = 0.0,
+    group: Any = None,
+) -> Tensor:
+    """The sum of the routers' losses of all MoE layers, from their latest forward pass in training mode.
+
+    Add it to the training loss with a small coefficient, such as 0.01. A layer keeps its latest forward pass only, so a
+    recomputation under activation checkpointing does not count twice.
+
+    Args:
+        model: Anything that contains :class:`moekern.MoE` layers.
+        attention_mask: Zero for padding tokens, which then do not count, besides those that the forward pass masked;
+            of the shape of the layers' input without its last dimension, or one of the two in one dimension.
+        balance: Coefficient of :func:`load_balancing_loss`.
+        z: Coefficient of :func:`z_loss`.
+        sequence: Coefficient of :func:`sequence_balancing_loss`; the last leading dimension of the layers' input is the
+            sequence.
+        group: See :func:`load_balancing_loss`.
+
+    Returns:
+        A scalar; of a model spread over devices, on that of its last layer.
+
+    Raises:
+        TypeError, ValueError: An argument is of the wrong kind; the model has no MoE layer, or one that has not run in
+            training mode yet, or ran without gradient.
+    """
+    for name, value in (("balance", balance), ("z", z), ("sequence", sequence)):
+        checks.is_number(name, value, low=0)
+    _check_group(group)
+    losses = []
+    for name, layer in _layers(model):
+        routing = layer.latest_routing
+        if routing is None:
+            raise ValueError(
+                f"model: layer {name!r} has not run a forward pass in training mode; "
+                "call model.train() and the model first"
+            )
+        learns = any(p.requires_grad for p in layer.gate.parameters())
+        if torch.is_grad_enabled() and learns and not routing.logits.requires_grad:
+            raise ValueError(
+                f"model: layer {name!r} ran without gradient, so its loss would have none; "
+                "checkpoint activations with use_reentrant=False, and do not run the model under torch.no_grad()"
+            )
+        losses.append(_layer_loss(layer, routing, attention_mask, balance, z, sequence, group))
+    return torch.stack([loss.to(losses[-1].device) for loss in losses]).sum()
+
+
+def set_token_mask(model: nn.Module, mask: Tensor | None) -> None:
+    """Tell all layers which tokens are padding, where the model does not hand them a mask: ``mask`` of ``MoE.forward``.
+
+    It holds for every pass in training mode, recomputations included, until it is set anew; one of another shape than
+    a layer's input is refused there. So set it before each batch, or to None for batches without padding.
+
+    Args:
+        model: Contains :class:`moekern.MoE` layers.
+        mask: Bool or integer, False or zero for padding, of the shape of the layers' input without its last dimension,
+            and on its device, as an ``attention_mask`` mostly is; None ends it.
+
+    Raises:
+        TypeError, ValueError: The model has no such layer, or the mask is no bool or integer tensor.
+    """
+    if mask is not None:
+        masks.check_kind(mask)
+    for _, layer in _layers(model):
+        layer.__dict__["_token_mask"] = mask
+
+
+def update_selection_bias(model: nn.Module, rate: float = 0.001, group: Any = None) -> None:
+    """One step of DeepSeek's balancing without loss (Wang et al. 2024): move every layer's selection bias.
+
+    Experts that got more than the mean number of tokens since the latest step are made less likely to be chosen by
+    ``rate``, those that got fewer, more likely. Call it once an optimiser step, after all its forward passes; or let
+    :func:`bias_update_hook` do so.
+
+    Args:
+        model: Contains :class:`moekern.MoE` layers with ``selection_bias=True``.
+        rate: The step.
+        group: A torch.distributed process group over which the tokens are summed, None for this rank alone. Ranks that
+            share their weights must share their tokens, or their biases drift apart.
+
+    Raises:
+        TypeError, ValueError: An argument is of the wrong kind; the model has no such layer.
+    """
+    checks.is_number("rate", rate, low=0)
+    _check_group(group)
+    with torch.no_grad():
+        for gate in _gates_with_bias(model):
+            gate.keep_bias_wide()
+            bias, tokens = gate.e_score_correction_bias, gate.tokens_since_update
+            assert bias is not None
+            assert tokens is not None
+            bias = local(bias)
+            if group is not None:
+                dist.all_reduce(tokens, group=group)
+            counts = tokens.to(torch.float32)
+            bias.add_(torch.sign(counts.mean() - counts), alpha=rate)
+            tokens.zero_()
+
+
+def bias_update_hook(
+    optimizer: torch.optim.Optimizer, model: nn.Module, rate: float = 0.001, group: Any = None
+) -> torch.utils.hooks.RemovableHandle:
+    """Call :func:`update_selection_bias` after every step of the optimiser.
+
+    Args:
+        optimizer: A torch optimiser, or a wrapper that has one as ``.optimizer``, such as Accelerate's: then after
+            every step that it really takes.
+        model, rate, group: See :func:`update_selection_bias`.
+
+    Returns:
+        A handle whose ``remove()`` ends it.
+
+    Raises:
+        TypeError: ``optimizer`` is not a torch optimiser, or another argument is of the wrong kind.
+        ValueError: The model has no layer with a selection bias.
+    """
+    own = _unwrapped(optimizer)
+    checks.is_number("rate", rate, low=0)
+    _check_group(group)
+    _gates_with_bias(model)
+    return own.register_step_post_hook(lambda *_: update_selection_bias(model, rate, group))
+
+
+def _unwrapped(optimizer: object) -> torch.optim.Optimizer:
+    """The optimiser that steps. Some wrappers are an Optimizer by class only and have none of its hooks."""
+    own: Any = optimizer
+    for _ in range(10):
+        if isinstance(own, torch.optim.Optimizer) and hasattr(own, "_optimizer_step_post_hooks"):
+            return own
+        # A learning rate scheduler has an optimiser and a step too, which is not the optimiser's.
+        is_wrapper = hasattr(own, "step") and not hasattr(own, "get_last_lr")
+        names = ("optimizer", "optim", "_optimizer") if is_wrapper else ()
+        own = next((held for name in names if (held := getattr(own, name, None)) is not None), None)
+    raise TypeError(
+        f"optimizer: got {type(optimizer).__name__}, expected a torch.optim.Optimizer, or a wrapper that has one as "
+        "`.optimizer`; pass the optimizer that was wrapped"
+    )
+
+
+def _layers(model: nn.Module) -> list[tuple[str, MoE]]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
+    layers = [(name or "MoE", module) for name, module in model.named_modules() if isinstance(module, MoE)]
+    if not layers:
+        raise ValueError(f"model: got a {type(model).__name__} without any moekern.MoE layer, expected at least one")
+    return layers
+
+
+def _gates_with_bias(model: nn.Module) -> list[Router]:
+    gates = [inner(layer.gate, Router) for _, layer in _layers(model)]
+    gates = [gate for gate in gates if gate.e_score_correction_bias is not None]
+    if not gates:
+        raise ValueError("model: has no moekern.MoE layer with selection_bias=True")
+    return gates
+
+
+def _check_logits(logits: Tensor, shape: tuple[str, ...]) -> None:
+    checks.is_tensor("logits", logits)
+    checks.has_dtype("logits", logits, checks.FLOATING)
+    checks.has_shape("logits", logits, shape)
+
+
+def _check_group(group: object) -> None:
+    if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+        raise TypeError(f"group: got {type(group).__name__}, expected a torch.distributed process group or None")
+
+
+def _token_weights(logits: Tensor, mask: Tensor | None) -> Tensor:
+    """Float32 ``[..., 1]``: one for a token that counts, zero for a masked one."""
+    if mask is None:
+        return torch.ones((*logits.shape[:-1], 1), dtype=torch.float32, device=logits.device)
+    checks.is_tensor("mask", mask)
+    checks.has_shape("mask", mask, tuple(logits.shape[:-1]), "one entry a token")
+    checks.same_device("mask", mask, "logits", logits)
+    return masks.truth("mask", mask).to(torch.float32).unsqueeze(-1)
+
+
+def _masked(logits: Tensor, weight: Tensor) -> Tensor:
+    """The logits in float32, zero where they do not count: padding may be NaN, which times zero is NaN."""
+    return torch.where(weight > 0, logits.float(), 0)
+
+
+def _at_least_some(tokens: Tensor) -> Tensor:
+    """A number of tokens to divide by, one in place of none."""
+    return torch.where(tokens > 0, tokens, 1)
+
+
+def _layer_loss(
+    layer: MoE,
+    routing: Routing,
+    attention_mask: Tensor | None,
+    balance: float,
+    z: float,
+    sequence: float,
+    group: Any,
+) -> Tensor:
+    logits, counts, ids, shape, mask = routing
+    if attention_mask is not None:
+        given = masks.of_losses("attention_mask", attention_mask, shape).to(logits.device)
+        mask = given if mask is None else mask & given
+        if ids is not None:
+            counts = masks.counts(ids, mask, logits.shape[1])
+    loss = balance * load_balancing_loss(logits, counts, mask=mask, group=group)
+    if z > 0:
+        loss = loss + z * z_loss(logits, mask=mask)
+    if sequence > 0:
+        if ids is None:
+            raise ValueError("sequence: got a coefficient above 0, but a layer routes by expert choice")
+        length = shape[-1] if shape else 1
+        rows = (logits.shape[0] // length if length else 0, length)
+        loss = loss + sequence * sequence_balancing_loss(
+            logits.unflatten(0, rows),
+            ids.unflatten(0, rows),
+            method=layer.routing,
+            mask=None if mask is None else mask.unflatten(0, rows),
+        )
+    return loss

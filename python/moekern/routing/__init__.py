@@ -1,0 +1,1 @@
+"""Tensors in, a choice out: routers, expert choice, capacity and rounding."""

@@ -1,0 +1,231 @@
+"""The verbs as torch operators: static shapes, a shape function each, and dispatch to a backend.
+
+The operators carry no autograd of their own: :mod:`moekern.verbs.autograd` wraps them, which costs half of what
+``register_autograd`` does per call. Every argument has been checked above this layer.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_PLAN = "plan(Tensor topk_ids, int num_experts, str backend) -> (Tensor, Tensor, Tensor)"
+_PLAN_ON_HOST = "plan_on_host(Tensor topk_ids, int num_experts) -> (Tensor, Tensor, Tensor)"
+_FORWARD = (
+    "experts_forward(Tensor x, Tensor? scores, Tensor order, Tensor inverse, Tensor offsets, Tensor w_gate_up, "
+    "Tensor w_down, Tensor? b_gate_up, Tensor? b_down, int top_k, str activation, bool transposed, bool interleaved, "
+    "bool save, str backend) -> (Tensor, Tensor)"
+)
+_BACKWARD = (
+    "experts_backward(Tensor dout, Tensor x, Tensor pre, Tensor? scores, Tensor order, Tensor inverse, "
+    "Tensor offsets, Tensor w_gate_up, Tensor w_down, Tensor? b_gate_up, Tensor? b_down, int top_k, str activation, "
+    "bool transposed, bool interleaved, bool[] needs, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_GROUPED_MM = "grouped_mm(Tensor a, Tensor b, Tensor offsets, str kind, str backend) -> Tensor"
+
+_UNLESS_RECOMPUTING = "unless_recomputing(Tensor counts) -> Tensor"
+
+_library: Any = torch.library.Library("moekern", "DEF")  # type: ignore[no-untyped-call]
+for _schema in (_PLAN, _FORWARD, _BACKWARD, _GROUPED_MM):
+    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+# It waits for the device, which nothing in a CUDA graph may do.
+_library.define(_PLAN_ON_HOST, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe))
+# It looks who runs it, which a CUDA graph would fix for good. It returns what to add instead of adding, because
+# selective checkpointing refuses operators that write to their arguments.
+_library.define(_UNLESS_RECOMPUTING, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe))
+
+_modules: dict[str, ModuleType] = {}
+
+# Private to torch, but there is no public way to ask.
+_forward_mode_enabled = getattr(torch._C, "_is_fwd_grad_enabled", lambda: True)
+_below_autograd = torch._C._after_autograd_keyset
+
+
+def backend_module(name: str) -> ModuleType:
+    """The module of a backend, imported when first needed: CUDA brings CuPy with it."""
+    module = _modules.get(name)
+    if module is None:
+        module = _modules[name] = importlib.import_module(f"moekern.backends.{name}")
+    return module
+
+
+def _plan(topk_ids: Tensor, num_experts: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    return backend_module(backend).plan(topk_ids, num_experts)  # type: ignore[no-any-return]
+
+
+def _plan_on_host(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    return backend_module("cuda").plan_on_host(topk_ids, num_experts)  # type: ignore[no-any-return]
+
+
+def _experts_forward(*args) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+    return backend_module(args[-1]).experts_forward(*args[:-1])  # type: ignore[no-any-return]
+
+
+def _experts_backward(*args) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
+    return backend_module(args[-1]).experts_backward(*args[:-1])  # type: ignore[no-any-return]
+
+
+def _grouped_mm(a: Tensor, b: Tensor, offsets: Tensor, kind: str, backend: str) -> Tensor:
+    return backend_module(backend).grouped_mm(a, b, offsets, kind)  # type: ignore[no-any-return]
+
+
+def is_recomputing() -> bool:
+    """Whether this forward pass is activation checkpointing's second one: it then runs inside a backward pass."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _unless_recomputing(counts: Tensor) -> Tensor:
+    """The tokens of each expert; zeros in a recomputation, whose first pass has counted them."""
+    return torch.zeros_like(counts) if is_recomputing() else counts.clone()
+
+
+def _unless_recomputing_shape(counts: Tensor) -> Tensor:
+    return torch.empty_like(counts)
+
+
+def _plan_shape(topk_ids: Tensor, num_experts: int, backend: str = "") -> tuple[Tensor, Tensor, Tensor]:
+    slots = topk_ids.numel()
+    return (
+        topk_ids.new_empty(slots, dtype=torch.int32),
+        topk_ids.new_empty(slots, dtype=torch.int32),
+        topk_ids.new_empty(num_experts + 1, dtype=torch.int32),
+    )
+
+
+def _experts_forward_shape(
+    x: Tensor,
+    scores: Tensor | None,
+    order: Tensor,
+    inverse: Tensor,
+    offsets: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    b_gate_up: Tensor | None,
+    b_down: Tensor | None,
+    top_k: int,
+    activation: str,
+    transposed: bool,
+    interleaved: bool,
+    save: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    pre = x.new_empty(order.shape[0], w_gate_up.shape[2 if transposed else 1]) if save else x.new_empty(0)
+    return x.new_empty(x.shape), pre
+
+
+def _experts_backward_shape(
+    dout: Tensor,
+    x: Tensor,
+    pre: Tensor,
+    scores: Tensor | None,
+    order: Tensor,
+    inverse: Tensor,
+    offsets: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    b_gate_up: Tensor | None,
+    b_down: Tensor | None,
+    top_k: int,
+    activation: str,
+    transposed: bool,
+    interleaved: bool,
+    needs: list[bool],
+    backend: str,
+) -> tuple[Tensor, ...]:
+    of = (x, scores, w_gate_up, w_down, b_gate_up, b_down)
+    return tuple(
+        t.new_empty(t.shape) if wanted and t is not None else x.new_empty(0)
+        for t, wanted in zip(of, needs, strict=True)
+    )
+
+
+def _grouped_mm_shape(a: Tensor, b: Tensor, offsets: Tensor, kind: str, backend: str) -> Tensor:
+    if kind == "tn":
+        return a.new_empty(offsets.shape[0] - 1, a.shape[1], b.shape[1])
+    return a.new_empty(a.shape[0], b.shape[1 if kind == "nt" else 2])
+
+
+def slice_by_slice(function: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    """The rule of ``vmap`` for any of the verbs: one call for each slice, so the same bits as without it.
+
+    Kernels read memory by address, hence the copies of slices that are not contiguous.
+    """
+    if info.batch_size == 0:
+        raise ValueError("moekern: got a vmapped dimension of size 0, expected at least 1")
+
+    def slice_of(i: int) -> list[Any]:
+        return [
+            a.select(dim, i).contiguous() if isinstance(a, Tensor) and dim is not None else a
+            for a, dim in zip(args, in_dims, strict=True)
+        ]
+
+    results = [function(*slice_of(i)) for i in range(info.batch_size)]
+    if isinstance(results[0], Tensor):
+        return torch.stack(results), 0
+    parts = tuple(None if part[0] is None else torch.stack(part) for part in zip(*results, strict=True))
+    return parts, tuple(None if part is None else 0 for part in parts)
+
+
+def _has_tangent(arg: Any) -> bool:
+    return isinstance(arg, Tensor) and arg.is_floating_point() and forward_ad.unpack_dual(arg).tangent is not None
+
+
+def register(library: Any, name: str, kernel: Callable[..., Any], shape: Callable[..., Any]) -> None:
+    """Give an operator its kernel and all its rules: shapes, ``vmap``, and no silence about tangents.
+
+    An operator is no place for derivatives here; what differentiates goes around it. One that is reached with a
+    tangent all the same, as inside torch.compile, would drop it and so give a derivative of zero: it raises.
+    """
+    operator = getattr(torch.ops.moekern, name).default
+
+    def refuse_tangents(keys: Any, *args: Any) -> Any:
+        if getattr(forward_ad, "_current_level", 0) >= 0 and _forward_mode_enabled() and any(map(_has_tangent, args)):
+            raise NotImplementedError(
+                f"moekern::{name}: got a tensor with a tangent, expected none: forward-mode differentiation works "
+                "through moekern's functions and modules, outside torch.compile"
+            )
+        return operator.redispatch(keys & _below_autograd, *args)
+
+    library.impl(name, kernel, "CompositeExplicitAutograd")
+    library.impl(name, refuse_tangents, "Autograd", with_keyset=True)
+    torch.library.register_fake(f"moekern::{name}", shape, lib=library)
+    torch.library.register_vmap(f"moekern::{name}", partial(slice_by_slice, operator), lib=library)
+
+
+for _name, _kernel, _shape in (
+    ("plan", _plan, _plan_shape),
+    ("plan_on_host", _plan_on_host, _plan_shape),
+    ("experts_forward", _experts_forward, _experts_forward_shape),
+    ("experts_backward", _experts_backward, _experts_backward_shape),
+    ("grouped_mm", _grouped_mm, _grouped_mm_shape),
+    ("unless_recomputing", _unless_recomputing, _unless_recomputing_shape),
+):
+    register(_library, _name, _kernel, _shape)
+
+plan = torch.ops.moekern.plan.default
+plan_on_host = torch.ops.moekern.plan_on_host.default
+experts_forward = torch.ops.moekern.experts_forward.default
+experts_backward = torch.ops.moekern.experts_backward.default
+grouped_mm = torch.ops.moekern.grouped_mm.default
+unless_recomputing = torch.ops.moekern.unless_recomputing.default
+
+__all__ = [
+    "backend_module",
+    "experts_backward",
+    "experts_forward",
+    "grouped_mm",
+    "is_recomputing",
+    "plan",
+    "plan_on_host",
+    "register",
+    "slice_by_slice",
+    "unless_recomputing",
+]
