@@ -14,8 +14,8 @@ import suite
 from moekern import _core
 from moekern.bench.facts import commit
 from moekern.bench.shapes import SHAPES
-from moekern.cli.doctor import driver_version
 from moekern.report import machine
+from moekern.report.machine import driver_version
 
 PACKAGES = ("moekern", "torch", "numpy", "cupy-cuda12x", "cupy-cuda13x", "transformers")
 THREADS = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")  # what changes the figures of torch's operators beside the kernels

@@ -175,7 +175,7 @@ def test_driver_without_a_usable_gpu(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", torch_cuda)
-    monkeypatch.setattr(doctor, "driver_version", lambda: "580.65.06")
+    monkeypatch.setattr(doctor.machine, "driver_version", lambda: "580.65.06")
     diagnosis = Diagnosis()
     doctor.examine_gpu(diagnosis)
     assert diagnosis.facts["GPU"] == {

@@ -92,7 +92,7 @@ def test_grouped_mm_on_ragged_rows(
                 grouped.grouped_few(a, w, b, out, tables, transposed)
             assert_guards(whole)
             results.append(out)
-        wanted = plain if b is None else plain + reference._bias_rows(b.float(), offsets, rows)
+        wanted = plain if b is None else plain + reference.bias_rows(b.float(), offsets, rows)
         assert_rows_close(results[0], wanted, offsets, ROUNDING[dtype])
         assert torch.equal(*results)
 
@@ -128,7 +128,7 @@ def test_up_on_ragged_rows(
     gathered = x[order[:rows].long()].float()
     wanted = reference.grouped_mm(gathered, w.float(), offsets, "nn" if transposed else "nt")
     if b is not None:
-        wanted = wanted + reference._bias_rows(b.float(), offsets, rows)
+        wanted = wanted + reference.bias_rows(b.float(), offsets, rows)
     results = []
     # Gate and up in halves take a form of their own for one tile, of the next test.
     for save, one_tile in ((True, False), (False, False), (True, not act.gated or interleaved)):
@@ -169,7 +169,7 @@ def test_up_for_few_rows(
     b = normal(experts, 2 * inter, dtype=dtype) if bias else None
     pre = reference.grouped_mm(x[order.long()].float(), w.float(), offsets, "nn" if transposed else "nt")
     if b is not None:
-        pre = pre + reference._bias_rows(b.float(), offsets, rows)
+        pre = pre + reference.bias_rows(b.float(), offsets, rows)
     results = []
     for save in (False, True, False, True):
         whole, activated = guarded(rows, inter, dtype=dtype)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moekern.verbs import direct
+from moekern.backends.tangents import forward_mode
 
 # gpt-oss, https://huggingface.co/openai/gpt-oss-20b: slope of the sigmoid and bound of both halves.
 OAI_ALPHA = 1.702
@@ -43,7 +43,7 @@ class Activation:
 
 
 def _silu(x: Tensor) -> Tensor:
-    if not direct.forward_mode():
+    if not forward_mode():
         return F.silu(x)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))  # torch's gradient of silu has no forward-mode rule
     return (wide * torch.sigmoid(wide)).to(x.dtype)
@@ -52,7 +52,7 @@ def _silu(x: Tensor) -> Tensor:
 # The gradients are torch's own operators: one kernel each, float32 inside for half precision, and finite wherever
 # autograd's are.
 def _silu_grad(da: Tensor, x: Tensor) -> Tensor:
-    if not direct.forward_mode():
+    if not forward_mode():
         return torch.ops.aten.silu_backward(da, x)  # type: ignore[no-any-return]
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     s = torch.sigmoid(wide)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from moekern import _core
-from moekern.backends import address, reference
+from moekern.backends import reference
 from moekern.backends.activations import ACTIVATIONS
+from moekern.backends.pointers import address
 
 _DTYPE = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
 _ID_TYPE = {torch.uint8: 0, torch.uint16: 1, torch.int32: 2, torch.int64: 3}

@@ -71,7 +71,7 @@ def take_rows(t: Tensor, index: Tensor) -> Tensor:
     return torch.nn.functional.embedding(index.long(), wide).to(t.dtype)
 
 
-def _bias_rows(bias: Tensor, offsets: Tensor, rows: int) -> Tensor:
+def bias_rows(bias: Tensor, offsets: Tensor, rows: int) -> Tensor:
     """The bias of each row's expert, ``[rows, n]``, zero past the last expert."""
     row = torch.arange(rows, device=offsets.device)
     expert = torch.searchsorted(offsets[1:].to(row.dtype), row, right=True)
@@ -82,7 +82,7 @@ def _linear(
     a: Tensor, w: Tensor, bias: Tensor | None, offsets: Tensor, transposed: bool, multiply: GroupedMM
 ) -> Tensor:
     out = multiply(a, w, offsets, "nn" if transposed else "nt")
-    return out if bias is None else out + _bias_rows(bias, offsets, a.shape[0])
+    return out if bias is None else out + bias_rows(bias, offsets, a.shape[0])
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -207,7 +207,7 @@ def experts_backward(
     if needs[1]:
         per_row = (da_unscaled * a.to(weight.dtype)).sum(1)
         if b_down is not None:
-            per_row = per_row + (dout_rows.to(weight.dtype) * _bias_rows(b_down, offsets, rows).to(weight.dtype)).sum(1)
+            per_row = per_row + (dout_rows.to(weight.dtype) * bias_rows(b_down, offsets, rows).to(weight.dtype)).sum(1)
         d_scores = per_row[inverse.long()].reshape(x.shape[0], top_k)
 
     dg, du = act.backward((da_unscaled * weight).to(x.dtype), g, u)

@@ -12,8 +12,8 @@ import torch
 import moekern
 from moekern import _core
 from moekern.bench.record import Machine
-from moekern.cli.doctor import driver_version
 from moekern.report import machine
+from moekern.report.machine import driver_version
 
 COMMIT_VARIABLE = "MOEKERN_COMMIT"
 

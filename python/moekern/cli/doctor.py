@@ -166,7 +166,7 @@ def examine_cpu(diagnosis: Diagnosis) -> None:
 
 
 def examine_gpu(diagnosis: Diagnosis) -> None:
-    driver = driver_version()
+    driver = machine.driver_version()
     diagnosis.fact("GPU", "driver", driver or "none")
     diagnosis.fact("GPU", "torch CUDA", torch.version.cuda or "none (torch was built for the CPU only)")
     complaints = []
@@ -194,15 +194,6 @@ def examine_gpu(diagnosis: Diagnosis) -> None:
         memory = properties.total_memory / 2**30
         diagnosis.fact("GPU", f"cuda:{index}", f"{properties.name}, {memory:.0f} GiB")
         diagnosis.fact("GPU", f"cuda:{index} in bf16", str(choose(torch.bfloat16, capability, *USUAL_SIZES)))
-
-
-def driver_version() -> str | None:
-    """Version of the NVIDIA kernel driver as Linux tells it, or of the CUDA API that torch reports elsewhere."""
-    try:
-        words = Path("/proc/driver/nvidia/version").read_text().split()
-    except OSError:
-        return None if not torch.cuda.is_available() else "present"
-    return next((word for word in words if word[0].isdigit() and "." in word), "present")
 
 
 def examine_cupy(diagnosis: Diagnosis) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moekern import _core
+from moekern.backends.tangents import forward_mode
 from moekern.functional.plan import Plan
 from moekern.verbs import checks, direct, ops
 from moekern.verbs.autograd import Sliced, total
@@ -329,8 +330,8 @@ class _DualCombine(_Combine):
 
 
 def _permuted(*arguments: Any) -> Tensor:
-    return (_DualPermute if direct.forward_mode() else _Permute).apply(*arguments)  # type: ignore[no-any-return]
+    return (_DualPermute if forward_mode() else _Permute).apply(*arguments)  # type: ignore[no-any-return]
 
 
 def _combined(*arguments: Any) -> Tensor:
-    return (_DualCombine if direct.forward_mode() else _Combine).apply(*arguments)  # type: ignore[no-any-return]
+    return (_DualCombine if forward_mode() else _Combine).apply(*arguments)  # type: ignore[no-any-return]

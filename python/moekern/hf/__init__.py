@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from moekern.backends.activations import OAI_ALPHA, OAI_LIMIT
-from moekern.backends.reference import _bias_rows
+from moekern.backends.reference import bias_rows
 from moekern.functional.experts import experts, grouped_mm
 from moekern.functional.plan import plan
 from moekern.hf.blocks import block_for, has_blocks_of_its_own
@@ -125,7 +125,7 @@ def _with_own_gate(
 
     def linear(a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         out = grouped_mm(a, weight if transposed else weight.mT, chosen.offsets)
-        return out if bias is None else out + _bias_rows(bias, chosen.offsets, a.shape[0]).to(out.dtype)
+        return out if bias is None else out + bias_rows(bias, chosen.offsets, a.shape[0]).to(out.dtype)
 
     pre = linear(x[(chosen.order // top_k).long()], w_up, b_up)
     y = linear(module._apply_gate(pre) if gated else module.act_fn(pre), w_down, b_down)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from moekern.backends.activations import ACTIVATIONS
+from moekern.layer.attributes import LayerAttributes
 from moekern.layer.dense import Dense, read_dense
 from moekern.layer.dense_check import has_values
 from moekern.layer.fused_shared import join
@@ -33,14 +34,13 @@ from moekern.routing import router
 from moekern.verbs import checks
 from moekern.verbs.backend import backend
 
-if TYPE_CHECKING:
-    from moekern.layer.moe import MoE
+Layer = TypeVar("Layer", bound=LayerAttributes)
 
 _SUM_TO_ONE = ("softmax_topk", "topk_softmax", "sigmoid_topk")
 
 
 def build(
-    cls: type[MoE],
+    cls: type[Layer],
     dense_mlp: nn.Module,
     num_experts: int,
     top_k: int,
@@ -51,7 +51,7 @@ def build(
     router_std: float,
     activation: str | None,
     options: dict[str, Any],
-) -> MoE:
+) -> Layer:
     """See :meth:`moekern.MoE.from_dense`."""
     checks.is_int("num_experts", num_experts, 1)
     checks.is_int("top_k", top_k, 1, num_experts, f"num_experts is {num_experts}")
@@ -128,7 +128,7 @@ def _check_fit(dense: Dense, parts: Split, options: dict[str, Any]) -> None:
         )
 
 
-def _tell_of_rounding(layer: MoE, parts: Split, factor: float) -> None:
+def _tell_of_rounding(layer: LayerAttributes, parts: Split, factor: float) -> None:
     dtype = layer.experts.down_proj.dtype
     if rounds(parts.scale / factor, dtype):
         warnings.warn(
@@ -139,7 +139,7 @@ def _tell_of_rounding(layer: MoE, parts: Split, factor: float) -> None:
         )
 
 
-def _fill_experts(layer: MoE, dense: Dense, parts: Split, init: Init, factor: float) -> None:
+def _fill_experts(layer: LayerAttributes, dense: Dense, parts: Split, init: Init, factor: float) -> None:
     """Write the routed experts; `factor` is what the router's weights are multiplied by anyway."""
     experts, count = layer.experts, parts.num_experts
     dtype = torch.promote_types(dense.down.dtype, experts.down_proj.dtype)  # one rounding, at the end
@@ -185,7 +185,7 @@ def _drawn(matrices: list[tuple[str, Tensor, int]], init: Init, seed: int, exper
     return [redrawn(matrix, neurons, dim, generator_for(seed, expert, name)) for name, matrix, dim in matrices]
 
 
-def _fill_shared(layer: MoE, dense: Dense, parts: Split) -> None:
+def _fill_shared(layer: LayerAttributes, dense: Dense, parts: Split) -> None:
     """Write the shared expert, beside the routed ones or fused with them, and a gate of zeros, which gives 1/2."""
     if not parts.shared_width:
         return
@@ -211,7 +211,7 @@ def _fill_shared(layer: MoE, dense: Dense, parts: Split) -> None:
         matrix[routed:].copy_(join(name, {str(i): piece for i, piece in pieces.items()}, count))
 
 
-def _change(layer: MoE, dense: Dense) -> float:
+def _change(layer: LayerAttributes, dense: Dense) -> float:
     """The relative change of the output against the dense MLP's, on rows with pre-activations of order one."""
     weight = layer.experts.down_proj
     x = torch.randn(64, dense.down.shape[0], generator=torch.Generator("cpu").manual_seed(0), device="cpu")

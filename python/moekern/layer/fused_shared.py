@@ -15,17 +15,15 @@ the same.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moekern.backends.activations import ACTIVATIONS
+from moekern.layer.attributes import LayerAttributes
 from moekern.layer.parameters import Experts, SharedExpert, is_ordinary
 from moekern.verbs import direct
-
-if TYPE_CHECKING:
-    from moekern.layer.moe import MoE
 
 _MATRICES = ("gate_up_proj", "down_proj")
 
@@ -84,7 +82,7 @@ def join(matrix: str, parts: dict[str, Tensor], count: int) -> Tensor:
     return torch.cat((routed, behind))
 
 
-def take_apart(layer: MoE) -> None:
+def take_apart(layer: LayerAttributes) -> None:
     """Make of a fused layer the same with its shared expert next to the routed ones."""
     experts, count = layer.experts, layer.num_fused_experts
     weight = experts.gate_up_proj
@@ -105,7 +103,7 @@ def take_apart(layer: MoE) -> None:
     layer.shared_expert_gate = gate  # behind the shared expert, as where it is not fused
 
 
-def put_together(layer: MoE, without_values: bool = True, partly_loaded: bool = True) -> None:
+def put_together(layer: LayerAttributes, without_values: bool = True, partly_loaded: bool = True) -> None:
     """The inverse of :func:`take_apart`, where nothing wraps the parts and all are of one kind.
 
     Args:
@@ -166,7 +164,7 @@ def _is_loaded(parameter: Tensor) -> bool:
 class _Joined(Mapping[str, Tensor]):
     """The experts' matrices, joined when asked for from a mapping of what a state dict holds."""
 
-    def __init__(self, entries: Mapping[str, Tensor], prefix: str, layer: MoE) -> None:
+    def __init__(self, entries: Mapping[str, Tensor], prefix: str, layer: LayerAttributes) -> None:
         self.entries, self.prefix, self.count = entries, prefix, layer.num_fused_experts
         self.names = {
             matrix: list(split(matrix, parameter.detach().to("meta"), layer.num_experts, _is_gated(layer)))
@@ -184,7 +182,7 @@ class _Joined(Mapping[str, Tensor]):
         return len(self.names)
 
 
-def join_offloaded(layer: MoE) -> None:
+def join_offloaded(layer: LayerAttributes) -> None:
     """Let accelerate's hook on a fused layer's experts bring joined matrices: it keeps what the state dict holds."""
     hook = layer.experts.__dict__.get("_hf_hook")
     if hook is None:
@@ -197,7 +195,7 @@ def join_offloaded(layer: MoE) -> None:
             one.weights_map = _Joined(entries, before, layer)
 
 
-def write_apart(layer: MoE, state: dict[str, Any], prefix: str, *_: Any) -> None:
+def write_apart(layer: LayerAttributes, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Hook on a state dict: the names of a layer that is not fused. Parameters spread over ranks stay joined."""
     if layer.num_apart_experts:
         return
@@ -218,7 +216,7 @@ def write_apart(layer: MoE, state: dict[str, Any], prefix: str, *_: Any) -> None
 
 
 def read_apart(
-    layer: MoE,
+    layer: LayerAttributes,
     state: dict[str, Any],
     prefix: str,
     local_metadata: dict[str, Any],
@@ -254,7 +252,7 @@ def read_apart(
 
 
 def _read_matrix(
-    layer: MoE,
+    layer: LayerAttributes,
     matrix: str,
     parameter: Tensor,
     state: dict[str, Any],
@@ -312,5 +310,5 @@ def _is_spread(value: Any) -> bool:
     return hasattr(value, "to_local")
 
 
-def _is_gated(layer: MoE) -> bool:
+def _is_gated(layer: LayerAttributes) -> bool:
     return ACTIVATIONS[layer.activation].gated

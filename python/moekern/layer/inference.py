@@ -7,25 +7,23 @@ backend has a program for that. Anything else takes the layer's own way, which g
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from moekern.functional.experts import check_experts
+from moekern.layer.attributes import LayerAttributes
 from moekern.layer.parameters import Experts, Router, is_ordinary
 from moekern.routing import router
 from moekern.verbs import direct, ops
 from moekern.verbs.backend import resolve
 
-if TYPE_CHECKING:
-    from moekern.layer.moe import MoE
-
 _accepted = direct.Accepted()
 
 
-def infer(layer: MoE, x: Tensor) -> Tensor | None:
+def infer(layer: LayerAttributes, x: Tensor) -> Tensor | None:
     """The layer's output for ``[..., H]``, or None if the call must take the long way: it may be wrong, or unusual."""
     if torch.compiler.is_compiling() or not is_ordinary(layer._modules["experts"], Experts):
         return None
@@ -63,7 +61,7 @@ def infer(layer: MoE, x: Tensor) -> Tensor | None:
     return out if out is None or x.ndim == 2 else out.view(x.shape)
 
 
-def parameters_of(layer: MoE) -> tuple[Any, Any, Any, tuple[Any, Any, Any, Any]]:
+def parameters_of(layer: LayerAttributes) -> tuple[Any, Any, Any, tuple[Any, Any, Any, Any]]:
     """The router, its weight and bias, and the projections of ordinary experts.
 
     Where they are plain parameters, around the attributes of nn.Module, which take several times as long.
@@ -96,7 +94,7 @@ def fits(bias: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _prepare(layer: MoE, x: Tensor) -> tuple[Callable[..., Tensor | None], bool] | None:
+def _prepare(layer: LayerAttributes, x: Tensor) -> tuple[Callable[..., Tensor | None], bool] | None:
     """The program for calls like this one, and whether it makes the router's logits too.
 
     None if there is none, or if the call is one that is refused.

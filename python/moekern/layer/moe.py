@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from moekern.backends.activations import ACTIVATIONS
 from moekern.functional.plan import Plan, plan
 from moekern.layer import fused_shared
+from moekern.layer.attributes import LayerAttributes
 from moekern.layer.inference import infer
 from moekern.layer.parameters import Experts, Router, SharedExpert, inner, is_ordinary, whole
 from moekern.layer.training import Latest, train
@@ -41,7 +42,7 @@ class Routing(NamedTuple):
     mask: Tensor | None = None
 
 
-class MoE(nn.Module):
+class MoE(LayerAttributes):
     """A Mixture-of-Experts MLP in place of a dense one.
 
     Args:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moekern.backends.activations import ACTIVATIONS
+from moekern.backends.tangents import forward_mode
 from moekern.functional.experts import experts, grouped_mlp
 from moekern.functional.plan import Plan
 from moekern.verbs import direct, ops
@@ -89,7 +90,7 @@ class _WideLinear(Sliced):
 
 def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
     """``x @ weight.T`` in float32, differentiable any number of times, by operators that can be observed."""
-    if x.is_cuda and x.dtype in _HALF and not direct.forward_mode():
+    if x.is_cuda and x.dtype in _HALF and not forward_mode():
         return _WideLinear.apply(x, weight)  # type: ignore[no-any-return]
     return nn.functional.linear(x.float(), weight.float())
 

@@ -6,20 +6,18 @@ its dozen operators has a node of its own, which for few tokens costs several ti
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moekern.functional.experts import check_experts
+from moekern.layer.attributes import LayerAttributes
 from moekern.layer.inference import fits, parameters_of
 from moekern.layer.parameters import Experts, Router, is_ordinary, wide_linear
 from moekern.routing import router
 from moekern.verbs import autograd, direct, ops
 from moekern.verbs.backend import resolve
-
-if TYPE_CHECKING:
-    from moekern.layer.moe import MoE
 
 _accepted = direct.Accepted()
 
@@ -39,7 +37,7 @@ class Latest:
         return offsets[1:] - offsets[:-1], self._layout.chosen(self._kept)[0].long()
 
 
-def train(layer: MoE, x: Tensor) -> tuple[Tensor, Latest] | None:
+def train(layer: LayerAttributes, x: Tensor) -> tuple[Tensor, Latest] | None:
     """The layer's output for ``[..., H]`` and what was decided, or None if the call must take the long way."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return None
@@ -70,7 +68,7 @@ def train(layer: MoE, x: Tensor) -> tuple[Tensor, Latest] | None:
     return out, Latest(logits, kept, program, x.shape[:-1])
 
 
-def _prepare(layer: MoE, x: Tensor) -> Any:
+def _prepare(layer: LayerAttributes, x: Tensor) -> Any:
     """The program for calls like this one; None if there is none, or if the call is one that is refused."""
     gate, weights = layer.gate, layer.experts.projections
     grouped = layer.topk_group is not None and layer.topk_group < layer.n_group

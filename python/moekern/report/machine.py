@@ -52,3 +52,12 @@ def device_name(device: str) -> str:
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def driver_version() -> str | None:
+    """Version of the NVIDIA kernel driver as Linux tells it, or of the CUDA API that torch reports elsewhere."""
+    try:
+        words = Path("/proc/driver/nvidia/version").read_text().split()
+    except OSError:
+        return None if not torch.cuda.is_available() else "present"
+    return next((word for word in words if word[0].isdigit() and "." in word), "present")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moekern.backends import reference
+from moekern.backends.tangents import forward_mode
 from moekern.verbs import direct, ops
 
 Ctx = Any  # torch types the context of a Function loosely
@@ -110,7 +111,7 @@ def _gradients(ctx: Ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:6])
     dout = dout.contiguous()
     direct.refuse_batched_graph("experts")
-    if direct.forward_mode():
+    if forward_mode():
         return tuple(_gradients_of_expression(inputs, needs, dout, *ctx.settings))
     if direct.transformed() or (torch.is_grad_enabled() and not torch.compiler.is_compiling()):
         grads = _ExpertsGrad.apply(dout, *inputs, pre, needs, *ctx.settings)
@@ -288,7 +289,7 @@ def experts(
 ) -> Tensor:
     """The experts' output, differentiable in everything floating; saves nothing when no gradient can be asked for."""
     floating = (x, scores, w_gate_up, w_down, b_gate_up, b_down)
-    if direct.forward_mode():
+    if forward_mode():
         return _expression(*floating, *plan, *settings, backend)  # type: ignore[arg-type]
     if direct.transformed() or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in floating)):
         return _Experts.apply(*floating, *plan, *settings, backend)[0]  # type: ignore[no-any-return]
@@ -306,7 +307,7 @@ def experts_eagerly(*arguments: Any) -> Tensor:
 
 def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor, kind: str, backend: str) -> Tensor:
     """Differentiable grouped product; see :func:`moekern.grouped_mm`."""
-    if direct.forward_mode():
+    if forward_mode():
         return _DualGroupedMM.apply(a, b, offsets, kind, backend)  # type: ignore[no-any-return]
     if direct.transformed() or (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)):
         return _GroupedMM.apply(a, b, offsets, kind, backend)  # type: ignore[no-any-return]

@@ -50,11 +50,6 @@ def is_exporting() -> bool:
     return torch.compiler.is_exporting() if flag is None else flag
 
 
-def forward_mode() -> bool:
-    """Whether tensors may carry tangents: forward-mode differentiation is under way, by torch.func or dual levels."""
-    return not _is_compiling() and getattr(forward_ad, "_current_level", -1) >= 0
-
-
 def transformed() -> bool:
     """Whether a transform of torch.func or forward-mode differentiation is under way.
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from moekern.backends.activations import ACTIVATIONS
 from moekern.backends.cuda import torch_path
 from moekern.backends.cuda.configuration import Configuration, choose
+from moekern.backends.cuda.launch.device import on_device
 from moekern.backends.cuda.torch_path import warn_once
 
 if TYPE_CHECKING:
@@ -194,7 +195,17 @@ def prepare_training(
     if top_k > router.MOST_TOP_K:
         return None
     return training.Layer(
-        x, router_weight, w_gate_up, w_down, b_gate_up, b_down, top_k, activation, router.formula(*formula), chosen
+        x,
+        router_weight,
+        w_gate_up,
+        w_down,
+        b_gate_up,
+        b_down,
+        top_k,
+        activation,
+        router.formula(*formula),
+        chosen,
+        experts_backward,
     )
 
 
@@ -212,11 +223,10 @@ def logits(x: Tensor, weight: Tensor) -> Tensor:
     """``x @ weight.T`` in float32 of half-precision tensors, which are plain; torch refuses what does not fit."""
     if makes_logits(x, weight) and weight.is_contiguous() and _aligned(weight):
         from moekern.backends.cuda.kernels import router
-        from moekern.backends.cuda.passes import forward
 
         x = _copied(x.contiguous())
         out = torch.empty(x.shape[0], weight.shape[0], dtype=torch.float32, device=x.device)
-        with forward.on_device(x.get_device()):
+        with on_device(x.get_device()):
             router.logits(x, weight, None, out)
         return out
     return torch.mm(x, weight.mT, out_dtype=torch.float32)

@@ -11,7 +11,6 @@ import struct
 import torch
 from torch import Tensor
 
-from moekern.backends import address
 from moekern.backends.activations import ACTIVATIONS
 from moekern.backends.cuda.kernels.grouped import (
     BLOCK_ROWS,
@@ -22,10 +21,11 @@ from moekern.backends.cuda.kernels.grouped import (
     TALL_BLOCK_ROWS,
     Macros,
     Tables,
-    _function,
+    function_of,
     multiprocessors,
 )
 from moekern.backends.cuda.launch.program import Map, launch
+from moekern.backends.pointers import address
 
 DH_SHARED = {136: 230912, 144: 232448}  # by rows of a block
 WGRAD_SHARED = {3: 214528, 4: 230912}  # by stages
@@ -65,7 +65,7 @@ def combine_beside_variant(dtype: torch.dtype, top_k: int) -> Macros:
 def _launch(file: str, name: str, like: Tensor, blocks: int, params: bytes) -> None:
     """Launch one of the small kernels, 256 threads a block."""
     device = like.get_device()
-    function = _function(device, file, name, 0, (("ELEMENT", ELEMENT[like.dtype]),))
+    function = function_of(device, file, name, 0, (("ELEMENT", ELEMENT[like.dtype]),))
     launch(function, device, blocks, 256, 0, [], params)
 
 
@@ -108,7 +108,7 @@ def dh(
         rows.score.data_ptr(), pre.data_ptr(), grad_pre.data_ptr(), address(scaled), address(partials),
         hidden, inter, -(-inter // DH_FEATURES), hidden // 8,
     )  # fmt: skip
-    function = _function(device, "dh.cu", "dh", shared, macros)
+    function = function_of(device, "dh.cu", "dh", shared, macros)
     launch(function, device, multiprocessors(device), 512, shared, [weights], params)
 
 
@@ -149,7 +149,7 @@ def wgrad(
         experts, p.shape[1], q.shape[1], 2 * p.shape[1],
     )  # fmt: skip
     shared = WGRAD_SHARED[stages]
-    function = _function(device, "wgrad.cu", "wgrad", shared, macros)
+    function = function_of(device, "wgrad.cu", "wgrad", shared, macros)
     maps = [p_map, q_map, result]
     launch(function, device, multiprocessors(device), 384, shared, maps, params)
 
@@ -185,7 +185,7 @@ def combine_beside(rows: Tensor, inverse: Tensor, offsets: Tensor, out: Tensor, 
     device, (tokens, hidden) = out.get_device(), out.shape
     macros = combine_beside_variant(out.dtype, top_k)
     # The same split of an SM's memory as the GEMM's: blocks that ask for another one cannot share an SM with it.
-    function = _function(device, "combine_beside.cu", "combine_beside", 0, macros, 100)
+    function = function_of(device, "combine_beside.cu", "combine_beside", 0, macros, 100)
     params = struct.pack(
         "<4Q4i", rows.data_ptr(), inverse.data_ptr(), offsets.data_ptr(), out.data_ptr(),
         tokens, hidden, offsets.shape[0] - 1, -(-hidden // BESIDE_FEATURES),

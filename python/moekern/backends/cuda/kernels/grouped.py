@@ -12,11 +12,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from moekern.backends import address
 from moekern.backends.activations import ACTIVATIONS
 from moekern.backends.cuda.build import loader
 from moekern.backends.cuda.configuration import Configuration
 from moekern.backends.cuda.launch.program import Map, collected, launch
+from moekern.backends.pointers import address
 
 ELEMENT = {torch.bfloat16: "Bf16", torch.float16: "F16"}
 MAP_ELEMENT = {torch.bfloat16: 9, torch.float16: 6}  # CU_TENSOR_MAP_DATA_TYPE_*
@@ -83,7 +83,7 @@ def combine_variant(dtype: torch.dtype, top_k: int) -> Macros:
     return (("ELEMENT", ELEMENT[dtype]), ("TOP_K", top_k if top_k in COMBINE_TOP_K else 0))
 
 
-def _function(device: int, file: str, name: str, shared: int, macros: Macros, carve_out: int | None = None) -> int:
+def function_of(device: int, file: str, name: str, shared: int, macros: Macros, carve_out: int | None = None) -> int:
     """The handle of a kernel; while a program only collects what it needs, a note of it and 0."""
     return 0 if collected(file, macros) else _loaded(device, file, name, shared, macros, carve_out)
 
@@ -96,10 +96,6 @@ def _loaded(device: int, file: str, name: str, shared: int, macros: Macros, carv
             "loaded: run the layer once with these shapes and dtype before the capture"
         )
     return loader.load(loader.KernelSource.of(file, dict(macros)), name, device, shared, carve_out).handle
-
-
-def _stream(device: int) -> int:
-    return torch._C._cuda_getCurrentRawStream(device)  # type: ignore[attr-defined, no-any-return]
 
 
 def _ragged(base: int, row_bytes: int) -> int:
@@ -140,9 +136,9 @@ def plan(topk_ids: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor, coun
         slots, experts, chunks, size, ID_TYPE[topk_ids.dtype], 0,
     )  # fmt: skip
     if chunks > 1:
-        count = _function(device, "plan.cu", "plan_count", 0, ())
+        count = function_of(device, "plan.cu", "plan_count", 0, ())
         launch(count, device, chunks, 1024, 4 * buckets, [], params)
-    scatter = _function(device, "plan.cu", "plan_scatter", 4 * (2 * 1025 + 32 + 32 * 1025), ())
+    scatter = function_of(device, "plan.cu", "plan_scatter", 4 * (2 * 1025 + 32 + 32 * 1025), ())
     launch(scatter, device, chunks, 1024, 4 * (2 * buckets + 32 + 32 * buckets), [], params)
 
 
@@ -174,7 +170,7 @@ class Tables:
         self._next_counter = self.expert_order + 4 * experts
         addresses = offsets.data_ptr(), self.table, self.tall, self.tallest, self.expert_order, self._next_counter
         params = struct.pack("<6Q2i", *addresses, experts, COUNTERS)
-        launch(_function(device, "plan.cu", "tiles", 0, ()), device, 4 if ordered else 3, 1024, 0, [], params)
+        launch(function_of(device, "plan.cu", "tiles", 0, ()), device, 4 if ordered else 3, 1024, 0, [], params)
 
     def for_blocks_of(self, rows: int) -> int:
         """The address of the table for a kernel whose blocks take so many rows, half of a tile."""
@@ -250,7 +246,7 @@ def up(
         address(bias), -(-inter // (128 if act.gated else 256)), hidden, inter, top_k, address(pre),
     )  # fmt: skip
     weight_map = _up_weights(weights, hidden, inter, halves, transposed)
-    function = _function(device, file, file.removesuffix(".cu"), shared, macros)
+    function = function_of(device, file, file.removesuffix(".cu"), shared, macros)
     if file == "up_few.cu":
         second_map = _ragged_rows(activated, UP_FEW_STORE_TOKENS)
     else:
@@ -290,7 +286,7 @@ def grouped_mm(
         "<3Q3i4x", tables.table, tables.counter(), 0 if bias is None else bias.data_ptr(),
         -(-features // 256), inner, features,
     )  # fmt: skip
-    function = _function(device, "grouped_mm.cu", "grouped_mm", shared, macros)
+    function = function_of(device, "grouped_mm.cu", "grouped_mm", shared, macros)
     maps = [weight_map, row_map, few_map, out_map]
     launch(function, device, multiprocessors(device), 384, shared, maps, params)
 
@@ -306,7 +302,7 @@ def grouped_few(a: Tensor, weights: Tensor, bias: Tensor | None, out: Tensor, ta
         "<4Q4i", tables.for_blocks_of(TALL_BLOCK_ROWS), tables.counter(), address(bias), out.data_ptr(),
         -(-features // 256), inner, features, 0,
     )  # fmt: skip
-    function = _function(device, "grouped_few.cu", "grouped_few", GROUPED_FEW_SHARED, macros)
+    function = function_of(device, "grouped_few.cu", "grouped_few", GROUPED_FEW_SHARED, macros)
     maps = [_weights(weights, transposed), row_map, last_map]
     launch(function, device, multiprocessors(device), 384, GROUPED_FEW_SHARED, maps, params)
 
@@ -337,5 +333,5 @@ def combine(rows: Tensor, scores: Tensor | None, inverse: Tensor, offsets: Tenso
     )  # fmt: skip
     units = tokens * -(-hidden // 256)
     blocks = min(4 * multiprocessors(device), -(-units // 8))
-    function = _function(device, "combine.cu", "combine", 0, macros)
+    function = function_of(device, "combine.cu", "combine", 0, macros)
     launch(function, device, blocks, 256, 0, [], params)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from moekern.backends.cuda.kernels.grouped import ELEMENT, Macros, _function
+from moekern.backends.cuda.kernels.grouped import ELEMENT, Macros, function_of
 from moekern.backends.cuda.launch.program import launch
 
 MOST_TOP_K = 64
@@ -51,7 +51,7 @@ def route(logits: Any, ids: Any, weights: Any, how: Formula) -> None:
         "<3Q5if", logits.data_ptr(), ids.data_ptr(), weights.data_ptr(), tokens, experts, top_k,
         how.code, how.normalised, how.scale,
     )  # fmt: skip
-    function = _function(device, "route.cu", "route", 0, route_variant(experts))
+    function = function_of(device, "route.cu", "route", 0, route_variant(experts))
     launch(function, device, -(-tokens // TOKENS), 32 * TOKENS, 0, [], params)
 
 
@@ -78,7 +78,7 @@ def logits(x: Any, weight: Any, bias: Any, out: Any) -> None:
         "<4Q4i", x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr(),
         tokens, hidden, experts, expert_blocks,
     )  # fmt: skip
-    function = _function(device, "logits.cu", "logits", 0, logits_variant(x.dtype))
+    function = function_of(device, "logits.cu", "logits", 0, logits_variant(x.dtype))
     launch(function, device, -(-tokens // LOGITS_TOKENS) * expert_blocks, 256, 0, [], params)
 
 
@@ -93,5 +93,5 @@ def route_backward(logits: Any, ids: Any, weights: Any, dweights: Any, elsewhere
         0 if dweights is None else dweights.data_ptr(), 0 if elsewhere is None else elsewhere.data_ptr(),
         out.data_ptr(), tokens, experts, top_k, how.code, how.normalised, how.scale,
     )  # fmt: skip
-    function = _function(device, "route_backward.cu", "route_backward", 0, logits_variant(out.dtype))
+    function = function_of(device, "route_backward.cu", "route_backward", 0, logits_variant(out.dtype))
     launch(function, device, -(-tokens // TOKENS), 32 * TOKENS, 4 * TOKENS * experts, [], params)

@@ -19,7 +19,9 @@ import torch
 
 from moekern import _core  # type: ignore[attr-defined]
 from moekern.backends.cuda.build.loader import KernelSource, all_present, compile_missing
+from moekern.backends.cuda.launch.device import stream_of
 
+PROGRAMS = 512  # kept a verb: one for every combination of sizes that comes along
 Map = tuple[int, int, tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 # Place i is the address FIRST + (i + 1) * SPACING. As two int32 its upper half is negative, so no sizes in a kernel's
@@ -82,7 +84,7 @@ def launch(function: int, device: int, grid: int, block: int, shared: int, maps:
     """Launch a kernel on torch's current stream, or keep the launch while a program is being recorded."""
     launches = getattr(_active, "launches", None)
     if launches is None:
-        stream = torch._C._cuda_getCurrentRawStream(device)  # type: ignore[attr-defined]
+        stream = stream_of(device)
         _core.cuda_launch(function, device, grid, block, shared, stream, maps, params)
         return
     words = struct.unpack(f"<{len(params) // 8}Q", params)

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moekern.backends import address
 from moekern.backends.activations import ACTIVATIONS, split
 from moekern.backends.cuda.build.loader import KernelSource
 from moekern.backends.cuda.configuration import Configuration
 from moekern.backends.cuda.kernels import gradients as own
 from moekern.backends.cuda.kernels import grouped
-from moekern.backends.cuda.launch.program import Placeholder, record_parts, sources_of
-from moekern.backends.cuda.passes.forward import PROGRAMS, _stream, round_up
+from moekern.backends.cuda.launch.device import round_up, stream_of
+from moekern.backends.cuda.launch.program import PROGRAMS, Placeholder, record_parts, sources_of
+from moekern.backends.pointers import address
 
 # Places of the addresses in a replay.
 DOUT, X, PRE, SCORES, ORDER, INVERSE, OFFSETS, W_UP, W_DOWN, B_DOWN, WORK = range(11)
@@ -272,7 +272,7 @@ def experts_backward(
         work = torch.empty(size, dtype=torch.uint8, device=x.device)
         tensors = (dout, x, pre, scores, order, inverse, offsets, w_gate_up, w_down, b_down, work, *grads)
         addresses = [address(t) for t in tensors]
-        programs[0].replay(_stream(device), addresses)
+        programs[0].replay(stream_of(device), addresses)
         if len(programs) == 3:
             # The second stream starts when the rows of dx are there, and the first one waits for it: memory that is
             # handed out again on the first stream is used after both.

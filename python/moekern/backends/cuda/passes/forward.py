@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moekern.backends import address
 from moekern.backends.activations import ACTIVATIONS
 from moekern.backends.cuda.build.loader import KernelSource
 from moekern.backends.cuda.configuration import Configuration
 from moekern.backends.cuda.kernels import grouped
-from moekern.backends.cuda.launch.program import Placeholder, record
+from moekern.backends.cuda.launch.device import on_device, round_up, stream_of
+from moekern.backends.cuda.launch.program import PROGRAMS, Placeholder, record
+from moekern.backends.pointers import address
 
-PROGRAMS = 512  # kept a verb: one for every combination of sizes that comes along
 # Places of the addresses in a replay.
 X, SCORES, ORDER, INVERSE, OFFSETS, W_UP, W_DOWN, B_UP, B_DOWN, OUT, PRE, WORK = range(12)
-
-
-def round_up(size: int) -> int:
-    return -(-size // 256) * 256
-
-
-def on_device(device: int) -> AbstractContextManager[Any]:
-    """Make a device current, for nothing where it is: entering torch's own guard costs as much as a launch."""
-    return nullcontext() if torch.cuda.current_device() == device else torch.cuda.device(device)
-
-
-def _stream(device: int) -> int:
-    return torch._C._cuda_getCurrentRawStream(device)  # type: ignore[attr-defined, no-any-return]
 
 
 @lru_cache(maxsize=PROGRAMS)
@@ -58,7 +44,7 @@ def plan(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     counts = order.new_empty(words) if words else offsets
     with on_device(device):
         program = _plan_program(device, topk_ids.dtype, slots, num_experts)
-        program.replay(_stream(device), [t.data_ptr() for t in (topk_ids, order, inverse, offsets, counts)])
+        program.replay(stream_of(device), [t.data_ptr() for t in (topk_ids, order, inverse, offsets, counts)])
     return order, inverse, offsets
 
 
@@ -172,5 +158,5 @@ def experts_forward(
         )  # fmt: skip
         work = torch.empty(size, dtype=torch.uint8, device=x.device)
         tensors = (x, scores, order, inverse, offsets, w_gate_up, w_down, b_gate_up, b_down, out, pre, work)
-        program.replay(_stream(device), [address(t) for t in tensors])
+        program.replay(stream_of(device), [address(t) for t in tensors])
     return out, pre

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moekern import _core
 from moekern.backends.cuda.kernels import grouped
-from moekern.backends.cuda.passes.forward import on_device
+from moekern.backends.cuda.launch.device import on_device, stream_of
 
 MOST_STREAMS = 16  # whose memory is kept
 _must_not_wait = getattr(torch._C, "_cuda_get_sync_debug_mode", torch.cuda.get_sync_debug_mode)
@@ -58,8 +58,8 @@ _memory_of = lru_cache(maxsize=256)(_core.cuda_plan_memory)
 
 @cache
 def _kernels(device: int) -> tuple[int, int]:
-    narrow = grouped._function(device, "host_plan.cu", "narrow_ids", 0, ())
-    return narrow, grouped._function(device, "host_plan.cu", "spread_plan", 0, ())
+    narrow = grouped.function_of(device, "host_plan.cu", "narrow_ids", 0, ())
+    return narrow, grouped.function_of(device, "host_plan.cu", "spread_plan", 0, ())
 
 
 def _memory(staging: OrderedDict[int, _Staging], device: int, stream: int, slots: int, num_experts: int) -> _Staging:
@@ -100,7 +100,7 @@ def plan(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
             torch.cuda.current_stream(device).synchronize()
         owner = _devices.get(device) or _devices.setdefault(device, _Device())
         with owner.lock:
-            stream = torch._C._cuda_getCurrentRawStream(device)  # type: ignore[attr-defined]
+            stream = stream_of(device)
             staging = _memory(owner.staging, device, stream, slots, num_experts)
             _core.cuda_plan(
                 *_kernels(device), device, stream, staging.marks_at, staging.next_epoch(), staging.memory_at,

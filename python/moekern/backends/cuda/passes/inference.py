@@ -15,6 +15,7 @@ from torch import Tensor
 from moekern.backends.activations import ACTIVATIONS
 from moekern.backends.cuda.configuration import Configuration
 from moekern.backends.cuda.kernels import grouped, router
+from moekern.backends.cuda.launch.device import current_device, on_device, round_up, stream_of
 from moekern.backends.cuda.launch.program import Placeholder, record
 from moekern.backends.cuda.passes import forward
 from moekern.backends.cuda.torch_path import ALIGNMENT
@@ -22,7 +23,6 @@ from moekern.backends.cuda.torch_path import ALIGNMENT
 # Places of the addresses in a replay.
 X, ROUTED_BY, SCORES, W_UP, W_DOWN, B_UP, B_DOWN, OUT, WORK, ROUTER_BIAS = range(10)
 Inference = Callable[..., Tensor | None]
-_current_device = torch._C._cuda_getDevice if hasattr(torch._C, "_cuda_getDevice") else torch.cuda.current_device
 
 
 def make(
@@ -66,7 +66,7 @@ def make(
     offset, size = {}, 0
     for name, part in sizes.items():
         offset[name] = size
-        size += forward.round_up(part)
+        size += round_up(part)
 
     def place(index: int, shape: tuple[int, ...], kind: torch.dtype = dtype, byte: int = 0) -> Any:
         return Placeholder(index, shape, kind, device, byte)
@@ -100,10 +100,9 @@ def make(
             top_k, activation, transposed, interleaved, chosen,
         )  # fmt: skip
 
-    with forward.on_device(device):
+    with on_device(device):
         replay = record(device, verb).replay
     allocate = torch.empty(0, dtype=torch.uint8, device=x.device).new_empty  # half the cost of torch.empty
-    stream_of = torch._C._cuda_getCurrentRawStream  # type: ignore[attr-defined]
 
     def run(
         x: Tensor,
@@ -118,7 +117,7 @@ def make(
         a, b, c, r = x.data_ptr(), w_gate_up.data_ptr(), w_down.data_ptr(), routed_by.data_ptr()
         if (a | b | c | (r if makes_logits else 0)) % ALIGNMENT or not routed_by.is_contiguous():
             return None
-        if _current_device() != device:
+        if current_device() != device:
             with torch.cuda.device(device):
                 return run(x, routed_by, topk_weights, w_gate_up, w_down, b_gate_up, b_down, router_bias)
         out = torch.empty_like(x)

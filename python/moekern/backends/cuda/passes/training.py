@@ -5,20 +5,21 @@ What the router decided and the plan lie in one piece of memory, :class:`Kept`, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moekern.backends import address, cuda
 from moekern.backends.activations import ACTIVATIONS
 from moekern.backends.cuda.build.loader import KernelSource
 from moekern.backends.cuda.configuration import Configuration
 from moekern.backends.cuda.kernels import grouped, router
+from moekern.backends.cuda.launch.device import current_device, on_device, round_up, stream_of
 from moekern.backends.cuda.launch.program import Placeholder, record
 from moekern.backends.cuda.passes import backward, forward
-from moekern.backends.cuda.passes.inference import _current_device
 from moekern.backends.cuda.torch_path import ALIGNMENT
+from moekern.backends.pointers import address
 
 # Places of the addresses in a replay.
 X, ROUTER, ROUTER_BIAS, W_UP, W_DOWN, B_UP, B_DOWN, LOGITS, KEPT, OUT, PRE, WORK = range(12)
@@ -64,8 +65,13 @@ class Layer:
         activation: str,
         formula: router.Formula,
         chosen: Configuration,
+        experts_backward: Callable[..., tuple[Tensor, ...]],
     ):
-        """Record the forward pass; x is ``[T, H]``, the weights in Hugging Face's layout."""
+        """Record the forward pass; x is ``[T, H]``, the weights in Hugging Face's layout.
+
+        `experts_backward` is the backend's verb, for gradients whose memory may be as it likes.
+        """
+        self._experts_backward = experts_backward
         self._device, dtype = x.get_device(), x.dtype
         (tokens, hidden), experts = x.shape, w_gate_up.shape[0]
         slots, columns = tokens * top_k, w_gate_up.shape[1]
@@ -78,7 +84,7 @@ class Layer:
         self._makes_logits = router.makes_logits(tokens, experts, hidden)
         counts = grouped.plan_counts(slots, experts)
         verb_bytes = forward.work_bytes(slots, hidden, inter, experts)
-        self._work_size = forward.round_up(4 * counts) + verb_bytes
+        self._work_size = round_up(4 * counts) + verb_bytes
 
         def place(index: int, shape: tuple[int, ...], kind: torch.dtype = dtype, byte: int = 0) -> Any:
             return Placeholder(index, shape, kind, self._device, byte)
@@ -103,7 +109,7 @@ class Layer:
                 None if b_gate_up is None else place(B_UP, b_gate_up.shape),
                 None if b_down is None else place(B_DOWN, b_down.shape),
                 place(OUT, (tokens, hidden)), place(PRE, (slots, columns)),
-                place(WORK, (verb_bytes,), torch.uint8, forward.round_up(4 * counts)), *self._settings, chosen,
+                place(WORK, (verb_bytes,), torch.uint8, round_up(4 * counts)), *self._settings, chosen,
             )  # fmt: skip
 
         def of_the_backward_pass() -> list[KernelSource]:
@@ -113,13 +119,13 @@ class Layer:
             )
             return [*sources, KernelSource.of("route_backward.cu", dict(router.logits_variant(dtype)))]
 
-        with forward.on_device(self._device):
+        with on_device(self._device):
             self._replay = record(self._device, verb, of_the_backward_pass).replay
         # Half the cost of torch.empty.
         self._floats = torch.empty(0, dtype=torch.float32, device=x.device).new_empty
         self._words = torch.empty(0, dtype=torch.int32, device=x.device).new_empty
         self._bytes = torch.empty(0, dtype=torch.uint8, device=x.device).new_empty
-        self._stream_of = torch._C._cuda_getCurrentRawStream  # type: ignore[attr-defined]
+        self._stream_of = stream_of
 
     def accepts(self, x: Tensor, router_weight: Tensor, w_gate_up: Tensor, w_down: Tensor) -> bool:
         """Whether the kernels can read these where they lie."""
@@ -137,7 +143,7 @@ class Layer:
         b_down: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Output, logits ``[T, E]``, what :class:`Kept` describes, and the pre-activation; x has any leading sizes."""
-        if _current_device() != self._device:
+        if current_device() != self._device:
             with torch.cuda.device(self._device):
                 return self.forward(x, router_weight, router_bias, w_gate_up, w_down, b_gate_up, b_down)
         if self._makes_logits:
@@ -186,7 +192,7 @@ class Layer:
         if dout is not None:
             wanted = [needs[0], through_router, *needs[3:]]
             order, inverse, offsets = self.kept.plan(kept)
-            found = cuda.experts_backward(
+            found = self._experts_backward(
                 dout.reshape(self._rows).contiguous(), rows, pre, scores, order, inverse, offsets, w_gate_up, w_down,
                 b_gate_up, b_down, *self._settings, wanted,
             )  # fmt: skip
@@ -196,7 +202,7 @@ class Layer:
         if through_router:
             total = x.new_empty(self._logits_shape)
             elsewhere = None if dlogits is None else dlogits.contiguous()
-            with forward.on_device(self._device):
+            with on_device(self._device):
                 router.route_backward(logits, ids, scores, dscores, elsewhere, total, self._formula)
             dx = grads[0]
             if needs[0]:
