@@ -35,18 +35,18 @@ def _hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_gradient_of_the_choice(
     tokens: int, experts: int, top_k: int, norm: bool, method: str, dtype: torch.dtype
 ) -> None:
-    from moekern.backends.cuda.kernels import router
+    from moekern.backends.cuda.kernels import router as kernels
 
     logits = (torch.randn(tokens, experts, device="cuda") * 3).requires_grad_()
-    how = router.formula(method, norm, 2.5)
+    how = kernels.formula(method, norm, 2.5)
     ids = torch.empty(tokens, top_k, dtype=torch.int32, device="cuda")
     weights = torch.empty(tokens, top_k, device="cuda")
-    router.route(logits.detach(), ids, weights, how)
+    kernels.route(logits.detach(), ids, weights, how)
     dweights, elsewhere = torch.randn_like(weights), torch.randn_like(logits)
     exact = router.weights_of(logits.double(), ids.long(), method, norm, 2.5)
     for up, other in ((dweights, None), (None, elsewhere), (dweights, elsewhere)):
         out = torch.full((tokens + 1, experts), float("nan"), device="cuda", dtype=dtype)
-        router.route_backward(logits.detach(), ids, weights, up, other, out[:tokens], how)
+        kernels.route_backward(logits.detach(), ids, weights, up, other, out[:tokens], how)
         assert out[tokens].isnan().all()
         wanted = torch.zeros_like(logits, dtype=torch.float64) if other is None else other.double()
         if up is not None:
@@ -58,18 +58,18 @@ def test_gradient_of_the_choice(
 
 def test_saturated_logits() -> None:
     """Where torch's gradient of a choice is finite, so is the kernel's."""
-    from moekern.backends.cuda.kernels import router
+    from moekern.backends.cuda.kernels import router as kernels
 
     logits = torch.tensor([[90.0, -90.0, 0.0, 30.0], [-INF, 1.0, -INF, 2.0], [200.0, 199.0, -200.0, -100.0]])
     logits = logits.cuda().requires_grad_()
     for method in router.FORMULAS:
         for norm in (False, True):
-            how = router.formula(method, norm, 1.0)
+            how = kernels.formula(method, norm, 1.0)
             ids = torch.empty(3, 2, dtype=torch.int32, device="cuda")
             weights, out = torch.empty(3, 2, device="cuda"), torch.empty(3, 4, device="cuda", dtype=BF16)
-            router.route(logits.detach(), ids, weights, how)
+            kernels.route(logits.detach(), ids, weights, how)
             up = torch.tensor([[1.0, -2.0]], device="cuda").expand(3, 2).contiguous()
-            router.route_backward(logits.detach(), ids, weights, up, None, out, how)
+            kernels.route_backward(logits.detach(), ids, weights, up, None, out, how)
             wanted = torch.autograd.grad(router.weights_of(logits, ids.long(), method, norm, 1.0), logits, up)[0]
             assert ((out - wanted).abs() <= 1e-5 + 0.01 * wanted.abs()).all()
 

@@ -22,13 +22,13 @@ def _hopper() -> None:
 
 
 def route(logits: Tensor, top_k: int, method: str, norm: bool, scale: float) -> tuple[Tensor, Tensor]:
-    from moekern.backends.cuda.kernels import router
+    from moekern.backends.cuda.kernels import router as kernels
 
     tokens = logits.shape[0]
     ids = torch.full((tokens + 1, top_k), -7, dtype=torch.int32, device="cuda")
     weights = torch.full((tokens + 1, top_k), float("nan"), device="cuda")
-    how = router.formula(router.METHODS[method], norm, scale)
-    router.route(logits, ids[:tokens], weights[:tokens], how)
+    how = kernels.formula(router.METHODS[method], norm, scale)
+    kernels.route(logits, ids[:tokens], weights[:tokens], how)
     assert (ids[tokens] == -7).all()
     assert weights[tokens].isnan().all()
     return weights[:tokens], ids[:tokens]
@@ -114,20 +114,20 @@ def test_inference_runs_as_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
     [(1, 1, 8), (16, 8, 256), (17, 9, 264), (5, 128, 2048), (64, 60, 2880), (33, 1024, 248), (300, 130, 40)],
 )
 def test_logits_of_few_tokens(tokens: int, experts: int, hidden: int, bias: bool, dtype: torch.dtype) -> None:
-    from moekern.backends.cuda.kernels import router
+    from moekern.backends.cuda.kernels import router as kernels
 
-    assert router.makes_logits(tokens, experts, hidden)
+    assert kernels.makes_logits(tokens, experts, hidden)
     x = torch.randn(tokens, hidden, device="cuda").to(dtype)
     weight = torch.randn(experts, hidden, device="cuda").to(dtype)
     b = torch.randn(experts, device="cuda").to(dtype) if bias else None
     out = torch.full((tokens + 1, experts), float("nan"), device="cuda")
-    router.logits(x, weight, b, out[:tokens])
+    kernels.logits(x, weight, b, out[:tokens])
     assert out[tokens].isnan().all()
     wanted = x.double() @ weight.double().T + (0 if b is None else b.double())
     size = x.double().abs() @ weight.double().abs().T + 1
     assert ((out[:tokens] - wanted).abs() <= 1e-6 * size).all()
     again = torch.empty_like(out[:tokens])
-    router.logits(x, weight, b, again)
+    kernels.logits(x, weight, b, again)
     assert torch.equal(out[:tokens], again)
 
 
