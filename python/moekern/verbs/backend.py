@@ -11,7 +11,6 @@ from torch._dynamo.variables import misc as _misc
 
 BACKENDS = ("auto", "cpu", "cuda", "reference")
 ENVIRONMENT_VARIABLE = "MOEKERN_BACKEND"
-_KEY = "moekern_backend"
 
 
 def _check(name: object, source: str) -> str:
@@ -37,11 +36,6 @@ _guards_on_context = hasattr(_misc, "ContextVarVariable")
 _is_compiling = torch.compiler.is_compiling
 
 
-def _choose(name: str | None) -> None:
-    _chosen.set(name)
-    torch._C._stash_obj_in_tls(_KEY, (threading.get_ident(), name))
-
-
 class backend:  # noqa: N801  used like a function
     """Use one implementation within a ``with`` block, in this thread or task.
 
@@ -64,7 +58,7 @@ class backend:  # noqa: N801  used like a function
             _traced = self.name
             return
         _blocks.set((*_blocks.get(), self))
-        _choose(self.name)
+        _chosen.set(self.name)
         _open[self] = _latest = self.name
 
     def __exit__(self, *_: object) -> None:
@@ -78,7 +72,7 @@ class backend:  # noqa: N801  used like a function
             blocks.remove(self)
             blocks.reverse()
             _blocks.set(tuple(blocks))
-            _choose(blocks[-1].name if blocks else None)
+            _chosen.set(blocks[-1].name if blocks else None)
         _open.pop(self, None)
         _latest = next(reversed(list(_open.values())), None)
 
@@ -96,14 +90,15 @@ def in_eager_call() -> str:
 
 
 def _of_backward() -> str | None:
-    """In a thread of autograd, what was in force where the backward pass began: checkpoints run a forward pass there.
+    """In a thread of autograd's own, what the block says that was entered last: checkpoints run a forward pass there.
 
-    Such a thread has no context of its own, but torch hands it what was stashed.
+    Such a thread has no context, and nothing says who began its backward pass. (torch hands on what
+    `torch._C._stash_obj_in_tls` is given, but torch 2.11 frees that too early.)
     """
-    if torch._C._current_graph_task_id() == -1 or not torch._C._is_key_in_tls(_KEY):
-        return None
-    thread, name = torch._C._get_obj_in_tls(_KEY)
-    return name if thread != threading.get_ident() else None
+    in_autograds_thread = torch._C._current_graph_task_id() != -1 and isinstance(
+        threading.current_thread(), threading._DummyThread
+    )
+    return _latest if in_autograds_thread else None
 
 
 def resolve(device_type: str) -> str:
