@@ -29,7 +29,7 @@ LAYERS = (
     ("moekern.backends.cuda.build", "moekern.backends.cuda.configuration", "moekern.backends.cuda.torch_path"),
     ("moekern.backends.reference", "moekern.backends.cpu"),
     ("moekern.backends.activations",),
-    ("moekern.backends.pointers", "moekern.backends.tangents"),
+    ("moekern.backends.pointers", "moekern.backends.observers"),
     ("moekern._core",),
 )
 

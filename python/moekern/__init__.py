@@ -12,7 +12,6 @@ The public names::
 
 from importlib.metadata import PackageNotFoundError, version
 
-from moekern import flops
 from moekern.functional.experts import experts, grouped_mlp, grouped_mm
 from moekern.functional.permute import combine, permute
 from moekern.functional.plan import Plan, PlanStats, plan
@@ -30,6 +29,7 @@ from moekern.routing.capacity import limit_tokens
 from moekern.routing.expert_choice import expert_choice
 from moekern.routing.rounding import Rounded, round_tokens
 from moekern.routing.router import route
+from moekern.verbs import flops
 from moekern.verbs.backend import backend
 from moekern.verbs.checkpointing import sac_policy
 

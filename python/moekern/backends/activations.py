@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moekern.backends.tangents import forward_mode
+from moekern.backends.observers import forward_mode
 
 # gpt-oss, https://huggingface.co/openai/gpt-oss-20b: slope of the sigmoid and bound of both halves.
 OAI_ALPHA = 1.702

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moekern.backends.activations import ACTIVATIONS, join, split
-from moekern.verbs import direct
+from moekern.backends.observers import is_exporting
 
 
 def plan(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,7 +65,7 @@ def take_rows(t: Tensor, index: Tensor) -> Tensor:
 
     It adds in float32: sums in bfloat16 stop growing at 256 equal addends.
     """
-    if not direct.is_exporting() and index.numel() == 0:  # a lookup of nothing has no second derivative
+    if not is_exporting() and index.numel() == 0:  # a lookup of nothing has no second derivative
         return t[index.long()]
     wide = t.to(_accumulator(t.dtype)) if t.requires_grad and torch.is_grad_enabled() else t
     return torch.nn.functional.embedding(index.long(), wide).to(t.dtype)

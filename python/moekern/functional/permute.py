@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moekern import _core
-from moekern.backends.tangents import forward_mode
+from moekern.backends.observers import forward_mode
 from moekern.functional.plan import Plan
 from moekern.verbs import checks, direct, ops
 from moekern.verbs.autograd import Sliced, total

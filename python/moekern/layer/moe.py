@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moekern.backends.activations import ACTIVATIONS
+from moekern.backends.observers import is_exporting
 from moekern.functional.plan import Plan, plan
 from moekern.layer import fused_shared
 from moekern.layer.attributes import LayerAttributes
@@ -19,7 +20,7 @@ from moekern.routing import capacity, router
 from moekern.routing.expert_choice import choose_any, choose_real, free_size, run_chosen
 from moekern.routing.rounding import MODES as ROUNDINGS
 from moekern.routing.rounding import Rounded, rounded
-from moekern.verbs import checks, direct, masks, ops
+from moekern.verbs import checks, masks, ops
 
 ROUTINGS = (*router.METHODS, "expert_choice")
 
@@ -347,6 +348,17 @@ class MoE(LayerAttributes):
             out = out + shared
         return out.reshape(x.shape)
 
+    @property
+    def capacity_factor(self) -> float | None:  # type: ignore[override]
+        """See the class; it may be set anew."""
+        return self._capacity_factor
+
+    @capacity_factor.setter
+    def capacity_factor(self, factor: float | None) -> None:
+        # The fraction is made here, of integers: compiled code takes a float for a symbol once it has seen another.
+        self._capacity_factor = factor
+        self._capacity_ratio = capacity.ratio(min(factor, self.num_experts)) if factor is not None else (1, 1)
+
     def _check_parameters(self, x: Tensor) -> None:
         """Device and dtype, as far as they can be known: hooks may yet move or cast what a module has."""
         if is_ordinary(self.gate, Router):
@@ -393,7 +405,7 @@ class MoE(LayerAttributes):
                 chosen = plan(ids, self.num_experts)
             if self.capacity_factor is not None:
                 real: Any = ids.shape[0] if mask is None else mask.sum()
-                limit = capacity.capacity_of(self.capacity_factor, real, self.top_k, self.num_experts)
+                limit = capacity.capacity_of_ratio(self._capacity_ratio, real, self.top_k, self.num_experts)
             if multiple > 1 and self.rounding != "down":
                 scores = router.weights_of_all(
                     logits, routed_ids, self.routing, self.norm_topk_prob, self.routed_scaling_factor
@@ -427,7 +439,7 @@ class MoE(LayerAttributes):
     def _expert_choice(self, tokens: Tensor, logits: Tensor, shape: tuple[int, ...], mask: Tensor | None) -> Tensor:
         """Every expert chooses its tokens; the routed part of the output ``[T, H]``."""
         count = capacity.capacity_of(1.0, tokens.shape[0], self.top_k, self.num_experts)  # at most T, as K <= E
-        if direct.is_exporting():
+        if is_exporting():
             count = free_size(count, tokens.shape[0])
         counts = logits.new_full((self.num_experts,), count, dtype=torch.int32)
         if mask is None:
@@ -446,7 +458,7 @@ class MoE(LayerAttributes):
         self, logits: Tensor, counts: Tensor, ids: Tensor | None, shape: tuple[int, ...], mask: Tensor | None
     ) -> None:
         """Keep what the losses need, in training only."""
-        if not self.training or direct.is_exporting():
+        if not self.training or is_exporting():
             return
         if mask is not None and ids is not None:
             counts = masks.counts(ids, mask, self.num_experts)

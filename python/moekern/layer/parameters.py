@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moekern.backends.activations import ACTIVATIONS
-from moekern.backends.tangents import forward_mode
+from moekern.backends.observers import forward_mode
 from moekern.functional.experts import experts, grouped_mlp
 from moekern.functional.plan import Plan
 from moekern.verbs import direct, ops

@@ -71,12 +71,17 @@ def capacity_of(factor: float, tokens: Count, top_k: int, num_experts: int) -> C
 
     In integers: 1.1 times 50 is 55, but a little more in binary floating point, which rounded up would be 56.
     """
-    numerator, denominator = _ratio(min(factor, num_experts))  # a larger one limits nothing
+    return capacity_of_ratio(ratio(min(factor, num_experts)), tokens, top_k, num_experts)  # a larger one limits nothing
+
+
+def capacity_of_ratio(share: tuple[int, int], tokens: Count, top_k: int, num_experts: int) -> Count:
+    """The same for a factor that :func:`ratio` has made a fraction."""
+    numerator, denominator = share
     return -(-(numerator * top_k * tokens) // (denominator * num_experts))
 
 
 @torch.compiler.assume_constant_result
-def _ratio(factor: float) -> tuple[int, int]:
+def ratio(factor: float) -> tuple[int, int]:
     """The fraction that was meant: 1.1 is 11/10, and 1.3333333333333333 is 4/3."""
     exact = Fraction(str(float(factor)))
     return (exact.limit_denominator(1_000_000) or exact).as_integer_ratio()

@@ -7,9 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from moekern.backends.observers import is_exporting
 from moekern.backends.reference import take_rows
 from moekern.routing import router
-from moekern.verbs import checks, direct
+from moekern.verbs import checks
 
 
 def expert_choice(logits: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
@@ -88,6 +89,6 @@ def run_chosen(x: Tensor, weights: Tensor, tokens: Tensor, experts: Callable[...
     offsets = torch.arange(num_experts + 1, device=x.device, dtype=torch.int32) * capacity
     y = experts(rows, offsets=offsets)
     weighted = y.to(weights.dtype) * weights.reshape(-1, 1)
-    if not direct.is_exporting() and capacity == 0:  # whose derivative cannot do without rows
+    if not is_exporting() and capacity == 0:  # whose derivative cannot do without rows
         return weighted.sum(0).expand(x.shape).to(y.dtype)
     return add_rows(weighted, tokens.reshape(-1), x.shape[0]).to(y.dtype)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moekern.backends import reference
-from moekern.backends.tangents import forward_mode
+from moekern.backends.observers import forward_mode
 from moekern.verbs import direct, ops
 
 Ctx = Any  # torch types the context of a Function loosely

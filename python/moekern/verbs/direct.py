@@ -44,12 +44,6 @@ def undisturbed() -> bool:
     )
 
 
-def is_exporting() -> bool:
-    """As torch.compiler.is_exporting(), which torch 2.11's Dynamo takes for true in every compilation."""
-    flag: bool | None = getattr(torch.compiler, "_is_exporting_flag", None)
-    return torch.compiler.is_exporting() if flag is None else flag
-
-
 def transformed() -> bool:
     """Whether a transform of torch.func or forward-mode differentiation is under way.
 
