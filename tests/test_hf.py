@@ -107,7 +107,8 @@ def test_logits_loss_and_gradients(device: str, family: str, monkeypatch: pytest
     use_moekern(model)
     calls = []
     kernel = mk.hf.experts
-    monkeypatch.setattr(mk.hf, "experts", lambda *a, **k: calls.append(k["activation"]) or kernel(*a, **k))
+    for module in (mk.hf, mk.hf.blocks):
+        monkeypatch.setattr(module, "experts", lambda *a, **k: calls.append(k["activation"]) or kernel(*a, **k))
     check_same(run(model, device), theirs)
     assert set(calls) == {"swiglu_oai" if family == "GptOss" else "swiglu"}  # fused, not around the module's gate
     assert any("experts" in name or "_linear" in name for name in theirs)

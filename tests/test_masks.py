@@ -156,10 +156,11 @@ def test_masks_of_another_order_shape_or_kind_are_refused(device: str) -> None:
             mk.set_token_mask(moe, kind)
     additive = torch.where(mask, 0.0, float("-inf"))
     additive[0, 0] = float("-inf")
-    for name, loss in (
-        ("attention_mask", lambda: mk.aux_loss(moe, additive)),
-        ("mask", lambda: mk.z_loss(torch.zeros(3, 4, E, device=device)[0], mask=additive[0])),
-    ):
+    losses = {
+        "attention_mask": lambda: mk.aux_loss(moe, additive),
+        "mask": lambda: mk.z_loss(torch.zeros(3, 4, E, device=device)[0], mask=additive[0]),
+    }
+    for name, loss in losses.items() if device == "cpu" else ():  # looking at a GPU's mask would wait for the device
         with pytest.raises(ValueError, match=rf"^{name}: got a floating mask with other values"):
             loss()
     for right in (mask, mask.reshape(-1), mask.reshape(3, 1, 4), mask.float(), mask.to(torch.uint8)):
