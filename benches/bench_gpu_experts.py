@@ -37,19 +37,19 @@ def problem() -> Problem:
 def _no_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every function that would launch a kernel checks the names and number of its arguments, and does nothing."""
     for module, names in (
-        (gpu_kernels.kernels, ("Tables", "up", "grouped_mm", "grouped_few", "combine")),
-        (gpu_kernels.backward_kernels, ("dh", "wgrad")),
+        (gpu_kernels.grouped, ("Tables", "up", "grouped_mm", "grouped_few", "combine")),
+        (gpu_kernels.gradients, ("dh", "wgrad")),
         (gpu_kernels.forward, ("plan",)),
         (gpu_kernels.backward, ("experts_backward",)),
     ):
         for name in names:
             monkeypatch.setattr(module, name, create_autospec(getattr(module, name)))
-    signature = inspect.signature(gpu_kernels.backward_kernels.Rows)
+    signature = inspect.signature(gpu_kernels.gradients.Rows)
 
     def rows(*arguments: Any) -> SimpleNamespace:
         return SimpleNamespace(token=signature.bind(*arguments).arguments["token"])
 
-    monkeypatch.setattr(gpu_kernels.backward_kernels, "Rows", rows)
+    monkeypatch.setattr(gpu_kernels.gradients, "Rows", rows)
 
 
 @pytest.mark.usefixtures("_no_launches")
