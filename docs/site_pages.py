@@ -43,11 +43,11 @@ def reference() -> dict[str, str]:
     """The reference's pages by name: directives that mkdocstrings fills from the docstrings."""
     found = public(ROOT / "python/moekern/__init__.py")
     names = [f"::: {where}.{name}\n    options: {{heading_level: 2}}\n" for name, where in sorted(found.items())]
-    module = "# moekern.{0}\n\n::: moekern.{0}\n    options: {{show_root_heading: false, heading_level: 2}}\n"
+    module = "# {0}\n\n::: {0}\n    options: {{show_root_heading: false, heading_level: 2}}\n"
     return {
         "moekern": "\n".join(["# Public names\n\n`import moekern as mk`; everything here is `mk.NAME`.\n", *names]),
-        "upcycling": module.format("upcycling"),
-        "hf": module.format("hf"),
+        "upcycling": module.format("moekern.layer.upcycling"),
+        "hf": module.format("moekern.hf"),
     }
 
 
