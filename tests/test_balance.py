@@ -44,7 +44,7 @@ def test_masked_loss_is_that_of_transformers(device: str) -> None:
 def test_padding_does_not_matter(device: str) -> None:
     moe = layer().to(device)
     x = torch.randn(2, 8, H, device=device)
-    mask = torch.ones(2, 8, device=device)
+    mask = torch.ones(2, 8, dtype=torch.int64, device=device)
     mask[:, 5:] = 0
     coefficients = {"balance": 0.5, "z": 0.1, "sequence": 0.2}
     losses = []
@@ -86,7 +86,7 @@ def test_sequence_loss_is_the_papers(device: str, method: str) -> None:
 def test_sentinels_are_not_counted(device: str) -> None:
     logits = torch.randn(2, 9, E, device=device)
     ids = mk.route(logits, K)[1]
-    mask = torch.ones(2, 9, device=device)
+    mask = torch.ones(2, 9, dtype=torch.int64, device=device)
     mask[:, 6:] = 0
     dropped = torch.where(mask.unsqueeze(2) > 0, ids, torch.tensor([-1, E], device=device))
     expected = mk.sequence_balancing_loss(logits, ids, mask=mask)

@@ -130,7 +130,7 @@ def test_padding_that_is_nan_reaches_no_loss(device: str) -> None:
 def test_a_sequence_without_tokens_is_no_part_of_the_mean(device: str) -> None:
     logits = torch.randn(3, 6, E, device=device)
     ids = mk.route(logits.flatten(0, 1), K)[1].unflatten(0, (3, 6))
-    mask = torch.ones(3, 6, device=device)
+    mask = torch.ones(3, 6, dtype=torch.int64, device=device)
     mask[1] = 0
     both = torch.tensor([0, 2], device=device)
     expected = mk.sequence_balancing_loss(logits[both], ids[both])
@@ -155,15 +155,17 @@ def test_masks_of_another_order_shape_or_kind_are_refused(device: str) -> None:
         with pytest.raises(TypeError, match="mask: got"):
             mk.set_token_mask(moe, kind)
     additive = torch.where(mask, 0.0, float("-inf"))
-    additive[0, 0] = float("-inf")
     losses = {
-        "attention_mask": lambda: mk.aux_loss(moe, additive),
-        "mask": lambda: mk.z_loss(torch.zeros(3, 4, E, device=device)[0], mask=additive[0]),
+        "attention_mask": lambda wrong: mk.aux_loss(moe, wrong),
+        "mask": lambda wrong: mk.z_loss(torch.zeros(3, E, device=device), mask=wrong[:, 0]),
     }
-    for name, loss in losses.items() if device == "cpu" else ():  # looking at a GPU's mask would wait for the device
-        with pytest.raises(ValueError, match=rf"^{name}: got a floating mask with other values"):
-            loss()
-    for right in (mask, mask.reshape(-1), mask.reshape(3, 1, 4), mask.float(), mask.to(torch.uint8)):
+    for name, loss in losses.items():
+        for wrong in (additive, mask.float(), mask.bfloat16()):
+            with pytest.raises(TypeError, match=rf"^{name}: got torch.*expected bool or integers.* pass {name} == 0"):
+                loss(wrong)
+        with pytest.raises(TypeError, match=f"^{name}: got dtype complex64, expected bool"):
+            loss(mask.to(torch.complex64))
+    for right in (mask, mask.reshape(-1), mask.reshape(3, 1, 4), mask.long(), mask.to(torch.uint8)):
         assert error(mk.aux_loss(moe, right), mk.aux_loss(moe)) < 1e-6
     moe(x.reshape(12, H))
     assert error(mk.aux_loss(moe, mask), mk.aux_loss(moe)) < 1e-6

@@ -45,7 +45,7 @@ def test_a_training_step_never_synchronises(options: dict[str, object]) -> None:
     """Forward, loss, backward and bias update wait for nothing, whatever the routing."""
     model = model_of(**options).to("cuda", torch.bfloat16)
     x = torch.randn(200, H, device="cuda", dtype=torch.bfloat16)
-    mask = torch.ones(200, device="cuda")
+    mask = torch.ones(200, dtype=torch.int64, device="cuda")
 
     def step() -> None:
         loss = model(x).square().mean() + 0.01 * mk.aux_loss(model, mask, z=0.1).to(torch.bfloat16)

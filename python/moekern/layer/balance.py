@@ -25,8 +25,8 @@ def load_balancing_loss(
     Args:
         logits: ``[T, E]`` router logits; the gradient flows through these.
         tokens_per_expert: ``[E]`` counts, without those of masked tokens.
-        mask: ``[T]``, zero for tokens that do not count (padding), whatever their logits; bool, integer, or floating
-            with zeros and ones. None: all count.
+        mask: ``[T]``, zero for tokens that do not count (padding), whatever their logits; bool or integer.
+            None: all count.
         group: A torch.distributed process group over which the counts are summed, so that the batches of all its ranks
             are balanced together and not each on its own; None for this rank alone. The mean over the ranks, which
             data-parallel training takes of the gradients, then gives the gradient of the loss of the whole batch,
@@ -172,7 +172,7 @@ def set_token_mask(model: nn.Module, mask: Tensor | None) -> None:
         TypeError, ValueError: The model has no such layer, or the mask is no bool or integer tensor.
     """
     if mask is not None:
-        masks.check_kind(mask)
+        masks.truth("mask", mask)
     for _, layer in _layers(model):
         layer.__dict__["_token_mask"] = mask
 

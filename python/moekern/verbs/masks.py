@@ -14,21 +14,14 @@ def of_input(mask: Tensor, x: Tensor) -> Tensor:
     """The mask of a layer's input as bool ``[T]``.
 
     Raises:
-        TypeError, ValueError: It is no bool or integer tensor of the shape of ``x`` without its last dimension, on the
-            device of ``x``. A floating mask is refused: zero is a real token in those that are added to scores.
+        TypeError, ValueError: It is no bool or integer tensor (see :func:`truth`) of the shape of ``x`` without its
+            last dimension, on the device of ``x``.
     """
     checks.is_tensor("x", x)
-    check_kind(mask)
+    real = truth("mask", mask)
     checks.has_shape("mask", mask, tuple(x.shape[:-1]), "the shape of x without its last dimension, True for a token")
     checks.same_device("mask", mask, "x", x)
-    return (mask if mask.dtype == torch.bool else mask != 0).reshape(-1)
-
-
-def check_kind(mask: object) -> None:
-    """Raises TypeError unless it is a bool or integer tensor."""
-    checks.is_tensor("mask", mask)
-    assert isinstance(mask, Tensor)
-    checks.has_dtype("mask", mask, _INTEGER)
+    return real.reshape(-1)
 
 
 def of_losses(name: str, mask: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -51,20 +44,20 @@ def of_losses(name: str, mask: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def truth(name: str, mask: Tensor) -> Tensor:
-    """The mask as bool: zero for padding. A floating one must hold zeros and ones, which is
-    checked on the CPU: any other value counts as a token.
+    """The mask as bool, False for padding.
+
+    Raises:
+        TypeError: It is no bool or integer tensor. A floating mask is refused: the usual one is added to attention
+            scores and has zero for a token, and telling it from zeros and ones would wait for a GPU.
     """
-    if mask.dtype == torch.bool:
-        return mask
-    checks.has_dtype(name, mask, (*_INTEGER, *checks.FLOATING))
-    real = mask != 0
-    can_look = mask.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere it would synchronise
-    if mask.is_floating_point() and can_look and not bool((~real | (mask == 1)).all()):
-        raise ValueError(
-            f"{name}: got a floating mask with other values than 0 and 1, expected 1 for a token and 0 for padding; "
-            "a mask that is added to attention scores has 0 for a token"
+    checks.is_tensor(name, mask)
+    if mask.is_floating_point():
+        raise TypeError(
+            f"{name}: got {mask.dtype}, expected bool or integers, zero for padding; of a floating mask of zeros and "
+            f"ones pass {name} != 0, of one that is added to attention scores pass {name} == 0"
         )
-    return real
+    checks.has_dtype(name, mask, _INTEGER)
+    return mask if mask.dtype == torch.bool else mask != 0
 
 
 def counts(topk_ids: Tensor, mask: Tensor, num_experts: int) -> Tensor:
