@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from moekern.backends.cuda.build import loader
+from moekern.backends.cuda.build import sources
 
 # Every cp.async of a gather is written with one of these; as a comment it still takes its operands.
 COPIES = {"hopper.cuh": "COPY_16", "wgrad.cu": "COPY"}
@@ -17,7 +17,7 @@ INSTRUCTION = '"cp.async.cg.shared.global.L2::256B "'
 def without_copies() -> None:
     """Put the CUDA sources into a directory, the gathers' copies as comments, and have kernels built from there."""
     directory = Path(tempfile.mkdtemp())
-    shutil.copytree(loader.cuda_directory(), directory, dirs_exist_ok=True)
+    shutil.copytree(sources.cuda_directory(), directory, dirs_exist_ok=True)
     for file, name in COPIES.items():
         text = (directory / file).read_text()
         copies = f"#define {name} {INSTRUCTION}"

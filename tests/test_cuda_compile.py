@@ -18,9 +18,9 @@ from moekern.cli import main
 pytest.importorskip("cupy")
 
 from moekern import _core
-from moekern.backends.cuda.build import loader, variants
+from moekern.backends.cuda.build import loader, sources, variants
 from moekern.backends.cuda.build.errors import KernelError
-from moekern.backends.cuda.build.loader import KernelSource
+from moekern.backends.cuda.build.sources import KernelSource
 from moekern.backends.cuda.kernels import grouped
 from moekern.backends.cuda.launch import program
 
@@ -128,7 +128,7 @@ def test_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_cache_follows_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy = tmp_path / "cuda"
-    shutil.copytree(loader.cuda_directory(), copy)
+    shutil.copytree(sources.cuda_directory(), copy)
     monkeypatch.setenv("MOEKERN_CACHE_DIR", str(tmp_path / "kernels"))
     before = loader.cubin_path(SMALLEST)
     monkeypatch.setenv("MOEKERN_CUDA_DIR", str(copy))
@@ -148,7 +148,7 @@ def test_errors_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         loader.cubin_path(SMALLEST)
     monkeypatch.setenv("MOEKERN_CUDA_DIR", str(tmp_path))
     with pytest.raises(KernelError, match="MOEKERN_CUDA_DIR"):
-        loader.expand("up.cu")
+        sources.expand("up.cu")
 
 
 def test_a_bad_kernel_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,7 +220,7 @@ def test_the_usual_variants_are_a_subset_of_all() -> None:
     every = set(variants.every())
     assert set(variants.usual()) <= every
     assert set(variants.covering()) <= every
-    assert {s.file for s in every} == {p.name for p in loader.cuda_directory().glob("*.cu")}
+    assert {s.file for s in every} == {p.name for p in sources.cuda_directory().glob("*.cu")}
 
 
 def test_a_verbs_variants_are_listed() -> None:

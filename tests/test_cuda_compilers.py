@@ -22,7 +22,7 @@ pytest.importorskip("cupy")
 from moekern.backends.cuda.build import compilers, kernel_cache, loader
 from moekern.backends.cuda.build.compilers import AbandonedError, Answer, Compilers, Job
 from moekern.backends.cuda.build.errors import CacheError, KernelError
-from moekern.backends.cuda.build.loader import KernelSource
+from moekern.backends.cuda.build.sources import KernelSource
 
 COMBINES = [KernelSource.of("combine.cu", {"ELEMENT": "Bf16", "TOP_K": k}) for k in (1, 2, 4)]
 BROKEN = ("broken.cu", "int f() { return oops; }", ("--gpu-architecture=sm_90a",))

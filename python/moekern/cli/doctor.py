@@ -17,7 +17,7 @@ from rich.table import Table
 
 from moekern import __version__
 from moekern.backends.cuda.build import kernel_cache as cache
-from moekern.backends.cuda.build import loader
+from moekern.backends.cuda.build import loader, sources
 from moekern.backends.cuda.build.errors import CacheError, KernelError
 from moekern.backends.cuda.configuration import choose
 from moekern.cli import HelpFormat, Subparsers
@@ -136,7 +136,7 @@ def examine_environment(diagnosis: Diagnosis) -> None:
             f"unset {ENVIRONMENT_VARIABLE}, or set it to what works here ({', '.join(BACKENDS)})",
         )
     try:
-        loader.cuda_directory()
+        sources.cuda_directory()
     except KernelError as error:
         report = diagnosis.failure if torch.cuda.is_available() else diagnosis.problem
         report(str(error), "unset MOEKERN_CUDA_DIR, or reinstall moekern")

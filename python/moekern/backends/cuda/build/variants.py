@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 
 from moekern.backends.activations import ACTIVATIONS
-from moekern.backends.cuda.build.loader import KernelSource
+from moekern.backends.cuda.build.sources import KernelSource
 from moekern.backends.cuda.kernels import gradients, grouped, router
 
 DTYPES = (torch.bfloat16, torch.float16)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moekern.backends.activations import ACTIVATIONS
-from moekern.backends.cuda.build import loader
+from moekern.backends.cuda.build import loader, sources
 from moekern.backends.cuda.configuration import Configuration
 from moekern.backends.cuda.launch.program import Map, collected, launch
 from moekern.backends.pointers import address
@@ -95,7 +95,7 @@ def _loaded(device: int, file: str, name: str, shared: int, macros: Macros, carv
             f"the kernel {name} is used for the first time while a CUDA graph is being captured, where nothing can be "
             "loaded: run the layer once with these shapes and dtype before the capture"
         )
-    return loader.load(loader.KernelSource.of(file, dict(macros)), name, device, shared, carve_out).handle
+    return loader.load(sources.KernelSource.of(file, dict(macros)), name, device, shared, carve_out).handle
 
 
 def _ragged(base: int, row_bytes: int) -> int:

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from moekern import _core  # type: ignore[attr-defined]
-from moekern.backends.cuda.build.loader import KernelSource, all_present, compile_missing
+from moekern.backends.cuda.build.loader import all_present, compile_missing
+from moekern.backends.cuda.build.sources import KernelSource
 from moekern.backends.cuda.launch.device import stream_of
 
 PROGRAMS = 512  # kept a verb: one for every combination of sizes that comes along

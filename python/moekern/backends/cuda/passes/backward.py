@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moekern.backends.activations import ACTIVATIONS, split
-from moekern.backends.cuda.build.loader import KernelSource
+from moekern.backends.cuda.build.sources import KernelSource
 from moekern.backends.cuda.configuration import Configuration
 from moekern.backends.cuda.kernels import gradients as own
 from moekern.backends.cuda.kernels import grouped

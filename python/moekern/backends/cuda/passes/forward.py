@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moekern.backends.activations import ACTIVATIONS
-from moekern.backends.cuda.build.loader import KernelSource
+from moekern.backends.cuda.build.sources import KernelSource
 from moekern.backends.cuda.configuration import Configuration
 from moekern.backends.cuda.kernels import grouped
 from moekern.backends.cuda.launch.device import on_device, round_up, stream_of
