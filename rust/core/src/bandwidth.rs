@@ -2,10 +2,10 @@
 
 #![allow(unsafe_op_in_unsafe_fn)]
 
-use crate::gemm::Isa;
-use crate::gemm::isa::with_simd;
-use crate::gemm::simd::{Kernel, Simd, fence};
 use crate::pool::parallel;
+use crate::vector::isa::Isa;
+use crate::vector::isa::with_simd;
+use crate::vector::simd::{Kernel, Simd, fence};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 

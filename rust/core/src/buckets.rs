@@ -3,7 +3,7 @@
 //! Ids are mostly `i64`. Narrowing and clamping them is work for vectors, done once; afterwards a slot's bucket is one
 //! load, of a quarter of the bytes.
 
-use crate::gemm::Isa;
+use crate::vector::isa::Isa;
 
 /// An integer that names an expert.
 pub trait Id: Copy + Send + Sync {

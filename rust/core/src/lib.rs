@@ -6,7 +6,6 @@
 mod apart;
 pub mod bandwidth;
 pub mod buckets;
-pub mod dtype;
 pub mod gemm;
 pub mod pages;
 pub mod permute;
@@ -15,3 +14,4 @@ pub mod pool;
 pub mod ranks;
 pub mod stats;
 pub mod tiles;
+pub mod vector;

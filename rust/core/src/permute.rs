@@ -7,11 +7,11 @@
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
-use crate::dtype::DType;
-use crate::gemm::Isa;
-use crate::gemm::isa::with_kernels;
 use crate::gemm::scratch::advise_huge_pages;
 use crate::pool::parallel;
+use crate::vector::dtype::DType;
+use crate::vector::isa::Isa;
+use crate::vector::isa::with_kernels;
 
 mod double;
 mod kernels;

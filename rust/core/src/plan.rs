@@ -16,9 +16,9 @@ use std::ops::Range;
 
 pub use crate::buckets::Id;
 use crate::buckets::{Bucket, narrow};
-use crate::gemm::Isa;
 use crate::gemm::scratch::advise_huge_pages;
 use crate::pool::parallel;
+use crate::vector::isa::Isa;
 
 /// Fewer slots than this are not worth a thread of their own: waking one costs as much as counting them.
 const MIN_SLOTS_PER_THREAD: usize = 1 << 15;

@@ -7,9 +7,9 @@ mod layer;
 
 use common::{Random, Tensor, isas};
 use layer::{Layer, Shape, address};
-use moekern_core::dtype::DType;
-use moekern_core::gemm::{Activation, ExpertsBackward, ExpertsForward, Isa, experts_backward, experts_forward};
+use moekern_core::gemm::{Activation, ExpertsBackward, ExpertsForward, experts_backward, experts_forward};
 use moekern_core::plan::plan;
+use moekern_core::vector::{DType, Isa};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::ptr::null_mut;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};

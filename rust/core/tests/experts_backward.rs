@@ -5,8 +5,8 @@ mod layer;
 
 use common::{Random, Tensor, error, isas};
 use layer::{Gradients, Layer, Operands, Routing, Shape, address, gradients, output, pre_activations};
-use moekern_core::dtype::DType;
-use moekern_core::gemm::{Activation, ExpertsBackward, Isa, experts_backward};
+use moekern_core::gemm::{Activation, ExpertsBackward, experts_backward};
+use moekern_core::vector::{DType, Isa};
 use std::ptr::null_mut;
 
 const DTYPES: [DType; 3] = [DType::F32, DType::Bf16, DType::F16];

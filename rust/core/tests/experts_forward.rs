@@ -5,8 +5,8 @@ mod layer;
 
 use common::{Random, Tensor, error, isas};
 use layer::{Layer, Shape, address, output, pre_activations};
-use moekern_core::dtype::DType;
-use moekern_core::gemm::{Activation, ExpertsForward, Isa, experts_forward};
+use moekern_core::gemm::{Activation, ExpertsForward, experts_forward};
+use moekern_core::vector::{DType, Isa};
 use std::ptr::null_mut;
 
 const DTYPES: [DType; 3] = [DType::F32, DType::Bf16, DType::F16];

@@ -3,8 +3,8 @@
 mod common;
 
 use common::{Random, Tensor, error, isas, offsets, tolerance};
-use moekern_core::dtype::DType;
-use moekern_core::gemm::{Gather, Grouped, GroupedTn, Isa, grouped_nn, grouped_tn};
+use moekern_core::gemm::{Gather, Grouped, GroupedTn, grouped_nn, grouped_tn};
+use moekern_core::vector::{DType, Isa};
 
 const DTYPES: [DType; 3] = [DType::F32, DType::Bf16, DType::F16];
 const TOP_K: usize = 3;

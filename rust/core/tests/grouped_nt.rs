@@ -3,8 +3,8 @@
 mod common;
 
 use common::{Random, Tensor, activate, error, gate_up, isas, offsets, tolerance};
-use moekern_core::dtype::DType;
-use moekern_core::gemm::{Activation, Epilogue, Gather, Grouped, Isa, grouped_nt};
+use moekern_core::gemm::{Activation, Epilogue, Gather, Grouped, grouped_nt};
+use moekern_core::vector::{DType, Isa};
 
 struct Case {
     dtype: DType,

@@ -1,10 +1,9 @@
 //! Permute, combine and their gradients on every instruction set of the CPU, against loops in fp64.
 
 use half::{bf16, f16};
-use moekern_core::dtype::DType;
-use moekern_core::gemm::Isa;
 use moekern_core::permute::{Combine, CombineBackward, Layout, Permute};
 use moekern_core::plan::plan;
+use moekern_core::vector::{DType, Isa};
 use proptest::prelude::*;
 
 /// Values as memory of a dtype.

@@ -1,8 +1,8 @@
 //! Memory for large results, and how fast memory is.
 
 use moekern_core::bandwidth;
-use moekern_core::gemm::Isa;
 use moekern_core::pages;
+use moekern_core::vector::Isa;
 use pyo3::exceptions::{PyMemoryError, PyValueError};
 use pyo3::ffi;
 use pyo3::prelude::*;

@@ -1,8 +1,7 @@
 //! Permutation and combine, forward and backward.
 
-use moekern_core::dtype::DType;
-use moekern_core::gemm::Isa;
 use moekern_core::permute::{Combine, CombineBackward, Layout, Permute};
+use moekern_core::vector::{DType, Isa};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 

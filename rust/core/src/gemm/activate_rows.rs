@@ -3,10 +3,10 @@
 #![allow(unsafe_op_in_unsafe_fn)]
 
 use super::activation::{Activate, Activation};
-use super::format::Format;
 use super::jobs::{Job, Worker};
-use super::round::{round_row, widen_row};
-use super::simd::{Kernel, Simd};
+use crate::vector::format::Format;
+use crate::vector::round::{round_row, widen_row};
+use crate::vector::simd::{Kernel, Simd};
 use std::marker::PhantomData;
 
 /// Rows of a ticket.

@@ -2,8 +2,8 @@
 
 #![allow(unsafe_op_in_unsafe_fn)]
 
-use super::math::{erf, sigmoid};
-use super::simd::{Kernel, Simd};
+use crate::vector::math::{erf, sigmoid};
+use crate::vector::simd::{Kernel, Simd};
 
 /// The limit of gpt-oss' clamps.
 pub const OAI_LIMIT: f32 = 7.0;

@@ -7,11 +7,11 @@
 #![allow(unsafe_op_in_unsafe_fn)]
 
 use super::activation::{Activation, GELU_CUBIC, GELU_SCALE, OAI_ALPHA, OAI_LIMIT, tail};
-use super::format::Format;
-use super::math::{erf, exp, sigmoid};
 use super::nn::{Block, COLUMN_BLOCK, Finish};
-use super::round::{load_values_up_to, round_row, widen_row};
-use super::simd::{Kernel, Narrow, Simd};
+use crate::vector::format::Format;
+use crate::vector::math::{erf, exp, sigmoid};
+use crate::vector::round::{load_values_up_to, round_row, widen_row};
+use crate::vector::simd::{Kernel, Narrow, Simd};
 use std::marker::PhantomData;
 
 /// What the backward pass makes of the gradient of the activations. Absent results are null.

@@ -6,8 +6,8 @@
 
 #![allow(unsafe_op_in_unsafe_fn)]
 
-use super::format::{Format, Kind};
-use super::simd::{Kernel, Simd, prefetch};
+use crate::vector::format::{Format, Kind};
+use crate::vector::simd::{Kernel, Simd, prefetch};
 use std::marker::PhantomData;
 
 /// Weight rows of a group: words of the summed index.

@@ -2,11 +2,11 @@
 
 #![allow(unsafe_op_in_unsafe_fn)]
 
-use super::format::Format;
 use super::grouped::Gather;
 use super::jobs::{Job, Worker};
-use super::round::{load_up_to, store_up_to};
-use super::simd::{Kernel, Simd};
+use crate::vector::format::Format;
+use crate::vector::round::{load_up_to, store_up_to};
+use crate::vector::simd::{Kernel, Simd};
 use std::marker::PhantomData;
 
 /// Columns of a ticket: whole lines of every row, and enough vectors to hide the latency of additions.

@@ -3,9 +3,9 @@
 
 #![allow(unsafe_op_in_unsafe_fn)]
 
-use super::format::{Format, Kind};
 use super::pack::step_elements;
-use super::simd::{Kernel, Narrow, Simd, prefetch};
+use crate::vector::format::{Format, Kind};
+use crate::vector::simd::{Kernel, Narrow, Simd, prefetch};
 use std::marker::PhantomData;
 
 /// How far ahead weights are prefetched within a row, in bytes.

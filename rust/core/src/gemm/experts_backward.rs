@@ -15,19 +15,19 @@
 use super::activation::Activation;
 use super::activation_grad::HiddenGradient;
 use super::column_sums::ColumnSums;
-use super::format::Format;
 use super::forward::{Epilogue, grouped_nt};
 use super::grouped::{Gather, Grouped};
-use super::isa::{Isa, with_kernels};
 use super::jobs::{Job, Worker, run_jobs};
 use super::nn::{Block, COLUMN_BLOCK, Finish, NnJob, StoreRows};
-use super::round::widen_row;
 use super::score_grad::ScoreGradient;
 use super::scratch::{Buffer, with_workspace};
-use super::simd::{Kernel, Simd};
 use super::tn::{GroupedTn, TnJob, larger_than_cache};
-use crate::dtype::DType;
 use crate::permute::{Combine, Layout};
+use crate::vector::dtype::DType;
+use crate::vector::format::Format;
+use crate::vector::isa::{Isa, with_kernels};
+use crate::vector::round::widen_row;
+use crate::vector::simd::{Kernel, Simd};
 use std::marker::PhantomData;
 use std::ptr::null_mut;
 

@@ -16,14 +16,14 @@ use super::activate_rows::ActivateRows;
 use super::activation::Activation;
 use super::forward::{Epilogue, Forward};
 use super::grouped::{Gather, Grouped};
-use super::isa::{Isa, with_kernels};
 use super::jobs::run_jobs;
 use super::nn::grouped_nn;
 use super::scratch::{advise_huge_pages, with_scratch, with_workspace};
 use super::tickets::{Tickets, units};
-use crate::dtype::DType;
 use crate::permute::{Combine, Layout};
 use crate::pool::parallel;
+use crate::vector::dtype::DType;
+use crate::vector::isa::{Isa, with_kernels};
 use std::marker::PhantomData;
 use std::sync::atomic::AtomicUsize;
 

@@ -5,15 +5,15 @@
 //! A block of features is computed into fp32 scratch and leaves it once: bias, activation, rounding.
 
 use super::activation::Activation;
-use super::format::Format;
 use super::forward_block::{Block, Segment};
 use super::forward_pack::{Panel, pack};
 use super::grouped::Grouped;
-use super::isa::with_kernels;
 use super::scratch::{Scratch, with_scratch};
-use super::simd::Simd;
 use super::tickets::{Ticket, Tickets, units};
 use crate::pool::parallel;
+use crate::vector::format::Format;
+use crate::vector::isa::with_kernels;
+use crate::vector::simd::Simd;
 
 /// What happens to the sums before they are stored.
 #[derive(Clone, Copy)]

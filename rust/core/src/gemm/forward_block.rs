@@ -1,15 +1,15 @@
 //! One block of features for the rows of one unit: the kernels panel by panel, and what becomes of the sums.
 
 use super::activation::{Activate, Activation};
-use super::format::Format;
 use super::forward::Epilogue;
 use super::forward_kernels::{Form, Product, widens};
 use super::forward_pack::Panel;
 use super::grouped::Grouped;
 use super::scratch::{Buffer, Scratch};
-use super::simd::Simd;
 use super::store::{StoreRows, StoreTransposed};
 use super::tickets::{BLOCK, Unit};
+use crate::vector::format::Format;
+use crate::vector::simd::Simd;
 use std::marker::PhantomData;
 use std::ops::Range;
 

@@ -2,10 +2,10 @@
 //! were chosen by measurement on Zen 4.
 
 use super::dot::Dot;
-use super::format::{F32, Format, Kind};
 use super::jobs::even_parts;
 use super::lanes::{Lanes, Widen};
-use super::simd::Simd;
+use crate::vector::format::{F32, Format, Kind};
+use crate::vector::simd::Simd;
 use std::marker::PhantomData;
 
 /// The kernel that a panel of rows is packed for.

@@ -1,10 +1,10 @@
 //! A unit's rows cut into panels, each packed for the kernel that suits its number of rows.
 
-use super::format::Format;
 use super::forward_kernels::{Form, forms};
 use super::pack::{PackSteps, PackTransposed, step_words};
 use super::scratch::Buffer;
-use super::simd::Simd;
+use crate::vector::format::Format;
+use crate::vector::simd::Simd;
 use std::marker::PhantomData;
 
 /// Rows packed together.

@@ -1,7 +1,7 @@
 //! The arguments that all grouped GEMMs share.
 
-use super::isa::Isa;
-use crate::dtype::DType;
+use crate::vector::dtype::DType;
+use crate::vector::isa::Isa;
 
 /// Which row of a matrix each row of the plan reads.
 #[derive(Clone, Copy)]

@@ -12,15 +12,15 @@
 #![allow(unsafe_op_in_unsafe_fn)]
 
 use super::axpy::{AXPY_ELEMENTS, AddValues, Axpy, InOrder, axpy_columns, axpy_rows};
-use super::format::{Format, Kind};
 use super::grouped::Grouped;
-use super::isa::with_kernels;
 use super::jobs::{Job, Worker, even_parts, run_jobs};
 use super::pack::PackTransposed;
 use super::panels::PackPanels;
-use super::round::RoundRows;
-use super::simd::Simd;
 use super::tile::{Prefetch, Source, Store, Tiles, tile_rows};
+use crate::vector::format::{Format, Kind};
+use crate::vector::isa::with_kernels;
+use crate::vector::round::RoundRows;
+use crate::vector::simd::Simd;
 use std::marker::PhantomData;
 
 /// Tickets start at multiples of this many columns.

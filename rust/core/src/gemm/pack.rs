@@ -2,8 +2,8 @@
 
 #![allow(unsafe_op_in_unsafe_fn)]
 
-use super::format::{Format, Kind};
-use super::simd::{Kernel, Narrow, Simd};
+use crate::vector::format::{Format, Kind};
+use crate::vector::simd::{Kernel, Narrow, Simd};
 use std::marker::PhantomData;
 
 /// `to[word of k][width]` from rows given by address: the rows become lanes. Lanes without a row are zero.

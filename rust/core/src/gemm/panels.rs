@@ -4,8 +4,8 @@
 
 #![allow(unsafe_op_in_unsafe_fn)]
 
-use super::format::{Format, Kind};
-use super::simd::{Kernel, Simd};
+use crate::vector::format::{Format, Kind};
+use crate::vector::simd::{Kernel, Simd};
 use std::marker::PhantomData;
 
 /// Words that a band may be written beyond its end; the next one starts no earlier.

@@ -2,8 +2,8 @@
 
 #![allow(unsafe_op_in_unsafe_fn)]
 
-use super::format::Format;
-use super::simd::{Kernel, Narrow, Simd};
+use crate::vector::format::Format;
+use crate::vector::simd::{Kernel, Narrow, Simd};
 use std::marker::PhantomData;
 
 /// Stores results of the lanes kernel, `results[feature][width]`, as `out[row][feature]`.

@@ -7,9 +7,9 @@
 
 #![allow(unsafe_op_in_unsafe_fn)]
 
-use super::format::{F32, Format, Kind};
 use super::panels::two_vectors;
-use super::simd::{Kernel, Simd, prefetch};
+use crate::vector::format::{F32, Format, Kind};
+use crate::vector::simd::{Kernel, Simd, prefetch};
 use std::marker::PhantomData;
 
 /// Rows of the largest tile.

@@ -8,16 +8,16 @@
 
 #![allow(unsafe_op_in_unsafe_fn)]
 
-use super::format::{Format, Kind};
 use super::grouped::Gather;
-use super::isa::{Isa, with_kernels};
 use super::jobs::{Job, Worker, run_jobs};
 use super::panels::{PackBands, PackPanels, PackSplit, band_words};
-use super::round::RoundRows;
 use super::scratch::advise_huge_pages;
-use super::simd::{Simd, fence};
 use super::tile::{Prefetch, Source, Store, Tiles, tile_rows};
-use crate::dtype::DType;
+use crate::vector::dtype::DType;
+use crate::vector::format::{Format, Kind};
+use crate::vector::isa::{Isa, with_kernels};
+use crate::vector::round::RoundRows;
+use crate::vector::simd::{Simd, fence};
 use std::marker::PhantomData;
 
 /// About how many rows of the result a ticket has.

@@ -6,9 +6,9 @@ use std::marker::PhantomData;
 use std::ops::Range;
 
 use super::{Combine, CombineBackward};
-use crate::gemm::format::Format;
-use crate::gemm::round::{load_up_to, store_up_to};
-use crate::gemm::simd::{Kernel, Narrow, Simd};
+use crate::vector::format::Format;
+use crate::vector::round::{load_up_to, store_up_to};
+use crate::vector::simd::{Kernel, Narrow, Simd};
 
 /// Vectors kept in registers at once: enough to hide the latency of a fused multiply-add.
 const UNROLL: usize = 4;

@@ -2,8 +2,8 @@
 #![allow(dead_code)]
 
 use half::{bf16, f16};
-use moekern_core::dtype::DType;
-use moekern_core::gemm::{Activation, Isa};
+use moekern_core::gemm::Activation;
+use moekern_core::vector::{DType, Isa};
 
 /// A small reproducible generator (xorshift64*).
 pub struct Random(u64);

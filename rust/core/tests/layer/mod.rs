@@ -4,7 +4,7 @@
 #![allow(clippy::needless_range_loop)]
 
 use super::common::{Random, Tensor};
-use moekern_core::dtype::DType;
+use moekern_core::vector::DType;
 use std::ptr::null;
 
 /// Rows sorted by expert, as the planner gives them.

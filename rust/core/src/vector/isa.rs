@@ -110,16 +110,16 @@ impl std::error::Error for IsaError {}
 macro_rules! with_simd {
     ($isa:expr, $S:ident => $body:expr) => {{
         #[allow(unused_imports)]
-        use $crate::gemm::{isa::Isa, simd_scalar::Scalar};
+        use $crate::vector::{isa::Isa, scalar::Scalar};
         match $isa {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => {
-                type $S = $crate::gemm::simd_avx2::Avx2;
+                type $S = $crate::vector::avx2::Avx2;
                 $body
             }
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 | Isa::Avx512Bf16 => {
-                type $S = $crate::gemm::simd_avx512::Avx512;
+                type $S = $crate::vector::avx512::Avx512;
                 $body
             }
             _ => {
@@ -135,13 +135,13 @@ pub(crate) use with_simd;
 /// type `$dtype`. Only bf16 has kernels of its own for `Avx512Bf16`; the other types share those of `Avx512`.
 macro_rules! with_kernels {
     ($isa:expr, $dtype:expr, $S:ident, $F:ident => $body:expr) => {{
-        use $crate::dtype::DType;
-        use $crate::gemm::format;
-        use $crate::gemm::isa::{Isa, with_simd};
+        use $crate::vector::dtype::DType;
+        use $crate::vector::format;
+        use $crate::vector::isa::{Isa, with_simd};
         match ($isa, $dtype) {
             #[cfg(target_arch = "x86_64")]
             (Isa::Avx512Bf16, DType::Bf16) => {
-                type $S = $crate::gemm::simd_avx512::Avx512Bf16;
+                type $S = $crate::vector::avx512::Avx512Bf16;
                 type $F = format::Bf16Pairs;
                 $body
             }

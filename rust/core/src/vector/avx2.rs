@@ -121,11 +121,11 @@ macro_rules! simd_256 {
             }
             #[inline(always)]
             unsafe fn stream_bf16_pair(p: *mut u16, a: __m256, b: __m256) {
-                _mm256_stream_si256(p.cast(), $crate::gemm::simd_avx2::pack_bf16(a, b))
+                _mm256_stream_si256(p.cast(), $crate::vector::avx2::pack_bf16(a, b))
             }
             #[inline(always)]
             unsafe fn store_bf16_pair(p: *mut u16, a: __m256, b: __m256) {
-                _mm256_storeu_si256(p.cast(), $crate::gemm::simd_avx2::pack_bf16(a, b))
+                _mm256_storeu_si256(p.cast(), $crate::vector::avx2::pack_bf16(a, b))
             }
             #[inline(always)]
             unsafe fn zero() -> __m256 {
@@ -210,11 +210,11 @@ macro_rules! simd_256 {
         impl Narrow for $name {
             #[inline(always)]
             unsafe fn transpose(rows: &mut [__m256; 8]) {
-                $crate::gemm::simd_avx2::transpose(rows)
+                $crate::vector::avx2::transpose(rows)
             }
             #[inline(always)]
             unsafe fn sum_each(a: [__m256; 8]) -> __m256 {
-                $crate::gemm::simd_avx2::sum_each(a)
+                $crate::vector::avx2::sum_each(a)
             }
         }
     };

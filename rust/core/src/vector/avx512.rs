@@ -3,8 +3,8 @@
 
 #![allow(unsafe_op_in_unsafe_fn)]
 
+use super::avx2::{self, simd_256};
 use super::simd::{Kernel, Narrow, Simd};
-use super::simd_avx2::{self, simd_256};
 use std::arch::x86_64::*;
 use std::mem::transmute;
 
@@ -201,7 +201,7 @@ simd_512!(Avx512Bf16, Avx512Bf16Half, "avx512f,avx512bw,avx512vl,avx512dq,avx512
 simd_256!(Avx512Half, "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c", {
     #[inline(always)]
     unsafe fn store_bf16(p: *mut u16, a: __m256) {
-        simd_avx2::store_bf16(p, a)
+        avx2::store_bf16(p, a)
     }
 });
 

@@ -50,8 +50,8 @@ pub unsafe fn erf<S: Simd>(x: S::V) -> S::V {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::gemm::isa::{Isa, with_simd};
-    use crate::gemm::simd::Kernel;
+    use crate::vector::isa::{Isa, with_simd};
+    use crate::vector::simd::Kernel;
 
     struct Each<'a> {
         x: &'a [f32],
