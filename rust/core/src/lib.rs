@@ -7,7 +7,7 @@ mod apart;
 pub mod bandwidth;
 pub mod buckets;
 pub mod gemm;
-pub mod pages;
+pub mod memory;
 pub mod permute;
 pub mod plan;
 pub mod pool;

@@ -7,7 +7,7 @@
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
-use crate::gemm::scratch::advise_huge_pages;
+use crate::memory::pages::advise_huge_pages;
 use crate::pool::parallel;
 use crate::vector::dtype::DType;
 use crate::vector::isa::Isa;

@@ -16,7 +16,7 @@ use std::ops::Range;
 
 pub use crate::buckets::Id;
 use crate::buckets::{Bucket, narrow};
-use crate::gemm::scratch::advise_huge_pages;
+use crate::memory::pages::advise_huge_pages;
 use crate::pool::parallel;
 use crate::vector::isa::Isa;
 

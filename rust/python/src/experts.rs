@@ -1,9 +1,10 @@
 //! The experts' forward pass and the grouped GEMMs.
 
 use moekern_core::gemm::{
-    Activation, Epilogue, ExpertsForward, Gather, Grouped, GroupedTn, advise_huge_pages, experts_forward as forward,
-    grouped_nn, grouped_nt, grouped_tn, larger_than_cache,
+    Activation, Epilogue, ExpertsForward, Gather, Grouped, GroupedTn, experts_forward as forward, grouped_nn,
+    grouped_nt, grouped_tn, larger_than_cache,
 };
+use moekern_core::memory::advise_huge_pages;
 use moekern_core::vector::{DType, Isa};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;

@@ -1,7 +1,7 @@
 //! Memory for large results, and how fast memory is.
 
 use moekern_core::bandwidth;
-use moekern_core::pages;
+use moekern_core::memory;
 use moekern_core::vector::Isa;
 use pyo3::exceptions::{PyMemoryError, PyValueError};
 use pyo3::ffi;
@@ -11,7 +11,7 @@ use std::ffi::c_int;
 /// See `python/moekern/_core.pyi`.
 #[pyclass(frozen, module = "moekern._core")]
 pub struct Pages {
-    pages: pages::Pages,
+    pages: memory::Pages,
     bytes: usize,
 }
 
@@ -19,7 +19,7 @@ pub struct Pages {
 impl Pages {
     #[new]
     fn new(bytes: usize) -> PyResult<Self> {
-        let pages = pages::Pages::new(bytes)
+        let pages = memory::Pages::new(bytes)
             .map_err(|error| PyMemoryError::new_err(format!("{bytes} bytes for a result: {error}")))?;
         Ok(Self { pages, bytes })
     }

@@ -2,7 +2,7 @@
 
 use super::forward_kernels::{Form, forms};
 use super::pack::{PackSteps, PackTransposed, step_words};
-use super::scratch::Buffer;
+use crate::memory::scratch::Buffer;
 use crate::vector::format::Format;
 use crate::vector::simd::Simd;
 use std::marker::PhantomData;

@@ -1,7 +1,7 @@
 //! Work cut into tickets that threads draw until none is left, several jobs one after the other without a
 //! pause between them.
 
-use super::scratch::{Scratch, with_scratch};
+use crate::memory::scratch::{Scratch, with_scratch};
 use crate::pool::parallel;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};

@@ -11,8 +11,8 @@
 use super::grouped::Gather;
 use super::jobs::{Job, Worker, run_jobs};
 use super::panels::{PackBands, PackPanels, PackSplit, band_words};
-use super::scratch::advise_huge_pages;
 use super::tile::{Prefetch, Source, Store, Tiles, tile_rows};
+use crate::memory::pages::advise_huge_pages;
 use crate::vector::dtype::DType;
 use crate::vector::format::{Format, Kind};
 use crate::vector::isa::{Isa, with_kernels};

@@ -1,10 +1,8 @@
-//! Working memory that threads keep between calls, and advice about the pages of large outputs.
+//! Working memory that threads keep between calls.
 
+use super::pages::{HUGE_PAGE, advise_huge_pages};
 use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
 use std::cell::RefCell;
-
-/// Bytes of a huge page on x86-64 and the common aarch64 configuration.
-const HUGE_PAGE: usize = 2 << 20;
 
 /// An outgrown or oversized buffer is not kept for the next call beyond this many bytes.
 const KEEP: usize = 256 << 20;
@@ -119,21 +117,4 @@ pub fn with_workspace<R>(f: impl FnOnce(&mut [Buffer; 2]) -> R) -> R {
         }
         result
     })
-}
-
-/// Asks for huge pages behind freshly allocated memory of 4 MiB or more, before it is written.
-///
-/// Writing such memory for the first time is bound by page faults: 512 of them become one.
-pub fn advise_huge_pages(start: *mut u8, bytes: usize) {
-    #[cfg(target_os = "linux")]
-    if bytes >= 2 * HUGE_PAGE {
-        let first = (start as usize).next_multiple_of(HUGE_PAGE);
-        let last = (start as usize + bytes) / HUGE_PAGE * HUGE_PAGE;
-        if first < last {
-            // Advice only: a kernel without huge pages refuses it and nothing changes.
-            unsafe { libc::madvise(first as *mut libc::c_void, last - first, libc::MADV_HUGEPAGE) };
-        }
-    }
-    #[cfg(not(target_os = "linux"))]
-    let _ = (start, bytes);
 }

@@ -11,7 +11,7 @@
 use std::sync::Mutex;
 
 /// Bytes of a huge page on x86-64 and the common aarch64 configuration.
-const HUGE_PAGE: usize = 2 << 20;
+pub(crate) const HUGE_PAGE: usize = 2 << 20;
 
 /// Blocks kept at most; their bytes are limited to a quarter of the machine's memory.
 const MOST_BLOCKS: usize = 32;
@@ -145,6 +145,23 @@ impl Drop for Block {
     fn drop(&mut self) {
         unsafe { std::alloc::dealloc(self.start, Self::layout(self.length)) };
     }
+}
+
+/// Asks for huge pages behind freshly allocated memory of 4 MiB or more, before it is written.
+///
+/// Writing such memory for the first time is bound by page faults: 512 of them become one.
+pub fn advise_huge_pages(start: *mut u8, bytes: usize) {
+    #[cfg(target_os = "linux")]
+    if bytes >= 2 * HUGE_PAGE {
+        let first = (start as usize).next_multiple_of(HUGE_PAGE);
+        let last = (start as usize + bytes) / HUGE_PAGE * HUGE_PAGE;
+        if first < last {
+            // Advice only: a kernel without huge pages refuses it and nothing changes.
+            unsafe { libc::madvise(first as *mut libc::c_void, last - first, libc::MADV_HUGEPAGE) };
+        }
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = (start, bytes);
 }
 
 /// The machine's memory; where it is not known, 8 GiB.
