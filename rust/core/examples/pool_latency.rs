@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use moekern_core::pool::parallel;
+use moekern_core::threads::parallel;
 
 fn main() {
     for threads in [1, 2, 4] {

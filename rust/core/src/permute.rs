@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use crate::memory::pages::advise_huge_pages;
-use crate::pool::parallel;
+use crate::threads::pool::parallel;
 use crate::vector::dtype::DType;
 use crate::vector::isa::Isa;
 use crate::vector::isa::with_kernels;

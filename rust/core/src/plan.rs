@@ -17,7 +17,7 @@ use std::ops::Range;
 pub use crate::buckets::Id;
 use crate::buckets::{Bucket, narrow};
 use crate::memory::pages::advise_huge_pages;
-use crate::pool::parallel;
+use crate::threads::pool::parallel;
 use crate::vector::isa::Isa;
 
 /// Fewer slots than this are not worth a thread of their own: waking one costs as much as counting them.

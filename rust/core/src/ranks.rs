@@ -15,7 +15,7 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use crate::buckets::Id;
 use crate::plan::PlanError;
-use crate::pool::parallel_while;
+use crate::threads::pool::parallel_while;
 
 /// The slots of a chunk are a multiple of it, and so those of a half of half of it.
 pub const CHUNK_STEP: usize = 1 << 12;

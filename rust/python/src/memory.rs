@@ -1,7 +1,7 @@
 //! Memory for large results, and how fast memory is.
 
-use moekern_core::bandwidth;
 use moekern_core::memory;
+use moekern_core::threads::memory_rate as measure;
 use moekern_core::vector::Isa;
 use pyo3::exceptions::{PyMemoryError, PyValueError};
 use pyo3::ffi;
@@ -43,7 +43,7 @@ fn memory_rate(py: Python<'_>, start: usize, bytes: usize, threads: usize, write
     }
     let isa = Isa::current().map_err(|error| PyValueError::new_err(error.to_string()))?;
     // Python vouches for the memory.
-    Ok(py.detach(|| unsafe { bandwidth::memory_rate(isa, start as *mut u8, bytes, threads, write) }))
+    Ok(py.detach(|| unsafe { measure(isa, start as *mut u8, bytes, threads, write) }))
 }
 
 /// Adds what is here to the module.

@@ -10,7 +10,7 @@ use super::forward_pack::{Panel, pack};
 use super::grouped::Grouped;
 use super::tickets::{Ticket, Tickets, units};
 use crate::memory::scratch::{Scratch, with_scratch};
-use crate::pool::parallel;
+use crate::threads::pool::parallel;
 use crate::vector::format::Format;
 use crate::vector::isa::with_kernels;
 use crate::vector::simd::Simd;

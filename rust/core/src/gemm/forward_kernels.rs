@@ -2,8 +2,8 @@
 //! were chosen by measurement on Zen 4.
 
 use super::dot::Dot;
-use super::jobs::even_parts;
 use super::lanes::{Lanes, Widen};
+use crate::threads::jobs::even_parts;
 use crate::vector::format::{F32, Format, Kind};
 use crate::vector::simd::Simd;
 use std::marker::PhantomData;

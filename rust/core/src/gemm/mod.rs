@@ -13,7 +13,6 @@ mod forward_block;
 mod forward_kernels;
 mod forward_pack;
 mod grouped;
-mod jobs;
 mod lanes;
 mod nn;
 mod pack;

@@ -13,10 +13,10 @@
 
 use super::axpy::{AXPY_ELEMENTS, AddValues, Axpy, InOrder, axpy_columns, axpy_rows};
 use super::grouped::Grouped;
-use super::jobs::{Job, Worker, even_parts, run_jobs};
 use super::pack::PackTransposed;
 use super::panels::PackPanels;
 use super::tile::{Prefetch, Source, Store, Tiles, tile_rows};
+use crate::threads::jobs::{Job, Worker, even_parts, run_jobs};
 use crate::vector::format::{Format, Kind};
 use crate::vector::isa::with_kernels;
 use crate::vector::round::RoundRows;

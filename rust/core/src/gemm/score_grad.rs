@@ -3,7 +3,7 @@
 #![allow(unsafe_op_in_unsafe_fn)]
 
 use super::grouped::Gather;
-use super::jobs::{Job, Worker};
+use crate::threads::jobs::{Job, Worker};
 use crate::vector::format::Format;
 use crate::vector::round::load_up_to;
 use crate::vector::simd::{Kernel, Narrow, Simd};

@@ -9,10 +9,10 @@
 #![allow(unsafe_op_in_unsafe_fn)]
 
 use super::grouped::Gather;
-use super::jobs::{Job, Worker, run_jobs};
 use super::panels::{PackBands, PackPanels, PackSplit, band_words};
 use super::tile::{Prefetch, Source, Store, Tiles, tile_rows};
 use crate::memory::pages::advise_huge_pages;
+use crate::threads::jobs::{Job, Worker, run_jobs};
 use crate::vector::dtype::DType;
 use crate::vector::format::{Format, Kind};
 use crate::vector::isa::{Isa, with_kernels};

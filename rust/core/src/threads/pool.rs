@@ -26,7 +26,7 @@ use std::sync::{Mutex, OnceLock};
 use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 
-use crate::apart::Place;
+use super::affinity::Place;
 
 /// How long an idle worker, or a caller waiting for one, spins before it sleeps: longer than the Python code between
 /// two operators of a layer, and several times what waking takes, 20 to 60 us on a virtual machine. With 50 us a worker

@@ -1,8 +1,8 @@
 //! Work cut into tickets that threads draw until none is left, several jobs one after the other without a
 //! pause between them.
 
+use super::pool::parallel;
 use crate::memory::scratch::{Scratch, with_scratch};
-use crate::pool::parallel;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::thread;
 use std::time::Duration;
 
-use moekern_core::pool::{parallel, parallel_while};
+use moekern_core::threads::{parallel, parallel_while};
 
 fn calls_of_each_index(threads: usize, call: impl Fn(&(dyn Fn(usize) + Sync))) -> Vec<usize> {
     let calls: Vec<AtomicUsize> = (0..threads).map(|_| AtomicUsize::new(0)).collect();

@@ -2,7 +2,7 @@
 
 #![allow(unsafe_op_in_unsafe_fn)]
 
-use crate::pool::parallel;
+use super::pool::parallel;
 use crate::vector::isa::Isa;
 use crate::vector::isa::with_simd;
 use crate::vector::simd::{Kernel, Simd, fence};
