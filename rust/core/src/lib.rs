@@ -3,13 +3,9 @@
 //! Knows neither Python nor CUDA. Callers pass raw pointers with sizes; every `unsafe` function states
 //! which memory it reads and writes.
 
-pub mod buckets;
 pub mod gemm;
 pub mod memory;
 pub mod permute;
 pub mod plan;
-pub mod ranks;
-pub mod stats;
 pub mod threads;
-pub mod tiles;
 pub mod vector;

@@ -1,8 +1,6 @@
 //! The plan, its tiles and its statistics against the shortest code that does the same.
 
-use moekern_core::plan::{Id, PlanError, plan};
-use moekern_core::stats::{counts, stats};
-use moekern_core::tiles::{TileOrder, most_tiles, tiles};
+use moekern_core::plan::{Id, PlanError, TileOrder, counts, most_tiles, plan, stats, tiles};
 use proptest::prelude::*;
 
 #[derive(Debug, PartialEq)]

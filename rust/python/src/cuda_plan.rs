@@ -1,5 +1,5 @@
 //! The plan of ids on a GPU, made on the host: a kernel brings the ids over, threads rank them as they come, a kernel
-//! takes ranks and first rows and completes the plan (`cuda/host_plan.cu`, [`moekern_core::ranks`]).
+//! takes ranks and first rows and completes the plan (`cuda/host_plan.cu`, [`moekern_core::plan::rank`]).
 //!
 //! Both kernels work on pinned memory in place. The host does not wait for the stream but for the ids themselves: every
 //! block of the first kernel leaves a mark behind those that it has written. While they are on their way Python allocates
@@ -11,8 +11,7 @@ use std::sync::atomic::Ordering::{Acquire, Relaxed};
 use std::sync::atomic::{AtomicI32, AtomicU32};
 use std::thread;
 
-use moekern_core::buckets::Id;
-use moekern_core::ranks::{Chunks, rank};
+use moekern_core::plan::{Chunks, Id, rank};
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 

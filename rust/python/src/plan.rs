@@ -2,9 +2,7 @@
 
 use std::slice;
 
-use moekern_core::plan::{Id, PlanError, plan as sort_slots};
-use moekern_core::stats::stats;
-use moekern_core::tiles::{TileOrder, tiles as cut};
+use moekern_core::plan::{Id, PlanError, TileOrder, plan as sort_slots, stats, tiles as cut};
 use moekern_core::vector::IdType;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;

@@ -14,8 +14,7 @@ use std::fmt;
 use std::marker::PhantomData;
 use std::ops::Range;
 
-pub use crate::buckets::Id;
-use crate::buckets::{Bucket, narrow};
+use super::buckets::{Bucket, Id, narrow};
 use crate::memory::pages::advise_huge_pages;
 use crate::threads::pool::parallel;
 use crate::vector::isa::Isa;

@@ -13,8 +13,8 @@ use std::ops::Range;
 use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::Relaxed;
 
-use crate::buckets::Id;
-use crate::plan::PlanError;
+use super::buckets::Id;
+use super::sort::PlanError;
 use crate::threads::pool::parallel_while;
 
 /// The slots of a chunk are a multiple of it, and so those of a half of half of it.
@@ -286,7 +286,7 @@ fn scan_with_any(counts: &[u16], stride: usize, table: &mut [u32], buckets: usiz
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plan::plan;
+    use crate::plan::sort::plan;
     use std::sync::atomic::AtomicBool;
 
     fn check<I: Id>(ids: &[I], experts: usize, threads: usize) {
