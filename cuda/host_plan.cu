@@ -1,6 +1,6 @@
 // Both ends of a plan that the host makes of ids on the device: the ids cross the bus once, in the narrowest type, and what
-// comes back is a 16-bit rank a slot and a table of rows, whose sum is the slot's row (rust/core/src/plan/ranks.rs). Host memory
-// is read and written in place (pinned memory has an address on the device), so that each way is one launch and no copy of
+// comes back is a 16-bit rank a slot and a table of rows, whose sum is the slot's row (rust/core/src/plan/ranks.rs). Host
+// memory is read and written in place (pinned memory has an address on the device), so that each way is one launch and no copy of
 // the driver's. Whatever is read is asked for at once, before any of it is used: a trip over the bus takes a microsecond.
 #include "hopper.cuh"
 

@@ -21,7 +21,7 @@ use super::nn::{Block, COLUMN_BLOCK, Finish, NnJob, StoreRows};
 use super::score_grad::ScoreGradient;
 use super::tn::{GroupedTn, TnJob, larger_than_cache};
 use crate::memory::scratch::{Buffer, with_workspace};
-use crate::permute::{Combine, Layout};
+use crate::permute::arguments::{Combine, Layout};
 use crate::threads::jobs::{Job, Worker, run_jobs};
 use crate::vector::dtype::DType;
 use crate::vector::format::Format;

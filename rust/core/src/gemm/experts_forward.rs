@@ -20,7 +20,7 @@ use super::nn::grouped_nn;
 use super::tickets::{Tickets, units};
 use crate::memory::pages::advise_huge_pages;
 use crate::memory::scratch::{with_scratch, with_workspace};
-use crate::permute::{Combine, Layout};
+use crate::permute::arguments::{Combine, Layout};
 use crate::threads::jobs::run_jobs;
 use crate::threads::pool::parallel;
 use crate::vector::dtype::DType;

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::slice;
 
-use super::{Combine, CombineBackward};
+use super::arguments::{Combine, CombineBackward};
 
 /// An fp64 value wherever it lies: matrices are given by address, whose alignment nobody promises.
 type Value = [u8; 8];

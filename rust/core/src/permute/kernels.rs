@@ -5,7 +5,7 @@
 use std::marker::PhantomData;
 use std::ops::Range;
 
-use super::{Combine, CombineBackward};
+use super::arguments::{Combine, CombineBackward};
 use crate::vector::format::Format;
 use crate::vector::round::{load_up_to, store_up_to};
 use crate::vector::simd::{Kernel, Narrow, Simd};

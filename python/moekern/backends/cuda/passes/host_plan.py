@@ -1,8 +1,8 @@
 """The plan of ids on the GPU, made by Rust on the host: one synchronisation, then everything on its way again.
 
 The ids come over in the narrowest type, Rust's threads rank them as they arrive, and what goes back is two bytes a slot
-and a small table, of which a kernel makes the plan (cuda/host_plan.cu, rust/core/src/plan/ranks.rs). Both kernels work on
-pinned memory in place. Rust launches them, and calls back for the outputs while the ids are on their way.
+and a small table, of which a kernel makes the plan (cuda/host_plan.cu, rust/core/src/plan/ranks.rs). Both kernels work
+on pinned memory in place. Rust launches them, and calls back for the outputs while the ids are on their way.
 """
 
 from __future__ import annotations

@@ -1,20 +1,11 @@
-//! Tokens to rows sorted by expert, and back: gather, weighted sum, and the gradients of both.
-//!
-//! All of it goes token by token: a token's row is read or written once and stays in the first-level cache while
-//! its `top_k` rows pass by, and no two tokens write the same memory. Sums are fp32 (fp64 for fp64) with the
-//! token's slots in ascending order, so results do not depend on the number of threads.
+//! The arguments of the permutation's passes: shapes, the plan's part in them, and addresses.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
-use crate::memory::pages::advise_huge_pages;
 use crate::threads::pool::parallel;
 use crate::vector::dtype::DType;
 use crate::vector::isa::Isa;
-use crate::vector::isa::with_kernels;
-
-mod double;
-mod kernels;
 
 /// Bytes of rows that a thread takes at a time.
 const TICKET_BYTES: usize = 64 << 10;
@@ -87,89 +78,12 @@ unsafe impl Sync for Permute {}
 unsafe impl Sync for Combine {}
 unsafe impl Sync for CombineBackward {}
 
-impl Permute {
-    /// Does it.
-    ///
-    /// # Safety
-    /// The pointers are as documented, and `inverse` is a permutation.
-    pub unsafe fn run(&self) {
-        let layout = &self.layout;
-        let bytes = layout.row_bytes();
-        advise_huge_pages(self.out, layout.tokens * layout.top_k * bytes);
-        layout.for_tokens(|tokens| {
-            for token in tokens {
-                for slot in layout.slots(token) {
-                    // Safety: the rows exist by contract, and this row is this slot's.
-                    unsafe {
-                        let row = layout.row(slot);
-                        let to = self.out.add(row * bytes);
-                        if row < layout.used {
-                            to.copy_from_nonoverlapping(self.x.add(token * bytes), bytes);
-                        } else {
-                            to.write_bytes(0, bytes);
-                        }
-                    }
-                }
-            }
-        });
-    }
-}
-
-impl Combine {
-    /// Does it.
-    ///
-    /// # Safety
-    /// The pointers are as documented, and `inverse` is a permutation.
-    pub unsafe fn run(&self) {
-        advise_huge_pages(self.out, self.layout.tokens * self.layout.row_bytes());
-        // Safety: handed on, and each token is drawn once.
-        self.layout.for_tokens(|tokens| unsafe { self.tokens(tokens) });
-    }
-
-    /// Does the tokens that are left to draw from `next`, which starts at 0: one thread's part of a larger job.
-    ///
-    /// # Safety
-    /// As for `run`.
-    pub(crate) unsafe fn work(&self, next: &AtomicUsize) {
-        // Safety: handed on, and each token is drawn once.
-        self.layout.draw_tokens(next, &|tokens| unsafe { self.tokens(tokens) });
-    }
-
-    unsafe fn tokens(&self, tokens: Range<usize>) {
-        unsafe {
-            match self.layout.dtype {
-                DType::F64 => double::combine(self, tokens),
-                dtype => with_kernels!(self.layout.isa, dtype, S, F => kernels::combine::<S, F>(self, tokens)),
-            }
-        }
-    }
-}
-
-impl CombineBackward {
-    /// Does it.
-    ///
-    /// # Safety
-    /// The pointers are as documented, and `inverse` is a permutation.
-    pub unsafe fn run(&self) {
-        if !self.dy.is_null() {
-            advise_huge_pages(self.dy, self.layout.tokens * self.layout.top_k * self.layout.row_bytes());
-        }
-        // Safety: handed on, and each token is drawn once.
-        self.layout.for_tokens(|tokens| unsafe {
-            match self.layout.dtype {
-                DType::F64 => double::combine_backward(self, tokens),
-                dtype => with_kernels!(self.layout.isa, dtype, S, F => kernels::combine_backward::<S, F>(self, tokens)),
-            }
-        });
-    }
-}
-
 impl Layout {
-    fn row_bytes(&self) -> usize {
+    pub(super) fn row_bytes(&self) -> usize {
         self.hidden * self.dtype.size()
     }
 
-    fn slots(&self, token: usize) -> Range<usize> {
+    pub(super) fn slots(&self, token: usize) -> Range<usize> {
         token * self.top_k..(token + 1) * self.top_k
     }
 
@@ -178,7 +92,7 @@ impl Layout {
     /// # Safety
     /// The slot exists.
     #[inline(always)]
-    unsafe fn row(&self, slot: usize) -> usize {
+    pub(super) unsafe fn row(&self, slot: usize) -> usize {
         unsafe { *self.inverse.add(slot) as usize }
     }
 
@@ -187,7 +101,7 @@ impl Layout {
     /// # Safety
     /// The slot exists.
     #[inline(always)]
-    unsafe fn used_row(&self, slot: usize) -> Option<usize> {
+    pub(super) unsafe fn used_row(&self, slot: usize) -> Option<usize> {
         let row = unsafe { self.row(slot) };
         (row < self.used).then_some(row)
     }
@@ -199,14 +113,14 @@ impl Layout {
     }
 
     /// Calls `f` on ranges that hold every token once, from several threads if there is work for them.
-    fn for_tokens(&self, f: impl Fn(Range<usize>) + Sync) {
+    pub(super) fn for_tokens(&self, f: impl Fn(Range<usize>) + Sync) {
         let next = AtomicUsize::new(0);
         let threads = self.threads.min(self.tokens.div_ceil(self.ticket())).max(1);
         parallel(threads, &|_| self.draw_tokens(&next, &f));
     }
 
     /// Calls `f` on ranges of tokens until none is left.
-    fn draw_tokens(&self, next: &AtomicUsize, f: &impl Fn(Range<usize>)) {
+    pub(super) fn draw_tokens(&self, next: &AtomicUsize, f: &impl Fn(Range<usize>)) {
         let ticket = self.ticket();
         loop {
             let start = next.fetch_add(ticket, Relaxed);
