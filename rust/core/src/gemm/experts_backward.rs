@@ -15,7 +15,8 @@
 use super::activation::Activation;
 use super::activation_grad::HiddenGradient;
 use super::column_sums::ColumnSums;
-use super::forward::{Epilogue, grouped_nt};
+use super::forward::grouped_nt;
+use super::grouped::Epilogue;
 use super::grouped::{Gather, Grouped};
 use super::nn::{Block, COLUMN_BLOCK, Finish, NnJob, StoreRows};
 use super::score_grad::ScoreGradient;

@@ -14,7 +14,8 @@
 
 use super::activate_rows::ActivateRows;
 use super::activation::Activation;
-use super::forward::{Epilogue, Forward};
+use super::forward::Forward;
+use super::grouped::Epilogue;
 use super::grouped::{Gather, Grouped};
 use super::nn::grouped_nn;
 use super::tickets::{Tickets, units};

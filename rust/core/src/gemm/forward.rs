@@ -4,41 +4,15 @@
 //! Activations are packed, with the gather fused, by every thread for itself; weights are read where they lie.
 //! A block of features is computed into fp32 scratch and leaves it once: bias, activation, rounding.
 
-use super::activation::Activation;
 use super::forward_block::{Block, Segment};
 use super::forward_pack::{Panel, pack};
-use super::grouped::Grouped;
+use super::grouped::{Epilogue, Grouped};
 use super::tickets::{Ticket, Tickets, units};
 use crate::memory::scratch::{Scratch, with_scratch};
 use crate::threads::pool::parallel;
 use crate::vector::format::Format;
 use crate::vector::isa::with_kernels;
 use crate::vector::simd::Simd;
-
-/// What happens to the sums before they are stored.
-#[derive(Clone, Copy)]
-pub struct Epilogue {
-    /// Applied to the sums; if gated, two columns of the product become one of the output.
-    pub activation: Option<Activation>,
-    /// Gate and up columns alternate, instead of all gate columns preceding all up columns.
-    pub interleaved: bool,
-    /// Where the rounded sums are stored before the activation, `[rows, n]`; null if not wanted.
-    pub pre: *mut u8,
-}
-
-// The pointer is shared by the threads of a call, which write disjoint parts.
-unsafe impl Send for Epilogue {}
-unsafe impl Sync for Epilogue {}
-
-impl Epilogue {
-    /// Sums are only rounded.
-    pub const NONE: Self = Self { activation: None, interleaved: false, pre: std::ptr::null_mut() };
-
-    /// Columns of the product for one column of the output.
-    pub fn columns(&self) -> usize {
-        self.activation.map_or(1, Activation::columns)
-    }
-}
 
 /// One pass over all experts' rows, shared by the threads of a call.
 pub struct Forward<'a> {

@@ -1,9 +1,9 @@
 //! One block of features for the rows of one unit: the kernels panel by panel, and what becomes of the sums.
 
 use super::activation::{Activate, Activation};
-use super::forward::Epilogue;
 use super::forward_kernels::{Form, Product, widens};
 use super::forward_pack::Panel;
+use super::grouped::Epilogue;
 use super::grouped::Grouped;
 use super::store::{StoreRows, StoreTransposed};
 use super::tickets::{BLOCK, Unit};

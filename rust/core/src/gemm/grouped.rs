@@ -1,5 +1,6 @@
 //! The arguments that all grouped GEMMs share.
 
+use super::activation::Activation;
 use crate::vector::dtype::DType;
 use crate::vector::isa::Isa;
 
@@ -86,5 +87,30 @@ impl Grouped {
     /// `offsets` is as documented and `expert < experts`.
     pub unsafe fn rows(&self, expert: usize) -> std::ops::Range<usize> {
         unsafe { *self.offsets.add(expert) as usize..*self.offsets.add(expert + 1) as usize }
+    }
+}
+
+/// What happens to the sums before they are stored.
+#[derive(Clone, Copy)]
+pub struct Epilogue {
+    /// Applied to the sums; if gated, two columns of the product become one of the output.
+    pub activation: Option<Activation>,
+    /// Gate and up columns alternate, instead of all gate columns preceding all up columns.
+    pub interleaved: bool,
+    /// Where the rounded sums are stored before the activation, `[rows, n]`; null if not wanted.
+    pub pre: *mut u8,
+}
+
+// The pointer is shared by the threads of a call, which write disjoint parts.
+unsafe impl Send for Epilogue {}
+unsafe impl Sync for Epilogue {}
+
+impl Epilogue {
+    /// Sums are only rounded.
+    pub const NONE: Self = Self { activation: None, interleaved: false, pre: std::ptr::null_mut() };
+
+    /// Columns of the product for one column of the output.
+    pub fn columns(&self) -> usize {
+        self.activation.map_or(1, Activation::columns)
     }
 }
