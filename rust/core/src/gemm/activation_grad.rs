@@ -7,7 +7,7 @@
 #![allow(unsafe_op_in_unsafe_fn)]
 
 use super::activation::{Activation, GELU_CUBIC, GELU_SCALE, OAI_ALPHA, OAI_LIMIT, tail};
-use super::nn::{Block, COLUMN_BLOCK, Finish};
+use crate::gemm::nn::pass::{Block, COLUMN_BLOCK, Finish};
 use crate::vector::format::Format;
 use crate::vector::math::{erf, exp, sigmoid};
 use crate::vector::round::{load_values_up_to, round_row, widen_row};

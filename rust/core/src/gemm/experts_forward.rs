@@ -14,11 +14,11 @@
 
 use super::activate_rows::ActivateRows;
 use super::activation::Activation;
-use super::forward::Forward;
 use super::grouped::Epilogue;
 use super::grouped::{Gather, Grouped};
-use super::nn::grouped_nn;
-use super::tickets::{Tickets, units};
+use crate::gemm::nn::pass::grouped_nn;
+use crate::gemm::nt::pass::Forward;
+use crate::gemm::nt::tickets::{Tickets, units};
 use crate::memory::pages::advise_huge_pages;
 use crate::memory::scratch::{with_scratch, with_workspace};
 use crate::permute::arguments::{Combine, Layout};

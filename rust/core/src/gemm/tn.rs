@@ -9,8 +9,8 @@
 #![allow(unsafe_op_in_unsafe_fn)]
 
 use super::grouped::Gather;
-use super::panels::{PackBands, PackPanels, PackSplit, band_words};
-use super::tile::{Prefetch, Source, Store, Tiles, tile_rows};
+use crate::gemm::tile::panels::{PackBands, PackPanels, PackSplit, band_words};
+use crate::gemm::tile::tiles::{Prefetch, Source, Store, Tiles, tile_rows};
 use crate::memory::pages::advise_huge_pages;
 use crate::threads::jobs::{Job, Worker, run_jobs};
 use crate::vector::dtype::DType;

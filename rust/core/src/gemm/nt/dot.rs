@@ -3,7 +3,7 @@
 
 #![allow(unsafe_op_in_unsafe_fn)]
 
-use super::pack::step_elements;
+use crate::gemm::pack::step_elements;
 use crate::vector::format::{Format, Kind};
 use crate::vector::simd::{Kernel, Narrow, Simd, prefetch};
 use std::marker::PhantomData;

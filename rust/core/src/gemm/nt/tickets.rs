@@ -4,7 +4,7 @@
 //! packs a unit's rows at most once, and a pass that reads another's output may wait for single units: their
 //! tickets were drawn earlier, by threads that are running.
 
-use super::grouped::Grouped;
+use crate::gemm::grouped::Grouped;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 

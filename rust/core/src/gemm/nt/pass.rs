@@ -4,10 +4,10 @@
 //! Activations are packed, with the gather fused, by every thread for itself; weights are read where they lie.
 //! A block of features is computed into fp32 scratch and leaves it once: bias, activation, rounding.
 
-use super::forward_block::{Block, Segment};
-use super::forward_pack::{Panel, pack};
-use super::grouped::{Epilogue, Grouped};
+use super::block::{Block, Segment};
+use super::panel::{Panel, pack};
 use super::tickets::{Ticket, Tickets, units};
+use crate::gemm::grouped::{Epilogue, Grouped};
 use crate::memory::scratch::{Scratch, with_scratch};
 use crate::threads::pool::parallel;
 use crate::vector::format::Format;

@@ -13,7 +13,7 @@ pub const BAND_SLACK: usize = 16;
 
 /// Columns of some rows cut into bands: `to[band][word][height]`, [`BAND_SLACK`] words between the bands.
 ///
-/// The left operand of [`super::tile`]: a step of it is broadcast, so `height` need not suit the vectors.
+/// The left operand of [`super::tiles`]: a step of it is broadcast, so `height` need not suit the vectors.
 pub struct PackBands<'a, F> {
     /// The rows, in the order of the sum.
     pub rows: &'a [*const u8],
@@ -66,7 +66,7 @@ impl<F: Format> Kernel for PackBands<'_, F> {
 }
 
 /// Columns of some rows cut into panels of two vectors: `to[panel][word][2 * LANES]`, the last one filled up
-/// with zeros. The right operand of [`super::tile`].
+/// with zeros. The right operand of [`super::tiles`].
 pub struct PackPanels<'a, F> {
     /// The rows, in the order of the sum.
     pub rows: &'a [*const u8],

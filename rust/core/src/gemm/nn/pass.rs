@@ -1,21 +1,18 @@
-//! Grouped "nn": `out[row, :] = a[source(row), :] * b[expert]` with `b[expert]` of shape `[k, n]`.
+//! A grouped "nn" cut into tickets. A ticket is some rows of an expert and some columns. Its sums are formed in fp32 in the
+//! second-level cache and handed to a [`Finish`], which is where bias, rounding or the gradient of the activation happen.
 //!
-//! The form of a gradient with respect to activations, and of a forward pass with transposed weights. A ticket
-//! is some rows of an expert and some columns. Its sums are formed in fp32 in the second-level cache and handed
-//! to a [`Finish`], which is where bias, rounding or the gradient of the activation happen.
-//!
-//! | rows of the expert | form                                                                     |
-//! |--------------------|--------------------------------------------------------------------------|
-//! | few                | [`super::axpy`]: weight rows as they lie in memory                       |
-//! | more               | [`super::tile`]: blocks of weights are packed a few columns at a time, the next one being prefetched |
+//! | rows of the expert | form                                                                         |
+//! |--------------------|------------------------------------------------------------------------------|
+//! | few                | [`super::axpy`]: weight rows as they lie in memory                           |
+//! | more               | [`Tiles`]: blocks of weights are packed a few columns at a time, the next one being prefetched |
 
 #![allow(unsafe_op_in_unsafe_fn)]
 
 use super::axpy::{AXPY_ELEMENTS, AddValues, Axpy, InOrder, axpy_columns, axpy_rows};
-use super::grouped::Grouped;
-use super::pack::PackTransposed;
-use super::panels::PackPanels;
-use super::tile::{Prefetch, Source, Store, Tiles, tile_rows};
+use crate::gemm::grouped::Grouped;
+use crate::gemm::pack::PackTransposed;
+use crate::gemm::tile::panels::PackPanels;
+use crate::gemm::tile::tiles::{Prefetch, Source, Store, Tiles, tile_rows};
 use crate::threads::jobs::{Job, Worker, even_parts, run_jobs};
 use crate::vector::format::{Format, Kind};
 use crate::vector::isa::with_kernels;

@@ -1,7 +1,7 @@
 //! A unit's rows cut into panels, each packed for the kernel that suits its number of rows.
 
-use super::forward_kernels::{Form, forms};
-use super::pack::{PackSteps, PackTransposed, step_words};
+use super::kernels::{Form, forms};
+use crate::gemm::pack::{PackSteps, PackTransposed, step_words};
 use crate::memory::scratch::Buffer;
 use crate::vector::format::Format;
 use crate::vector::simd::Simd;

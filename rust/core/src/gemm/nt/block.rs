@@ -1,12 +1,11 @@
 //! One block of features for the rows of one unit: the kernels panel by panel, and what becomes of the sums.
 
-use super::activation::{Activate, Activation};
-use super::forward_kernels::{Form, Product, widens};
-use super::forward_pack::Panel;
-use super::grouped::Epilogue;
-use super::grouped::Grouped;
+use super::kernels::{Form, Product, widens};
+use super::panel::Panel;
 use super::store::{StoreRows, StoreTransposed};
 use super::tickets::{BLOCK, Unit};
+use crate::gemm::activation::{Activate, Activation};
+use crate::gemm::grouped::{Epilogue, Grouped};
 use crate::memory::scratch::{Buffer, Scratch};
 use crate::vector::format::Format;
 use crate::vector::simd::Simd;
