@@ -4,8 +4,8 @@
 //! `MOEKERN_CPU_ISA` takes, DTYPE fp32 or bf16. All data are zero, which changes no count and costs no instructions to
 //! make. An instruction set that this processor lacks ends with code 3.
 
-use moekern_core::gemm::{Activation, ExpertsBackward, ExpertsForward};
-use moekern_core::gemm::{experts_backward, experts_forward};
+use moekern_core::experts::{ExpertsBackward, ExpertsForward, experts_backward, experts_forward};
+use moekern_core::gemm::Activation;
 use moekern_core::permute::{Combine, Layout};
 use moekern_core::plan::plan;
 use moekern_core::vector::{DType, Isa, IsaError};

@@ -7,7 +7,8 @@ mod layer;
 
 use common::{Random, Tensor, isas};
 use layer::{Layer, Shape, address};
-use moekern_core::gemm::{Activation, ExpertsBackward, ExpertsForward, experts_backward, experts_forward};
+use moekern_core::experts::{ExpertsBackward, ExpertsForward, experts_backward, experts_forward};
+use moekern_core::gemm::Activation;
 use moekern_core::plan::plan;
 use moekern_core::vector::{DType, Isa};
 use std::alloc::{GlobalAlloc, Layout, System};

@@ -5,7 +5,8 @@ mod layer;
 
 use common::{Random, Tensor, error, isas};
 use layer::{Gradients, Layer, Operands, Routing, Shape, address, gradients, output, pre_activations};
-use moekern_core::gemm::{Activation, ExpertsBackward, experts_backward};
+use moekern_core::experts::{ExpertsBackward, experts_backward};
+use moekern_core::gemm::Activation;
 use moekern_core::vector::{DType, Isa};
 use std::ptr::null_mut;
 

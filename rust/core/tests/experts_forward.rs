@@ -5,7 +5,8 @@ mod layer;
 
 use common::{Random, Tensor, error, isas};
 use layer::{Layer, Shape, address, output, pre_activations};
-use moekern_core::gemm::{Activation, ExpertsForward, experts_forward};
+use moekern_core::experts::{ExpertsForward, experts_forward};
+use moekern_core::gemm::Activation;
 use moekern_core::vector::{DType, Isa};
 use std::ptr::null_mut;
 

@@ -1,8 +1,8 @@
 //! The experts' forward pass and the grouped GEMMs.
 
+use moekern_core::experts::{ExpertsForward, experts_forward as forward};
 use moekern_core::gemm::{
-    Activation, Epilogue, ExpertsForward, Gather, Grouped, GroupedTn, experts_forward as forward, grouped_nn,
-    grouped_nt, grouped_tn, larger_than_cache,
+    Activation, Epilogue, Gather, Grouped, GroupedTn, grouped_nn, grouped_nt, grouped_tn, larger_than_cache,
 };
 use moekern_core::memory::advise_huge_pages;
 use moekern_core::vector::{DType, Isa};

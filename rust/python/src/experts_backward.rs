@@ -1,7 +1,7 @@
 //! The experts' backward pass.
 
 use crate::experts::{Shared, activation, check_present, check_size, dtype, isa, pointer};
-use moekern_core::gemm::{ExpertsBackward, experts_backward as backward};
+use moekern_core::experts::{ExpertsBackward, experts_backward as backward};
 use pyo3::prelude::*;
 
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {

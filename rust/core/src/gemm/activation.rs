@@ -142,7 +142,7 @@ impl Kernel for Activate {
 /// What is multiplied by a factor that falls to zero on the left: this saturates before it is zero (`exp` at e^88, `erf`
 /// a rounding short of -1), so from there on the argument must not grow. NaN stays NaN.
 #[inline(always)]
-pub(super) unsafe fn tail<S: Simd>(x: S::V) -> S::V {
+pub(crate) unsafe fn tail<S: Simd>(x: S::V) -> S::V {
     S::max(S::splat(-100.0), x)
 }
 

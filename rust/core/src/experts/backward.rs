@@ -12,15 +12,15 @@
 
 #![allow(unsafe_op_in_unsafe_fn)]
 
-use super::activation::Activation;
 use super::activation_grad::HiddenGradient;
 use super::column_sums::ColumnSums;
-use super::grouped::Epilogue;
-use super::grouped::{Gather, Grouped};
 use super::score_grad::ScoreGradient;
-use super::tn::{GroupedTn, TnJob, larger_than_cache};
+use crate::gemm::activation::Activation;
+use crate::gemm::grouped::Epilogue;
+use crate::gemm::grouped::{Gather, Grouped};
 use crate::gemm::nn::pass::{Block, COLUMN_BLOCK, Finish, NnJob, StoreRows};
 use crate::gemm::nt::pass::grouped_nt;
+use crate::gemm::tn::{GroupedTn, TnJob, larger_than_cache};
 use crate::memory::scratch::{Buffer, with_workspace};
 use crate::permute::arguments::{Combine, Layout};
 use crate::threads::jobs::{Job, Worker, run_jobs};

@@ -2,7 +2,7 @@
 
 #![allow(unsafe_op_in_unsafe_fn)]
 
-use super::grouped::Gather;
+use crate::gemm::grouped::Gather;
 use crate::threads::jobs::{Job, Worker};
 use crate::vector::format::Format;
 use crate::vector::round::load_up_to;

@@ -2,7 +2,7 @@
 
 #![allow(unsafe_op_in_unsafe_fn)]
 
-use super::activation::{Activate, Activation};
+use crate::gemm::activation::{Activate, Activation};
 use crate::threads::jobs::{Job, Worker};
 use crate::vector::format::Format;
 use crate::vector::round::{round_row, widen_row};

@@ -13,9 +13,9 @@
 //! with a pass over `pre` between the projections.
 
 use super::activate_rows::ActivateRows;
-use super::activation::Activation;
-use super::grouped::Epilogue;
-use super::grouped::{Gather, Grouped};
+use crate::gemm::activation::Activation;
+use crate::gemm::grouped::Epilogue;
+use crate::gemm::grouped::{Gather, Grouped};
 use crate::gemm::nn::pass::grouped_nn;
 use crate::gemm::nt::pass::Forward;
 use crate::gemm::nt::tickets::{Tickets, units};

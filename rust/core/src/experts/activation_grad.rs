@@ -6,7 +6,7 @@
 
 #![allow(unsafe_op_in_unsafe_fn)]
 
-use super::activation::{Activation, GELU_CUBIC, GELU_SCALE, OAI_ALPHA, OAI_LIMIT, tail};
+use crate::gemm::activation::{Activation, GELU_CUBIC, GELU_SCALE, OAI_ALPHA, OAI_LIMIT, tail};
 use crate::gemm::nn::pass::{Block, COLUMN_BLOCK, Finish};
 use crate::vector::format::Format;
 use crate::vector::math::{erf, exp, sigmoid};
