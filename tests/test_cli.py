@@ -11,7 +11,8 @@ import torch
 
 import moekern
 from moekern import cli
-from moekern.cli import demo
+from moekern.backends.cuda.build import loader
+from moekern.cli import bench, demo
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -177,17 +178,55 @@ def test_interrupt(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     assert err.strip() == "moekern demo: interrupted"
 
 
-def test_module_and_a_reader_that_leaves() -> None:
-    """`python -m moekern doctor | head -0`: no traceback when nobody reads."""
+SMALL_DEMO = "--device cpu --steps 2 --layers 1 --width 32 --experts 2 --top-k 1 --context 8 --batch 2"
+SMALL_BENCH = "--device cpu --quick --peers none --thiek 4,32,32,2,1 --verbs forward"
+PRINTING = {
+    "demo": f"demo {SMALL_DEMO}",
+    "doctor": "doctor",
+    "doctor --json": "doctor --json",
+    "bench": f"bench {SMALL_BENCH}",
+    "compile": "compile",
+    "help": "--help",
+}
+# Compiles nothing, which takes minutes, and says so.
+COMPILE_NOTHING = (
+    "import sys; from moekern import cli; from moekern.backends.cuda.build import loader, variants; "
+    "loader.check, variants.usual = lambda arch: None, list; sys.exit(cli.main())"
+)
+
+
+@pytest.mark.parametrize("name", PRINTING)
+def test_a_reader_that_leaves(name: str, tmp_path: Path) -> None:
+    """`moekern demo | head -1`: no traceback when nobody reads, and no failure either."""
+    assert {command.split()[0] for command in PRINTING.values()} == {*NAMES, "--help"}
     reader, writer = os.pipe()
     os.close(reader)
+    program = ["-c", COMPILE_NOTHING] if name == "compile" else ["-m", "moekern"]
     process = subprocess.run(
-        [sys.executable, "-m", "moekern", "doctor", "--json"], stdout=writer, stderr=subprocess.PIPE, text=True
-    )
+        [sys.executable, *program, *PRINTING[name].split()],
+        stdout=writer, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+    )  # fmt: skip
     os.close(writer)
     assert process.returncode == 0
     assert "Traceback" not in process.stderr
     assert "BrokenPipe" not in process.stderr
+
+
+@pytest.mark.parametrize("command", ["demo", "bench"])
+def test_cuda_sources_that_are_nowhere(
+    call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str
+) -> None:
+    """As on a GPU, where the first kernel is compiled in the middle of the run."""
+
+    def look(*_: object) -> None:
+        loader.cuda_directory()
+
+    monkeypatch.setenv("MOEKERN_CUDA_DIR", str(tmp_path))
+    monkeypatch.setattr(*{"demo": (demo, "load_corpus"), "bench": (bench, "measured")}[command], look)
+    code, _, err = call(command)
+    assert code == 2
+    assert err.startswith(f"moekern {command}: error: the CUDA sources are not in {tmp_path}; ")
+    assert err.count("\n") == 1
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a POSIX shell closes the streams")

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import NoReturn, TypeAlias
 
 from moekern import __version__
+from moekern.backends.cuda.build.errors import KernelError
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -119,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `moekern doctor | head`: the reader is gone, and so is the place to complain
         discard_output()
         return 0
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, KernelError) as error:
         if os.environ.get("MOEKERN_DEBUG"):
             raise
         try:

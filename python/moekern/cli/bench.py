@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -23,6 +22,7 @@ from moekern.bench.record import BOTH, DECODE, FORWARD, Record, Row, load, save
 from moekern.bench.routing import ROUTINGS
 from moekern.bench.table import LEGEND, tables
 from moekern.cli import HelpFormat
+from moekern.cli.console import Console
 from moekern.cli.demo import check_writable, whole_number
 
 if TYPE_CHECKING:

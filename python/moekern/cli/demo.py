@@ -11,7 +11,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -25,6 +24,7 @@ from rich.progress import (
 from rich.table import Table
 
 from moekern.cli import HelpFormat, Subparsers
+from moekern.cli.console import Console
 from moekern.demo.model import HEAD_WIDTH, Shape
 from moekern.demo.report import render
 from moekern.demo.summary import details, headline, table_rows

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -21,6 +20,7 @@ from moekern.backends.cuda.build import loader, sources
 from moekern.backends.cuda.build.errors import CacheError, KernelError
 from moekern.backends.cuda.configuration import choose
 from moekern.cli import HelpFormat, Subparsers
+from moekern.cli.console import Console
 from moekern.cli.selftest import ALLOWED, SelfTest, run_self_test
 from moekern.report import machine
 from moekern.verbs.backend import BACKENDS, ENVIRONMENT_VARIABLE, current, resolve
