@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from torchtitan.models.common.moe import GroupedExperts, RoutedExperts
 from torchtitan.models.common.token_dispatcher import LocalTokenDispatcher
 
 import moekern as mk
+from moekern.torchtitan import MoekernGroupedExperts, grouped_experts
 from problems import error, forbid_torch_path
 
 H, I, E, K = 64, 48, 6, 2
@@ -98,3 +100,18 @@ def test_other_experts_are_left_alone() -> None:
     configuration = routed_experts()
     configuration.inner_experts = gpt_oss.GptOssGroupedExperts.Config(dim=H, hidden_dim=I, num_experts=E)
     assert not apply_overrides(OverrideConfig(imports=["moekern.torchtitan.grouped_experts"]), configuration)
+
+
+@dataclass(kw_only=True, slots=True)
+class WithActivation(GroupedExperts.Config):
+    """As a release that lets the configuration name the activation."""
+
+    activation_fn: Any = nn.functional.silu
+
+
+def test_only_swiglu() -> None:
+    sizes = {"dim": H, "hidden_dim": I, "num_experts": E}
+    assert isinstance(grouped_experts(WithActivation(**sizes)), MoekernGroupedExperts.Config)
+    for activation, name in ((nn.functional.gelu, "gelu"), (None, "None"), ("relu", "relu")):
+        with pytest.raises(ValueError, match=f"activation_fn: got {name}, .*SwiGLU"):
+            grouped_experts(WithActivation(**sizes, activation_fn=activation))

@@ -4,17 +4,19 @@
 
 It takes the place of ``torchtitan.models.common.moe.GroupedExperts``, whatever dispatches the tokens: torchtitan sorts
 them by expert and counts them on the device, and there the counts stay. Checkpoints keep the names and shapes of the
-stock class. Written for torchtitan 0.3.
+stock class. Written for torchtitan 0.3, whose experts are SwiGLU; a configuration that names another activation is
+refused.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from moekern.functional.experts import grouped_mlp
+from moekern.layer.dense import known_activation
 from moekern.layer.parameters import local
 
 try:
@@ -52,5 +54,16 @@ class MoekernGroupedExperts(FusedGroupedExperts):
 
 @override(target=GroupedExperts.Config, exact=True, description="Routed experts by moekern's kernels.")
 def grouped_experts(cfg: GroupedExperts.Config) -> GroupedExperts.Config:
-    """A configuration of torchtitan's experts, with moekern's in their place; initialisers and shardings stay."""
+    """A configuration of torchtitan's experts, with moekern's in their place; initialisers and shardings stay.
+
+    Raises:
+        ValueError: The configuration names an activation other than silu.
+    """
+    for field in fields(cfg):
+        activation = getattr(cfg, field.name)
+        if field.name.startswith("act") and known_activation(activation, gated=True) != "swiglu":
+            raise ValueError(
+                f"{field.name}: got {getattr(activation, '__name__', activation)}, but moekern.torchtitan computes "
+                "SwiGLU: leave moekern.torchtitan.grouped_experts out of --override.imports"
+            )
     return derive(fused_grouped_experts(cfg), MoekernGroupedExperts.Config)
