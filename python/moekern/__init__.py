@@ -18,15 +18,13 @@ from moekern.functional.plan import Plan, PlanStats, plan
 from moekern.layer.balance import (
     aux_loss,
     bias_update_hook,
-    load_balancing_loss,
-    sequence_balancing_loss,
     set_token_mask,
     update_selection_bias,
-    z_loss,
 )
 from moekern.layer.moe import MoE
 from moekern.routing.capacity import limit_tokens
 from moekern.routing.expert_choice import expert_choice
+from moekern.routing.losses import load_balancing_loss, sequence_balancing_loss, z_loss
 from moekern.routing.rounding import Rounded, round_tokens
 from moekern.routing.router import route
 from moekern.verbs import flops

@@ -14,6 +14,7 @@ from moekern.layer.attributes import LayerAttributes
 from moekern.layer.dense import Dense, read_dense
 from moekern.layer.dense_check import has_values
 from moekern.layer.fused_shared import join
+from moekern.layer.options import obstacle_to_copies
 from moekern.layer.upcycling import (
     Init,
     Shared,
@@ -30,13 +31,10 @@ from moekern.layer.upcycling import (
     shared_part,
     split,
 )
-from moekern.routing import router
 from moekern.verbs import checks
 from moekern.verbs.backend import backend
 
 Layer = TypeVar("Layer", bound=LayerAttributes)
-
-_SUM_TO_ONE = ("softmax_topk", "topk_softmax", "sigmoid_topk")
 
 
 def build(
@@ -62,7 +60,7 @@ def build(
             f"shared_intermediate_size: got {options['shared_intermediate_size']!r}, expected shared=, a number of the "
             "dense MLP's neurons or 'whole': the layer must add up to the dense output"
         )
-    obstacle = _obstacle(options)
+    obstacle = obstacle_to_copies(options)
     if obstacle is not None and shared != "whole":
         raise ValueError(f"{obstacle}: the copies must average to the dense output (shared='whole' starts from it)")
     dense = read_dense(dense_mlp, activation)
@@ -96,18 +94,6 @@ def build(
         )
     layer.train(dense_mlp.training)
     return layer
-
-
-def _obstacle(options: dict[str, Any]) -> str | None:
-    """An option under which a token's weights do not sum to one, so that copies do not average to the original."""
-    if options.get("norm_topk_prob", True) is not True:
-        return "norm_topk_prob: got False, expected True"
-    if router.METHODS.get(options.get("routing", "softmax_topk"), "") not in _SUM_TO_ONE:
-        return f"routing: got {options['routing']!r}, expected one whose weights sum to one"
-    for name, neutral in (("scale_input", False), ("capacity_factor", None), ("round_tokens_to", 1)):
-        if options.get(name, neutral) != neutral:
-            return f"{name}: got {options[name]!r}, expected {neutral!r}"
-    return None
 
 
 def _check_fit(dense: Dense, parts: Split, options: dict[str, Any]) -> None:

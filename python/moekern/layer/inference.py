@@ -25,21 +25,26 @@ _accepted = direct.Accepted()
 
 def infer(layer: LayerAttributes, x: Tensor) -> Tensor | None:
     """The layer's output for ``[..., H]``, or None if the call must take the long way: it may be wrong, or unusual."""
-    if torch.compiler.is_compiling() or not is_ordinary(layer._modules["experts"], Experts):
+    options = layer.options
+    if (
+        options.inference_key is None
+        or layer._modules.get("shared_expert") is not None
+        or torch.compiler.is_compiling()
+    ):
+        return None
+    if not is_ordinary(layer._modules["experts"], Experts):
         return None
     gate, router_weight, router_bias, weights = parameters_of(layer)
     if torch.is_grad_enabled() and any(
         t is not None and getattr(t, "requires_grad", True) for t in (x, router_weight, router_bias, *weights)
     ):
         return None
-    signature = direct.signature(x, router_weight, None, *weights, layer.activation, False, False, None)
+    signature = direct.signature(x, router_weight, None, *weights, options.activation, False, False, None)
     if signature is None:
         return None
-    key = (
-        signature, layer.top_k, layer.routing, layer.norm_topk_prob, layer.routed_scaling_factor, layer.n_group,
-        layer.topk_group, layer.capacity_factor, layer.scale_input, layer.shared_expert is None,
-        gate._buffers.get("e_score_correction_bias") is None, is_ordinary(gate, Router),
-    )  # fmt: skip
+    if gate._buffers.get("e_score_correction_bias") is not None:
+        return None
+    key = signature, options.inference_key, is_ordinary(gate, Router)
     call = _accepted.get(key)
     if call is None:
         call = _prepare(layer, x) or False
@@ -99,23 +104,13 @@ def _prepare(layer: LayerAttributes, x: Tensor) -> tuple[Callable[..., Tensor | 
 
     None if there is none, or if the call is one that is refused.
     """
-    gate, weights = layer.gate, layer.experts.projections
+    gate, weights, options = layer.gate, layer.experts.projections, layer.options
     weight = gate.weight
-    grouped = layer.topk_group is not None and layer.topk_group < layer.n_group
-    if (
-        layer.routing not in router.METHODS
-        or grouped
-        or gate.e_score_correction_bias is not None
-        or layer.capacity_factor is not None
-        or layer.scale_input
-        or layer.shared_expert is not None
-    ):
+    if x.ndim < 1 or x.shape[-1] != options.hidden_size or x.dtype != weight.dtype or x.device != weight.device:
         return None
-    if x.ndim < 1 or x.shape[-1] != layer.hidden_size or x.dtype != weight.dtype or x.device != weight.device:
-        return None
-    tokens = x.view(-1, layer.hidden_size)
+    tokens = x.view(-1, options.hidden_size)
     try:
-        check_experts(tokens, *weights, layer.activation, False, False)
+        check_experts(tokens, *weights, options.activation, False, False)
         module = ops.backend_module(resolve(x.device.type))
     except (TypeError, ValueError):
         return None
@@ -123,8 +118,8 @@ def _prepare(layer: LayerAttributes, x: Tensor) -> tuple[Callable[..., Tensor | 
         return None
     makes_logits = is_ordinary(gate, Router) and module.makes_logits(tokens, weight)
     routed_by = weight if makes_logits else torch.empty(tokens.shape[0], weight.shape[0], device=x.device)
-    formula = (router.METHODS[layer.routing], layer.norm_topk_prob, layer.routed_scaling_factor)
+    formula = (router.METHODS[options.routing], options.norm_topk_prob, options.routed_scaling_factor)
     program = module.prepare_inference(
-        tokens, routed_by, None, *weights, layer.top_k, layer.activation, False, False, formula, makes_logits
+        tokens, routed_by, None, *weights, options.top_k, options.activation, False, False, formula, makes_logits
     )
     return None if program is None else (program, makes_logits)

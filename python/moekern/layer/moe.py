@@ -3,44 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from moekern.backends.activations import ACTIVATIONS
-from moekern.backends.observers import is_exporting
-from moekern.functional.plan import Plan, plan
 from moekern.layer import fused_shared
 from moekern.layer.attributes import LayerAttributes
+from moekern.layer.choice import expert_choice, token_choice
 from moekern.layer.inference import infer
-from moekern.layer.parameters import Experts, Router, SharedExpert, inner, is_ordinary, whole
+from moekern.layer.options import DEFAULTS, Options, check_dtype
+from moekern.layer.parameters import Experts, Router, SharedExpert, is_ordinary
+from moekern.layer.record import Routing
 from moekern.layer.training import Latest, train
-from moekern.routing import capacity, router
-from moekern.routing.expert_choice import choose_any, choose_real, free_size, run_chosen
-from moekern.routing.rounding import MODES as ROUNDINGS
-from moekern.routing.rounding import Rounded, rounded
-from moekern.verbs import checks, masks, ops
-
-ROUTINGS = (*router.METHODS, "expert_choice")
-
-
-class Routing(NamedTuple):
-    """What the router decided in one forward pass.
-
-    Attributes:
-        logits: ``[T, E]`` float32, part of the autograd graph.
-        tokens_per_expert: ``[E]`` int32, before any are dropped, without those that were masked.
-        topk_ids: ``[T, K]``, before any are dropped; None with expert choice.
-        shape: Leading dimensions of the layer's input; the last one is the sequence.
-        mask: Bool ``[T]``, False for padding, which no loss counts; None if the pass had no mask.
-    """
-
-    logits: Tensor
-    tokens_per_expert: Tensor
-    topk_ids: Tensor | None
-    shape: tuple[int, ...]
-    mask: Tensor | None = None
+from moekern.verbs import checks, masks
 
 
 class MoE(LayerAttributes):
@@ -117,74 +93,35 @@ class MoE(LayerAttributes):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("hidden_size", hidden_size),
-            ("intermediate_size", intermediate_size),
-            ("num_experts", num_experts),
-        ):
-            checks.is_int(name, value, 1)
-        checks.is_int("top_k", top_k, 1, num_experts, f"num_experts is {num_experts}")
-        checks.one_of("activation", activation, tuple(ACTIVATIONS))
-        checks.one_of("routing", routing, ROUTINGS)
-        for name, flag in (
-            ("bias", bias),
-            ("router_bias", router_bias),
-            ("norm_topk_prob", norm_topk_prob),
-            ("selection_bias", selection_bias),
-            ("scale_input", scale_input),
-            ("shared_gate", shared_gate),
-            ("fuse_shared_expert", fuse_shared_expert),
-        ):
-            checks.is_bool(name, flag)
-        self._is_expert_choice = routing == "expert_choice"
-        method = "softmax_topk" if self._is_expert_choice else routing
-        router.check_options(top_k, num_experts, method, norm_topk_prob, n_group, topk_group, routed_scaling_factor)
-        checks.is_number("router_jitter_noise", router_jitter_noise, low=0)
-        if capacity_factor is not None:
-            checks.is_number("capacity_factor", capacity_factor, above=0)
-        checks.one_of("drop_by", drop_by, capacity.ORDERS)
-        checks.is_int("round_tokens_to", round_tokens_to, 1)
-        checks.one_of("rounding", rounding, ROUNDINGS)
-        if round_tokens_to > 1 and rounding != "down" and n_group > 1:
-            raise ValueError(f"rounding: got {rounding!r}, expected 'down' with n_group {n_group}: others add experts")
-        if self._is_expert_choice:
-            _refuse_with_expert_choice(
-                norm_topk_prob=not norm_topk_prob,
-                n_group=n_group != 1,
-                selection_bias=selection_bias,
-                scale_input=scale_input,
-                capacity_factor=capacity_factor is not None,
-                round_tokens_to=round_tokens_to != 1,
-            )
-        if shared_intermediate_size is not None:
-            checks.is_int("shared_intermediate_size", shared_intermediate_size, 1)
-        elif shared_gate:
-            raise ValueError("shared_gate: got True, expected False without shared_intermediate_size")
-        if fuse_shared_expert:
-            _refuse_with_fused(shared_intermediate_size, intermediate_size, bias, scale_input, routing)
-        if dtype is not None and dtype not in checks.FLOATING:
-            raise TypeError(f"dtype: got {dtype}, expected one of float32, bfloat16, float16, float64")
-        self.hidden_size = hidden_size
-        self.intermediate_size = intermediate_size
-        self.num_experts = num_experts
-        self.top_k = top_k
-        self.activation = activation
-        self.routing = routing
-        self.norm_topk_prob = norm_topk_prob
-        self.n_group = n_group
-        self.topk_group = topk_group
-        self.routed_scaling_factor = routed_scaling_factor
-        self.router_jitter_noise = router_jitter_noise
-        self.scale_input = scale_input
-        self.capacity_factor = capacity_factor
-        self.drop_by = drop_by
-        self.round_tokens_to = round_tokens_to
-        self.rounding = rounding
+        self.options = options = Options(
+            hidden_size,
+            intermediate_size,
+            num_experts,
+            top_k,
+            activation,
+            bias,
+            router_bias,
+            routing,
+            norm_topk_prob,
+            n_group,
+            topk_group,
+            routed_scaling_factor,
+            selection_bias,
+            router_jitter_noise,
+            scale_input,
+            capacity_factor,
+            drop_by,
+            round_tokens_to,
+            rounding,
+            shared_intermediate_size,
+            shared_gate,
+            fuse_shared_expert,
+        )
+        check_dtype(dtype)
         self.gate = Router(hidden_size, num_experts, router_bias, device, dtype, selection_bias)
-        self.num_fused_experts = 0
-        self.num_apart_experts = 0  # those that are fused again when the layer has its values: see `joined`
-        if fuse_shared_expert and shared_intermediate_size is not None:
-            self.num_fused_experts = shared_intermediate_size // intermediate_size
+        self.num_fused_experts = options.num_fused_experts
+        self.num_apart_experts = 0
+        if fuse_shared_expert:
             self.register_state_dict_post_hook(fused_shared.write_apart)
             self.register_load_state_dict_pre_hook(fused_shared.read_apart)
         self.experts = Experts(
@@ -325,22 +262,12 @@ class MoE(LayerAttributes):
                 trained[1].mask = mask
                 self.__dict__["_latest_routing"] = trained[1]  # a module's own way of setting takes longer
                 return trained[0]
-        checks.is_tensor("x", x)
-        checks.has_dtype("x", x, checks.FLOATING)
-        if x.ndim < 1 or x.shape[-1] != self.hidden_size:
-            raise ValueError(f"x: got shape {tuple(x.shape)}, expected [..., {self.hidden_size}] (hidden_size)")
-        self._check_parameters(x)
+        self._check_input(x)
         tokens = x.reshape(-1, self.hidden_size)
         if self.training and self.router_jitter_noise > 0:
-            # Drawn wide and rounded once: half precision has few numbers next to one, and none of them above 1 + noise.
-            wide = torch.promote_types(tokens.dtype, torch.float32)
-            noise = torch.empty_like(tokens, dtype=wide).uniform_(
-                1 - self.router_jitter_noise, 1 + self.router_jitter_noise
-            )
-            tokens = (tokens * noise).to(tokens.dtype)
-        logits = self.gate(tokens)
-        choose = self._expert_choice if self._is_expert_choice else self._token_choice
-        out = choose(tokens, logits, x.shape[:-1], mask)
+            tokens = _jittered(tokens, self.router_jitter_noise)
+        run_routed = expert_choice if self.options.is_expert_choice else token_choice
+        out = run_routed(self, tokens, self.gate(tokens), tuple(x.shape[:-1]), mask)
         if self.shared_expert is not None:
             shared = self.shared_expert(tokens)
             if self.shared_expert_gate is not None:
@@ -348,19 +275,12 @@ class MoE(LayerAttributes):
             out = out + shared
         return out.reshape(x.shape)
 
-    @property
-    def capacity_factor(self) -> float | None:  # type: ignore[override]
-        """See the class; it may be set anew."""
-        return self._capacity_factor
-
-    @capacity_factor.setter
-    def capacity_factor(self, factor: float | None) -> None:
-        # The fraction is made here, of integers: compiled code takes a float for a symbol once it has seen another.
-        self._capacity_factor = factor
-        self._capacity_ratio = capacity.ratio(min(factor, self.num_experts)) if factor is not None else (1, 1)
-
-    def _check_parameters(self, x: Tensor) -> None:
-        """Device and dtype, as far as they can be known: hooks may yet move or cast what a module has."""
+    def _check_input(self, x: Tensor) -> None:
+        """Device and dtype as far as they can be known: hooks may yet move or cast what a module has."""
+        checks.is_tensor("x", x)
+        checks.has_dtype("x", x, checks.FLOATING)
+        if x.ndim < 1 or x.shape[-1] != self.hidden_size:
+            raise ValueError(f"x: got shape {tuple(x.shape)}, expected [..., {self.hidden_size}] (hidden_size)")
         if is_ordinary(self.gate, Router):
             checks.same_device("x", x, "the layer's router", self.gate.weight)
         if is_ordinary(self.experts, Experts):
@@ -371,121 +291,10 @@ class MoE(LayerAttributes):
         elif self.num_fused_experts:
             fused_shared.join_offloaded(self)
 
-    def _token_choice(self, tokens: Tensor, logits: Tensor, shape: tuple[int, ...], mask: Tensor | None) -> Tensor:
-        """Every token chooses its experts; the routed part of the output ``[T, H]``."""
-        bias = inner(self.gate, Router).e_score_correction_bias
-        weights, ids = router.route(
-            logits,
-            self.top_k,
-            method=self.routing,
-            norm_topk_prob=self.norm_topk_prob,
-            selection_bias=None if bias is None else whole(bias, "gate.e_score_correction_bias"),
-            n_group=self.n_group,
-            topk_group=self.topk_group,
-            routed_scaling_factor=self.routed_scaling_factor,
-        )
-        multiple = self.round_tokens_to if self.training else 1
-        is_limited = self.capacity_factor is not None or multiple > 1
-        if self.num_fused_experts and not is_limited:
-            ids_of_all, weights = self._with_fused(tokens, ids, weights)
-            if not self.training:  # planned with the experts, in one program where there is one
-                return self._run(tokens, ids_of_all, weights)
-            chosen = plan(ids_of_all, self.num_experts + self.num_fused_experts)
-            self._record(logits, chosen.counts[: self.num_experts], ids, shape, mask)
-            return self._run(tokens, ids_of_all, weights, chosen)
-        chosen = plan(ids, self.num_experts)
-        self._record(logits, chosen.counts, ids, shape, mask)
-        added: Rounded | None = None
-        if is_limited:
-            unrounded: Tensor = tokens
-            limit: int | Tensor | None = None
-            routed_ids = ids
-            if mask is not None:
-                ids = torch.where(mask.unsqueeze(1), ids, -1)
-                chosen = plan(ids, self.num_experts)
-            if self.capacity_factor is not None:
-                real: Any = ids.shape[0] if mask is None else mask.sum()
-                limit = capacity.capacity_of_ratio(self._capacity_ratio, real, self.top_k, self.num_experts)
-            if multiple > 1 and self.rounding != "down":
-                scores = router.weights_of_all(
-                    logits, routed_ids, self.routing, self.norm_topk_prob, self.routed_scaling_factor
-                )
-                added = rounded(chosen, scores, ids, weights, multiple, self.rounding, limit, self.drop_by, mask)
-                tokens, ids, weights = added.extend(tokens, weights)
-            else:
-                ids = capacity.drop(chosen, ids, weights, limit, multiple, self.drop_by)
-            if self.num_fused_experts:
-                ids, weights = self._with_fused(unrounded, ids, weights)
-            chosen = plan(ids, self.num_experts + self.num_fused_experts)
-        out = self._run(tokens, ids, weights, chosen)
-        return out if added is None else added.fold(out)
-
-    def _with_fused(self, tokens: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """The choice ``[T, K]`` and its weights, with the fused experts appended, which all of ``tokens`` take."""
-        gate = None if self.shared_expert_gate is None else self.shared_expert_gate(tokens)
-        fused = range(self.num_experts, self.num_experts + self.num_fused_experts)
-        return fused_shared.chosen_by_all(ids, weights, fused, gate, ids.shape[0] - tokens.shape[0])
-
-    def _run(self, tokens: Tensor, ids: Tensor, weights: Tensor, chosen: Plan | None = None) -> Tensor:
-        """The experts' output ``[T, H]`` for chosen experts, and their plan if it has been made."""
-        if not self.scale_input:
-            own_ids = ids if chosen is None else None
-            return self.experts(tokens, own_ids, weights, plan=chosen)  # type: ignore[no-any-return]
-        # Each slot has an input of its own, so each becomes a token with one expert.
-        scaled = (tokens.unsqueeze(1) * weights.unsqueeze(2).to(tokens.dtype)).flatten(0, 1)
-        out: Tensor = self.experts(scaled, ids.reshape(-1, 1), None)
-        return out.unflatten(0, (-1, self.top_k)).sum(1) if self.top_k > 1 else out
-
-    def _expert_choice(self, tokens: Tensor, logits: Tensor, shape: tuple[int, ...], mask: Tensor | None) -> Tensor:
-        """Every expert chooses its tokens; the routed part of the output ``[T, H]``."""
-        count = capacity.capacity_of(1.0, tokens.shape[0], self.top_k, self.num_experts)  # at most T, as K <= E
-        if is_exporting():
-            count = free_size(count, tokens.shape[0])
-        counts = logits.new_full((self.num_experts,), count, dtype=torch.int32)
-        if mask is None:
-            weights, chosen = choose_any(logits, count)
-        else:
-            real = mask.sum()
-            places = capacity.capacity_of(1.0, real, self.top_k, self.num_experts).minimum(real)
-            weights, chosen = choose_real(logits, count, mask, places)
-            counts = places.to(torch.int32).expand_as(counts)
-        self._record(logits, counts, None, shape, mask)
-        if self.routed_scaling_factor != 1:
-            weights = weights * self.routed_scaling_factor
-        return run_chosen(tokens, weights, chosen, self.experts)
-
-    def _record(
-        self, logits: Tensor, counts: Tensor, ids: Tensor | None, shape: tuple[int, ...], mask: Tensor | None
-    ) -> None:
-        """Keep what the losses need, in training only."""
-        if not self.training or is_exporting():
-            return
-        if mask is not None and ids is not None:
-            counts = masks.counts(ids, mask, self.num_experts)
-        self._latest_routing = Routing(logits, counts, ids, tuple(shape), mask)
-        total = inner(self.gate, Router).tokens_since_update
-        if total is not None:
-            if torch.compiler.is_compiling():
-                total.add_(ops.unless_recomputing(counts))  # whether it is one is known when the graph runs
-            elif not ops.is_recomputing():
-                total.add_(counts)
-
     def extra_repr(self) -> str:
         """How tokens are routed; the sizes are shown by the experts."""
         text = f"top_k={self.top_k}, routing={self.routing!r}, norm_topk_prob={self.norm_topk_prob}"
-        defaults = {
-            "n_group": 1,
-            "topk_group": None,
-            "routed_scaling_factor": 1.0,
-            "router_jitter_noise": 0.0,
-            "scale_input": False,
-            "capacity_factor": None,
-            "round_tokens_to": 1,
-            "rounding": "nearest",
-        }
-        changed = (
-            f", {name}={getattr(self, name)}" for name, value in defaults.items() if getattr(self, name) != value
-        )
+        changed = (f", {name}={getattr(self, name)}" for name in _SHOWN if getattr(self, name) != DEFAULTS[name])
         return text + "".join(changed)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -493,25 +302,18 @@ class MoE(LayerAttributes):
         return {**self.__dict__, "_latest_routing": None, "_token_mask": None}
 
 
-def _refuse_with_expert_choice(**used: bool) -> None:
-    for name, is_used in used.items():
-        if is_used:
-            raise ValueError(f"{name}: not accepted with routing 'expert_choice', where experts choose the tokens")
+# What the representation tells where it is not the default.
+_SHOWN = (
+    "n_group", "topk_group", "routed_scaling_factor", "router_jitter_noise", "scale_input", "capacity_factor",
+    "round_tokens_to", "rounding",
+)  # fmt: skip
 
 
-def _refuse_with_fused(width: int | None, inter: int, bias: bool, scale_input: bool, routing: str) -> None:
-    """What a shared expert of `width` cannot be fused with."""
-    if width is None:
-        raise ValueError("fuse_shared_expert: got True, expected False without shared_intermediate_size")
-    if width % inter:
-        raise ValueError(
-            f"shared_intermediate_size: got {width}, expected a multiple of intermediate_size, {inter}, "
-            "with fuse_shared_expert"
-        )
-    for name, value, refused, why in (
-        ("bias", bias, True, "a shared expert has none"),
-        ("scale_input", scale_input, True, "a shared expert's input is not scaled"),
-        ("routing", routing, "expert_choice", "tokens do not choose, and each passes the shared expert"),
-    ):
-        if value == refused:
-            raise ValueError(f"{name}: got {value!r}, not accepted with fuse_shared_expert: {why}")
+def _jittered(tokens: Tensor, amount: float) -> Tensor:
+    """The tokens times uniform noise within one plus or minus `amount`.
+
+    Drawn wide and rounded once: half precision has few numbers next to one, and none of them above 1 + amount.
+    """
+    wide = torch.promote_types(tokens.dtype, torch.float32)
+    noise = torch.empty_like(tokens, dtype=wide).uniform_(1 - amount, 1 + amount)
+    return (tokens * noise).to(tokens.dtype)

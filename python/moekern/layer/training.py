@@ -39,19 +39,20 @@ class Latest:
 
 def train(layer: LayerAttributes, x: Tensor) -> tuple[Tensor, Latest] | None:
     """The layer's output for ``[..., H]`` and what was decided, or None if the call must take the long way."""
+    options = layer.options
+    if options.training_key is None or layer._modules.get("shared_expert") is not None:
+        return None
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return None
     if not (is_ordinary(layer._modules["experts"], Experts) and is_ordinary(layer._modules["gate"], Router)):
         return None
     gate, router_weight, router_bias, weights = parameters_of(layer)
-    signature = direct.signature(x, router_weight, None, *weights, layer.activation, False, False, None)
+    signature = direct.signature(x, router_weight, None, *weights, options.activation, False, False, None)
     if signature is None:
         return None
-    key = (
-        signature, layer.top_k, layer.routing, layer.norm_topk_prob, layer.routed_scaling_factor, layer.n_group,
-        layer.topk_group, layer.capacity_factor, layer.scale_input, layer.shared_expert is None,
-        gate._buffers.get("e_score_correction_bias") is None, layer.router_jitter_noise, layer.round_tokens_to,
-    )  # fmt: skip
+    if gate._buffers.get("e_score_correction_bias") is not None:
+        return None
+    key = signature, options.training_key
     program = _accepted.get(key)
     if program is None:
         program = _prepare(layer, x) or False
@@ -62,40 +63,28 @@ def train(layer: LayerAttributes, x: Tensor) -> tuple[Tensor, Latest] | None:
         return None
     if not any(t is not None and t.requires_grad for t in (x, router_weight, router_bias, *weights)):
         return None
-    method = (layer.routing, layer.norm_topk_prob, layer.routed_scaling_factor)
-    settings = (layer.top_k, layer.activation, False, False)
+    method = (options.routing, options.norm_topk_prob, options.routed_scaling_factor)
+    settings = (options.top_k, options.activation, False, False)
     out, logits, kept = _Layer.apply(x, router_weight, router_bias, *weights, program, method, settings)
     return out, Latest(logits, kept, program, x.shape[:-1])
 
 
 def _prepare(layer: LayerAttributes, x: Tensor) -> Any:
     """The program for calls like this one; None if there is none, or if the call is one that is refused."""
-    gate, weights = layer.gate, layer.experts.projections
-    grouped = layer.topk_group is not None and layer.topk_group < layer.n_group
-    if (
-        layer.routing not in router.METHODS
-        or grouped
-        or gate.e_score_correction_bias is not None
-        or layer.router_jitter_noise > 0
-        or layer.capacity_factor is not None
-        or layer.round_tokens_to > 1
-        or layer.scale_input
-        or layer.shared_expert is not None
-    ):
-        return None
+    gate, weights, options = layer.gate, layer.experts.projections, layer.options
     weight = gate.weight
-    if x.ndim < 1 or x.shape[-1] != layer.hidden_size or x.dtype != weight.dtype or x.device != weight.device:
+    if x.ndim < 1 or x.shape[-1] != options.hidden_size or x.dtype != weight.dtype or x.device != weight.device:
         return None
-    tokens = x.detach().view(-1, layer.hidden_size)
+    tokens = x.detach().view(-1, options.hidden_size)
     try:
-        check_experts(tokens, *weights, layer.activation, False, False)
+        check_experts(tokens, *weights, options.activation, False, False)
         module = ops.backend_module(resolve(x.device.type))
     except (TypeError, ValueError):
         return None
     if not hasattr(module, "prepare_training") or weight.shape != (weights[0].shape[0], x.shape[-1]):
         return None
-    formula = (router.METHODS[layer.routing], layer.norm_topk_prob, layer.routed_scaling_factor)
-    return module.prepare_training(tokens, weight, *weights, layer.top_k, layer.activation, formula)
+    formula = (router.METHODS[options.routing], options.norm_topk_prob, options.routed_scaling_factor)
+    return module.prepare_training(tokens, weight, *weights, options.top_k, options.activation, formula)
 
 
 class _Layer(torch.autograd.Function):
