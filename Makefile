@@ -11,7 +11,10 @@ TORCH ?= 2.11.0
 # The oldest release of transformers that moekern.hf serves, and one between it and the newest.
 TRANSFORMERS ?= 5.0.0 5.17.0
 # What rests on torch's compiler, exporter, profiler and libraries.
-TORCH_TESTS := torch_integration stacks layer balance eager costs experts cuda_compilers
+TORCH_TESTS := integrations/test_torch_integration integrations/test_training_stacks layer/test_layer layer/test_balance \
+	verbs/test_eager costs/test_costs functional/test_experts backends/test_cuda_compilers
+# What rests on the models of transformers.
+TRANSFORMERS_TESTS := integrations/test_hf integrations/test_hf_blocks routing/test_router layer/test_shared_expert
 # With the few of its dependencies that its experts import.
 TORCHTITAN := torchtitan==0.3.0 spmd_types==0.2.3 tyro docstring_parser
 # Which CuPy the tests compile the kernels with; cuda12 on a machine with an older driver, empty for none.
@@ -66,17 +69,17 @@ releases: $(INSTALLED) ## the tests with older releases of torch and transformer
 		echo "$$what"; \
 		PYTHONPATH=$$there$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/python -m pytest -q -m "$$which" $(ARGS) $$@; \
 	}; \
-	beside torch-$(TORCH) "torch==$(TORCH)" "not gpu" $(foreach part,$(TORCH_TESTS),tests/test_$(part).py); \
+	beside torch-$(TORCH) "torch==$(TORCH)" "not gpu" $(TORCH_TESTS:%=tests/%.py); \
 	for release in $(TRANSFORMERS); do \
-		beside $$release "transformers==$$release" "not gpu and not slow" tests/test_hf.py tests/test_hf_blocks.py tests/test_router.py tests/test_shared_expert.py; \
+		beside $$release "transformers==$$release" "not gpu and not slow" $(TRANSFORMERS_TESTS:%=tests/%.py); \
 	done; \
-	beside torchtitan "--no-deps $(TORCHTITAN)" "not gpu and not slow" tests/test_torchtitan.py
+	beside torchtitan "--no-deps $(TORCHTITAN)" "not gpu and not slow" tests/integrations/test_torchtitan.py
 
 # cuBLAS is left out: racecheck reports hazards in its own kernels.
 sanitize: $(INSTALLED) ## every CUDA kernel on small sizes under compute-sanitizer (needs a GPU and a CUDA toolkit)
 	@set -e; for tool in memcheck racecheck synccheck; do \
 		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --kernel-name-exclude kns=nvjet --error-exitcode 9 \
-			$(BIN)/python -m pytest -q -m gpu tests/gpu/test_small.py $(ARGS); \
+			$(BIN)/python -m pytest -q -m gpu tests/gpu/test_every_kernel.py $(ARGS); \
 	done
 
 doctor: $(INSTALLED) ## report what this machine can run

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ragged import COUNTS, ROUNDING, assert_guards, assert_rows_close, guarded, normal, plan_of_counts
 from torch import Tensor
 
 import moekern as mk
 from moekern.backends import reference
 from moekern.backends.activations import ACTIVATIONS, join, split
 from problems import NAMES, error
+from ragged import COUNTS, ROUNDING, assert_guards, assert_rows_close, guarded, normal, plan_of_counts
 
 pytestmark = pytest.mark.gpu
 BF16, F16 = torch.bfloat16, torch.float16

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from ragged import COUNTS, normal, plan_of_counts
 from torch import Tensor
 
+import problems
 from problems import NAMES, make
+from ragged import COUNTS, normal, plan_of_counts
 
 pytestmark = pytest.mark.gpu
 BF16 = torch.bfloat16
@@ -170,7 +171,7 @@ print("all right")
 def test_expandable_segments() -> None:
     environment = {**os.environ, "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     environment.pop("PYTORCH_CUDA_ALLOC_CONF", None)
-    command = [sys.executable, "-c", EXPANDABLE, str(Path(__file__).parents[1])]
+    command = [sys.executable, "-c", EXPANDABLE, str(Path(problems.__file__).parent)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.stdout.strip() == "all right", result.stdout + result.stderr
 

@@ -18,7 +18,7 @@ from moekern.bench import record as records
 from moekern.bench.record import BOTH, MOEKERN, WRONG, Row
 from moekern.bench.units import duration, figure
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import torch
 
 import moekern as mk
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 

@@ -11,7 +11,7 @@ import torch
 
 import moekern as mk
 
-PAGES = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
+PAGES = sorted((Path(__file__).parents[2] / "docs").glob("*.md"))
 
 
 def run_page(name: str) -> dict[str, Any]:

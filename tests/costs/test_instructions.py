@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 # Measured with rustc 1.95 on x86-64. Counts depend on the compiler, hence a slack of an eighth or so.
 # 14.25 instructions a slot for 64 experts, 14.37 for 1024; an added pass over the slots, or bounds checks in both

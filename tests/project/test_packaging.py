@@ -17,7 +17,7 @@ import torch
 
 import moekern
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 
 

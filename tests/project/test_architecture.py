@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "python" / "moekern"
 CRATES = {"moekern_python": ROOT / "rust" / "python" / "src", "moekern_core": ROOT / "rust" / "core" / "src"}
 
