@@ -100,10 +100,10 @@ format: $(LINTERS) ## rewrite the sources in the project's format
 
 bench: $(INSTALLED) ## run the benchmarks; figures go to benches/results/NAME.json and .md (NAME=latest, ARGS="-k plan")
 	$(BIN)/python -m pytest benches --benchmark-only --benchmark-json=benches/results/$(or $(NAME),latest).json $(ARGS)
-	$(BIN)/python benches/figures.py
+	$(BIN)/python benches/records/figures.py
 
 figures: $(INSTALLED) ## rewrite the figures in the texts from the records in benches/results
-	$(BIN)/python benches/figures.py
+	$(BIN)/python benches/records/figures.py
 
 docs: $(SITE) ## build the documentation's site into site/, with the reference; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build $(ARGS)

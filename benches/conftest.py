@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-import suite
+from cases import PARAMETERS, cases
 from moekern import _core
 from moekern.bench.facts import commit
 from moekern.bench.shapes import SHAPES
@@ -63,7 +63,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if unknown := [name for name in names if name not in SHAPES]:
             raise pytest.UsageError(f"--shapes: got {unknown[0]!r}, expected of {', '.join(SHAPES)}")
         once = bool(metafunc.config.getoption("--benchmark-disable"))
-        found = suite.cases(once, metafunc.function.__name__, names)
+        found = cases(once, metafunc.function.__name__, names)
         metafunc.parametrize("case", found)
 
 
@@ -83,7 +83,7 @@ def pytest_benchmark_update_json(config: Any, benchmarks: Any, output_json: dict
         output_json["commit_info"].pop(local, None)
     for record in output_json["benchmarks"]:
         if "case" in (record["params"] or {}):
-            record["params"] = {name: record["extra_info"].pop(name) for name in suite.PARAMETERS}
+            record["params"] = {name: record["extra_info"].pop(name) for name in PARAMETERS}
         stats = record["stats"]
         stats.pop("data", None)
         record["stats"] = {key: float(f"{v:.4g}") if isinstance(v, float) else v for key, v in stats.items()}

@@ -1,33 +1,22 @@
-"""The figures in the texts are those of the records, and what benches/figures.py makes of a record, to the rounding."""
+"""The figures in the texts are those of the records, and records/figures.py rounds and lays them out as expected."""
 
 from __future__ import annotations
 
 import json
 import re
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
+import figures
 from made_up_records import record as made_up
 from moekern.bench import record as records
 from moekern.bench.record import BOTH, MOEKERN, WRONG, Row
 from moekern.bench.units import duration, figure
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def figures() -> Iterator[ModuleType]:
-    sys.path.insert(0, str(ROOT / "benches"))
-    import figures
-
-    yield figures
-    sys.path.remove(str(ROOT / "benches"))
 
 
 @pytest.fixture
@@ -71,7 +60,8 @@ KERNEL_RECORD = {
     "card": "Some GPU",
     "torch": "2.11.0",
     "routing": "uniform",
-    "command": "python benches/gpu_experts.py",
+    "ceiling": "cuBLAS at the same FLOPs",
+    "command": "python benches/cards/gpu_experts.py",
     "note": "A note",
     "figures": [
         {"shape": "one", "what": "plan", "ms": 0.02, "tflops": 0.0, "share": 0.0},
@@ -81,11 +71,11 @@ KERNEL_RECORD = {
 }
 
 
-def test_texts_show_what_the_records_say(figures: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_texts_show_what_the_records_say(capsys: pytest.CaptureFixture[str]) -> None:
     assert figures.main(["--check"]) == 0, capsys.readouterr().out
 
 
-def test_texts_have_blocks(figures: ModuleType) -> None:
+def test_texts_have_blocks() -> None:
     names = {
         text: {block.split()[0] for block, _ in figures.BLOCK.findall((ROOT / text).read_text())}
         for text in ("README.md", "docs/performance.md", "cuda/LADDER.md")
@@ -95,14 +85,14 @@ def test_texts_have_blocks(figures: ModuleType) -> None:
     assert names["cuda/LADDER.md"] == {"layer-h100", "layer-h200"}
 
 
-def test_no_table_stands_twice(figures: ModuleType) -> None:
+def test_no_table_stands_twice() -> None:
     texts = [path for pattern in figures.TEXTS for path in sorted(ROOT.glob(pattern))]
     blocks = [block for text in texts for block, content in figures.BLOCK.findall(text.read_text()) if "\n|" in content]
     assert len(blocks) >= 10
     assert len(set(blocks)) == len(blocks)
 
 
-def test_chart(figures: ModuleType, root: Path) -> None:
+def test_chart(root: Path) -> None:
     """A picture for README.md, and for a text in a folder, from one block each."""
     (root / "docs").mkdir()
     block = "<!-- figures:layers chart docs/bars.svg --><!-- /figures -->\n"
@@ -132,7 +122,7 @@ def test_chart(figures: ModuleType, root: Path) -> None:
     assert figures.main(["--check"], root) == 1
 
 
-def test_page_of_pytest_benchmark(figures: ModuleType, root: Path) -> None:
+def test_page_of_pytest_benchmark(root: Path) -> None:
     assert figures.main([], root) == 0
     lines = (root / "benches/results/plan.md").read_text().splitlines()
     assert lines[0] == "# plan"
@@ -146,16 +136,16 @@ def test_page_of_pytest_benchmark(figures: ModuleType, root: Path) -> None:
     assert "| alone | 1.23 ms | 1.20 ms – 1.30 ms |" in lines
 
 
-def test_page_of_kernels(figures: ModuleType, root: Path) -> None:
+def test_page_of_kernels(root: Path) -> None:
     figures.main([], root)
     lines = (root / "benches/results/kernels.md").read_text().splitlines()
-    assert "    python benches/gpu_experts.py" in lines
+    assert "    python benches/cards/gpu_experts.py" in lines
     assert "A note." in lines
     assert "| one | plan | 0.0200 |  |  |" in lines
     assert "| one | moekern: forward | 4.0800 | 606 | 0.933 |" in lines
 
 
-def test_page_of_moekern_bench(figures: ModuleType, root: Path) -> None:
+def test_page_of_moekern_bench(root: Path) -> None:
     figures.main([], root)
     page = (root / "benches/results/layers.md").read_text()
     assert page.splitlines()[2].startswith(
@@ -175,7 +165,7 @@ def test_page_of_moekern_bench(figures: ModuleType, root: Path) -> None:
     assert "| absent | skipped | the package absent is not installed | everywhere |" in page
 
 
-def test_every_row_has_as_many_cells_as_its_head(figures: ModuleType, root: Path) -> None:
+def test_every_row_has_as_many_cells_as_its_head(root: Path) -> None:
     figures.main([], root)
     for page in (root / "benches/results").glob("*.md"):
         cells = 0
@@ -205,7 +195,7 @@ VIEWS = {
 
 
 @pytest.mark.parametrize(("words", "shown"), VIEWS.values(), ids=VIEWS)
-def test_views(figures: ModuleType, root: Path, words: str, shown: str) -> None:
+def test_views(root: Path, words: str, shown: str) -> None:
     text = f"Before <!-- figures:{words} -->stale<!-- /figures --> after"
     made = figures.filled(text, root / "benches/results")
     assert shown in made
@@ -213,7 +203,7 @@ def test_views(figures: ModuleType, root: Path, words: str, shown: str) -> None:
     assert figures.filled(made, root / "benches/results") == made
 
 
-def test_wide(figures: ModuleType, root: Path) -> None:
+def test_wide(root: Path) -> None:
     made = figures.filled("<!-- figures:layers wide --><!-- /figures -->", root / "benches/results").splitlines()
     assert made[1].startswith("| shape | T, H, I, E, K | forward | of ceiling | fastest peer | forward+backward |")
     ours, best = (row_of("qwen3-30b-a3b", BOTH, name) for name in (MOEKERN, "sonicmoe"))
@@ -223,7 +213,7 @@ def test_wide(figures: ModuleType, root: Path) -> None:
     assert made[-2].startswith("| qwen3-decode-1 | 1, 2048, 768, 128, 8 |  |  |  |  |  |  | ")
 
 
-def test_our_own_wrong_result_is_not_fast(figures: ModuleType, root: Path) -> None:
+def test_our_own_wrong_result_is_not_fast(root: Path) -> None:
     made = made_up()
     for row in made.rows:
         if row.implementation == MOEKERN:
@@ -257,18 +247,18 @@ BAD = {
 
 
 @pytest.mark.parametrize(("text", "message"), BAD.values(), ids=BAD)
-def test_bad_blocks(figures: ModuleType, root: Path, text: str, message: str) -> None:
+def test_bad_blocks(root: Path, text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         figures.filled(text, root / "benches/results", "README.md")
 
 
-def test_unknown_record(figures: ModuleType, root: Path) -> None:
+def test_unknown_record(root: Path) -> None:
     (root / "benches/results/odd.json").write_text("{}")
     with pytest.raises(ValueError, match=r"odd.json: no record of moekern bench"):
         figures.main([], root)
 
 
-def test_check_writes_nothing(figures: ModuleType, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_writes_nothing(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert figures.main(["--check"], root) == 1
     assert "benches/results/plan.md is not what its records give" in capsys.readouterr().out
     assert not (root / "benches/results/plan.md").exists()

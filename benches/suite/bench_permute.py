@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 import moekern as mk
+from cases import Case, run, streamed
 from moekern.bench.problem import Problem, relative_error
-from suite import Case, run, streamed
 
 
 def inputs_of(case: Case) -> tuple[Problem, mk.Plan, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The table of benches/cpu_experts.py is made once, small, so that the program cannot rot."""
+"""The table of benches/cards/cpu_experts.py is made once, small, so that the program cannot rot."""
 
 from __future__ import annotations
 

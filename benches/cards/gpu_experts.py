@@ -1,7 +1,8 @@
 """The experts on a GPU, and each of their kernels, against cuBLAS doing dense matrix products of the same FLOPs.
 
-    python benches/gpu_experts.py [--shapes qwen3-30b-a3b,olmoe-1b-7b] [--routing zipf] [--peers grouped_mm,sonicmoe]
-        [--parts] [--forward-only | --backward-only] [--tokens 1,4,16,64,256 | --rows 128,256,512] [--json FILE]
+    python benches/cards/gpu_experts.py [--shapes qwen3-30b-a3b,olmoe-1b-7b] [--routing zipf] [--parts]
+        [--peers grouped_mm,sonicmoe] [--forward-only | --backward-only] [--tokens 1,4,16,64,256 | --rows 128,256,512]
+        [--json FILE]
 
 The whole layer is what `moekern bench` measures, and the forward pass of training besides. --parts adds each kernel;
 --backward-only takes the backward pass by itself, its plan and forward pass not counted ("serial" is the same with the
@@ -13,7 +14,7 @@ Every measured run directly follows a run of its ceiling in the same process, in
 of the paired ratios, because the clock of a power-limited card drifts by more than the differences of interest
 (moekern.bench.timing). The L2 cache is swept before both. Data are random normal, the routing is given, plans are made
 inside the timing; results are compared with float32 first, and a wrong one is named and not timed. FILE, by default
-`$OUT/gpu_experts.json`, gets all figures as `python benches/figures.py` reads them, after every shape.
+`$OUT/gpu_experts.json`, gets all figures as `python benches/records/figures.py` reads them, after every shape.
 
 --without-copies builds the gathering kernels without their cp.async: the bound that their gather has to reach.
 """
@@ -36,7 +37,6 @@ from typing import Any
 import torch
 
 import gpu_kernels
-import tables
 from bounds import without_copies
 from gpu_items import Figure, Item, WallClock, measure
 from gpu_layer import few_tokens, label, whole
@@ -113,12 +113,12 @@ class Run:
             self.figures += measure(items, name, clock, self.options.rounds)
 
     def record(self) -> dict[str, object]:
-        """As `python benches/figures.py` reads it."""
+        """As `python benches/records/figures.py` reads it."""
         figures = [{key: value for key, value in asdict(f).items() if value is not None} for f in self.figures]
         return {
             "card": torch.cuda.get_device_name(), "torch": torch.__version__, "routing": self.options.routing,
             "command": shlex.join(["python", *sys.argv]), "commit": commit(__file__),
-            "ceiling": "a copy of as many bytes" if self.options.tokens else tables.CUBLAS,
+            "ceiling": "a copy of as many bytes" if self.options.tokens else "cuBLAS at the same FLOPs",
             **({"note": "Not measured: " + "; ".join(self.left_out)} if self.left_out else {}), "figures": figures,
         }  # fmt: skip
 

@@ -1,13 +1,13 @@
 """A grid over experts, tokens and dtypes of what `moekern bench` measures on a CPU, as one table.
 
-    python benches/cpu_experts.py [--experts 8,64,128] [--tokens 64,256,2048] [--dtypes bf16,fp32]
+    python benches/cards/cpu_experts.py [--experts 8,64,128] [--tokens 64,256,2048] [--dtypes bf16,fp32]
         [--passes forward,both] [--peers loop,grouped_mm] [--rounds 5] [--json FILE.json [--add]] [--out FILE.md]
 
 H = 2048, I = 1024, SwiGLU, top-8 (top-2 with 8 experts), uniform routing, all threads. "of bound" is the share of the
 ceiling of moekern.bench.ceiling; loop (transformers' own) and grouped_mm are in multiples of moekern's time. A round
 runs each once; times are medians of the rounds. GB/s: memory read and, with the backward pass, written. --json writes
-the record, of which `python benches/figures.py` makes the page and the blocks `figures:NAME grid`; with --add it keeps
-the cases of a record that is there, and measured ones replace theirs: a long grid can be made in short runs.
+the record, of which `make figures` makes the page and the blocks `figures:NAME grid`; with --add it keeps the cases of
+a record that is there, and measured ones replace theirs: a long grid can be made in short runs.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
 
     lines = [
-        f"`python benches/{' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}`",
+        f"`python benches/cards/{' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}`",
         f"{machine.cpu_name()}, {torch.get_num_threads()} threads, {_core.cpu_isa()}, torch {torch.__version__}",
         "",
         "| pass | dtype | E | K | T | rows/E | ms | GFLOP/s | of bound | loop | grouped_mm | GB/s |",
@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
         peers=tuple(PEERS[NAMES[name]] for name in options.peers), device="cpu", dtypes=tuple(options.dtypes),
         verbs=tuple(VERBS[name] for name in options.passes), minutes=24 * 60, rounds=options.rounds,
     ))  # fmt: skip
-    command = " ".join(["python benches/cpu_experts.py", *(sys.argv[1:] if arguments is None else arguments)])
+    command = " ".join(["python benches/cards/cpu_experts.py", *(sys.argv[1:] if arguments is None else arguments)])
     record = Record(datetime.now(UTC).isoformat(timespec="seconds"), command, session.machine)
     if options.add and options.json and options.json.exists():
         before = load(options.json)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 import moekern as mk
+from cases import Case, run
 from moekern.bench.ceiling import product
 from moekern.bench.problem import relative_error
 from moekern.bench.timing import Clock, Wait
-from suite import Case, run
 
 
 class Product:

@@ -1,7 +1,7 @@
 """Markdown tables of the records in benches/results, one form of record after the other.
 
 Three programs write records: `moekern bench` (:mod:`moekern.bench.record`), pytest-benchmark through `make bench`, and
-benches/gpu_experts.py, which takes single CUDA kernels too. :func:`page` makes a whole page of any of them.
+benches/cards/gpu_experts.py, which takes single CUDA kernels too. :func:`page` makes a whole page of any of them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def page(path: Path) -> str:
     elif "figures" in content:
         parts = of_kernels(content)
     else:
-        raise ValueError(f"{path}: no record of moekern bench, of pytest-benchmark or of benches/gpu_experts.py")
+        raise ValueError(f"{path}: no record of moekern bench, of pytest-benchmark or of benches/cards/gpu_experts.py")
     return "\n\n".join([f"# {path.stem}", *parts]) + "\n"
 
 
@@ -237,16 +237,14 @@ def group_table(cases: list[dict[str, Any]]) -> str:
     return markdown(header, lines)
 
 
-# Records of benches/gpu_experts.py
-
-CUBLAS = "cuBLAS at the same FLOPs"
+# Records of benches/cards/gpu_experts.py
 
 
 def of_kernels(record: dict[str, Any]) -> list[str]:
     """Every figure of the record: time, rate and share of the ceiling."""
     head = (
         f"{record['card']}, torch {record['torch']}, bfloat16, {record['routing']} routing; of ceiling: the time of "
-        f"{record.get('ceiling', CUBLAS)} over own time, the median of paired runs."
+        f"{record['ceiling']} over own time, the median of paired runs."
     )
     lines = [
         (

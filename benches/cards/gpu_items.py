@@ -1,4 +1,4 @@
-"""A line of benches/gpu_experts.py, and its timing: all run in turns, each directly after cuBLAS of the same FLOPs."""
+"""A line of gpu_experts.py, and its timing: all run in turns, each directly after cuBLAS of the same FLOPs."""
 
 from __future__ import annotations
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 import moekern as mk
+from cases import Case, of_verb, run
 from moekern.bench.problem import Problem, relative_error
 from moekern.bench.record import BOTH, FORWARD
-from suite import Case, of_verb, run
 
 
 def layer_of(case: Case) -> tuple[mk.MoE, Problem]:

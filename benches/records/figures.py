@@ -1,4 +1,4 @@
-"""Writes every figure of the texts from the records: `python benches/figures.py`, or `make figures`.
+"""Writes every figure of the texts from the records: `python benches/records/figures.py`, or `make figures`.
 
 Each record benches/results/NAME.json gets its page NAME.md. In README.md, docs/*.md and other texts a block
 
@@ -11,7 +11,7 @@ is filled anew from the record NAME. Views:
   picture, which is drawn into that file (from the root of the repository) and shown;
 - of one of pytest-benchmark: `table GROUP`; `range GROUP COLUMN [PARAMETER=VALUE …]`, the smallest and largest value of
   a column, where COLUMN may be `median`;
-- of one of benches/gpu_experts.py: `columns NAME …`;
+- of one of benches/cards/gpu_experts.py: `columns NAME …`;
 - of a page without a record: `match PATTERN`, the first group of a regular expression.
 
 Tables and pictures stand on lines of their own, everything else in its sentence.
@@ -35,7 +35,7 @@ from moekern.bench import record as records
 from moekern.bench import summary
 from moekern.bench.units import duration, figure
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"<!-- figures:(.*?) -->(.*?)<!-- /figures -->", re.DOTALL)
 UNTRACKED = "latest"  # the record that `make bench` writes without a name: nobody's text
 TEXTS = ("README.md", "docs/*.md", "cuda/*.md", "benches/results/README.md")

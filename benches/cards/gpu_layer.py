@@ -1,4 +1,4 @@
-"""The whole layer, moekern's and its peers', as lines of benches/gpu_experts.py; each is checked before it is timed."""
+"""The whole layer, moekern's and its peers', as lines of gpu_experts.py; each is checked before it is timed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""benches/gpu_experts.py without a GPU: its lines over kernels that only check how they are called; with one, whole."""
+"""cards/gpu_experts.py without a GPU: its lines over kernels that only check how they are called; with one, whole."""
 
 from __future__ import annotations
 

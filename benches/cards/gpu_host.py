@@ -1,6 +1,6 @@
 """What a call costs the host on a GPU: the layer for few tokens, the planners, a layer's first call in a process.
 
-    python benches/gpu_host.py [--rounds 300]
+    python benches/cards/gpu_host.py [--rounds 300]
 
 Calls follow a synchronisation each, so that no queue is full: median and least microseconds until a call returns, and
 for planners until the plan is there. First calls come from processes of their own, with kernels that are compiled.

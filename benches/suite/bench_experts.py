@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
+from cases import Case, of_verb, run
 from moekern.bench import decode, peers
 from moekern.bench.peers.base import both_of, forward_of, saved_bytes
 from moekern.bench.problem import Results
 from moekern.bench.record import BOTH, DECODE, FORWARD
-from suite import Case, of_verb, run
 
 
 @pytest.mark.benchmark(group="experts, forward")

@@ -1,4 +1,4 @@
-"""The kernels of both passes as lines of benches/gpu_experts.py, each beside cuBLAS doing its product densely."""
+"""The kernels of both passes as lines of gpu_experts.py, each beside cuBLAS doing its product densely."""
 
 from __future__ import annotations
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 import moekern as mk
+from cases import Case, run, streamed
 from moekern import _core
-from suite import Case, run, streamed
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import moekern as mk
+from cases import Case, run, streamed
 from moekern.routing.router import choose
-from suite import Case, run, streamed
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SHAPES = [(1, 128, 8), (4096, 8, 2), (4096, 128, 8), (16384, 128, 8), (4096, 256, 8)]
