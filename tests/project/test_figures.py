@@ -34,7 +34,7 @@ def root(tmp_path: Path) -> Path:
 
 def case(name: str, group: str | None, params: dict[str, Any] | None, **extra: Any) -> dict[str, Any]:
     stats = {"median": 0.00123456, "q1": 0.0012, "q3": 0.0013}
-    fullname = f"benches/bench_plan.py::{name}"
+    fullname = f"benches/suite/bench_plan.py::{name}"
     return {"name": name, "fullname": fullname, "group": group, "params": params, "extra_info": extra, "stats": stats}
 
 
@@ -132,7 +132,7 @@ def test_page_of_pytest_benchmark(root: Path) -> None:
     assert "| slots | median | middle half | ns_a_slot | against_sort |" in lines
     assert "| 8 | 1.23 ms | 1.20 ms – 1.30 ms | 2.00 |  |" in lines
     assert "| 4096 | 1.23 ms | 1.20 ms – 1.30 ms | 1.50 | 12x |" in lines
-    assert "## benches/bench_plan.py" in lines
+    assert "## benches/suite/bench_plan.py" in lines
     assert "| alone | 1.23 ms | 1.20 ms – 1.30 ms |" in lines
 
 

@@ -178,7 +178,7 @@ def choose(ranking: Tensor, k: int) -> Tensor:
 
     torch.topk leaves open which of equal values it takes. A stable sort does not: on a GPU it costs about as much
     (16384 x 128 on an H100: 142 us against 129). On a CPU it costs three to five times as much, so there value and
-    index are packed into one int64, whose order has no ties, at one to two times (benches/bench_route.py).
+    index are packed into one int64, whose order has no ties, at one to two times (benches/suite/bench_route.py).
     """
     small = not torch.compiler.is_compiling() and ranking.numel() < _SMALL
     if ranking.device.type != "cpu" or ranking.dtype != torch.float32 or small:
