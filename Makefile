@@ -17,6 +17,8 @@ TORCH_TESTS := integrations/test_torch_integration integrations/test_training_st
 TRANSFORMERS_TESTS := integrations/test_hf integrations/test_hf_blocks routing/test_router layer/test_shared_expert
 # With the few of its dependencies that its experts import.
 TORCHTITAN := torchtitan==0.3.0 spmd_types==0.2.3 tyro docstring_parser
+# Commits made since then have subjects of 72 characters at most.
+SUBJECTS_SINCE := 2026-11-30T00:00:00Z
 # Which CuPy the tests compile the kernels with; cuda12 on a machine with an older driver, empty for none.
 CUDA ?= $(if $(filter Linux,$(shell uname -s)),cuda13)
 
@@ -85,13 +87,16 @@ sanitize: $(INSTALLED) ## every CUDA kernel on small sizes under compute-sanitiz
 doctor: $(INSTALLED) ## report what this machine can run
 	$(BIN)/moekern doctor
 
-lint: $(INSTALLED) $(LINTERS) ## formatters, linters and type checker, warnings as errors
+lint: $(INSTALLED) $(LINTERS) ## formatters, linters, types, workflows, commit subjects; warnings are errors
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets --locked --quiet -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --locked --quiet
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	@git log --no-merges --since=$(SUBJECTS_SINCE) --format='%h %s' | \
+		awk 'length(substr($$0, index($$0, " ") + 1)) > 72 {print "subject of more than 72 characters: " $$0; bad = 1} END {exit bad}'
 
 format: $(LINTERS) ## rewrite the sources in the project's format
 	$(CARGO) fmt --all
