@@ -1,12 +1,12 @@
 // out[t] = sum over k of scores[t, k] * rows[inverse[t, k]]: fp32, k ascending, no atomics. The end of the forward pass
 // (rows of the down projection) and, with scores of one, of the input gradient.
 //
-// A warp takes 256 features of a token: 16 bytes a lane and row, eight rows in flight (a token's K rows in batches of
-// eight, or 8 / K tokens at once where K < 8), so that a block of 8 warps keeps 32 KB moving. Rows past offsets[E] belong
-// to sentinels: never read, zero.
+// A warp takes 32 vectors of a token, 256 features of 16 bits: 16 bytes a lane and row, eight rows in flight (a token's K
+// rows in batches of eight, or 8 / K tokens at once where K < 8), so that a block of 8 warps keeps 32 KB moving. Rows past
+// offsets[E] belong to sentinels: never read, zero.
 //
-// Macros: ELEMENT, TOP_K (1, 2, 4, 8, or 0 for any).
-#include "hopper.cuh"
+// Macros: ELEMENT (Bf16, F16, F32), VECTOR (bytes: vectors.cuh), TOP_K (1, 2, 4, 8, or 0 for any).
+#include "vectors.cuh"
 
 struct Params {
   const u8* rows;          // [S, H]
@@ -20,20 +20,16 @@ static_assert(sizeof(Params) == 56, "filled by the launcher");
 
 constexpr int IN_FLIGHT = 8;
 
-DEVICE void add_scaled(float (&sum)[8], float score, uint4 v) {
-  const u32 word[4] = {v.x, v.y, v.z, v.w};
+typedef Elements<ELEMENT, VECTOR> Values;
+
+DEVICE void add_scaled(float (&sum)[Values::COUNT], float score, const Vector<VECTOR>& v) {
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
-    sum[2 * i] = fmaf(score, ELEMENT::low(word[i]), sum[2 * i]);
-    sum[2 * i + 1] = fmaf(score, ELEMENT::high(word[i]), sum[2 * i + 1]);
-  }
+  for (int i = 0; i < Values::COUNT; i++) sum[i] = fmaf(score, Values::at(v, i), sum[i]);
 }
 
-DEVICE uint4 packed(const float (&sum)[8]) {
-  return make_uint4(ELEMENT::pack(sum[0], sum[1]), ELEMENT::pack(sum[2], sum[3]), ELEMENT::pack(sum[4], sum[5]), ELEMENT::pack(sum[6], sum[7]));
-}
+DEVICE u64 pitch_of(const Params& p) { return (u64)(p.hidden * Values::SIZE); }
 
-// Lane l holds the row and the score of slot first + l, for l < count; -1 where there is none.
+// Lane l holds the row and the score of slot first + l, for l < count; -1 and 0 where there is none.
 struct Slots {
   int row;
   float score;
@@ -41,44 +37,44 @@ struct Slots {
   DEVICE Slots(const Params& p, u64 first, int count, u32 lane, int end) {
     const bool exists = (int)lane < count;
     row = exists ? __ldg(p.inverse + first + lane) : -1;
-    if (row >= end) row = -1;
     score = exists && p.scores ? __ldg(p.scores + first + lane) : 1.0f;
+    if (row >= end) row = -1, score = 0.0f;  // NaN times the zeros that stand for the row would be NaN
   }
 };
 
-DEVICE uint4 load_row(const Params& p, int row, u64 byte, bool inside) {
-  return row >= 0 && inside ? load_streamed(p.rows + (u64)(u32)row * (u64)(p.hidden * 2) + byte) : make_uint4(0, 0, 0, 0);
+DEVICE Vector<VECTOR> load_row(const Params& p, int row, u64 byte, bool inside) {
+  return row >= 0 && inside ? Vector<VECTOR>::load(p.rows + (u64)(u32)row * pitch_of(p) + byte) : Vector<VECTOR>{};
 }
 
 extern "C" __global__ void __launch_bounds__(256) combine(const __grid_constant__ Params p) {
   const u32 lane = threadIdx.x & 31;
-  const int slices = (p.hidden + 255) / 256, end = __ldg(p.offsets + p.experts);
+  const int slices = (p.hidden + 32 * Values::COUNT - 1) / (32 * Values::COUNT), end = __ldg(p.offsets + p.experts);
   constexpr int TOKENS = TOP_K ? IN_FLIGHT / TOP_K : 1;  // of a warp at once
   const u64 units = (u64)((p.tokens + TOKENS - 1) / TOKENS) * slices;
   for (u64 unit = (u64)blockIdx.x * 8 + threadIdx.x / 32; unit < units; unit += (u64)gridDim.x * 8) {
     const u64 token = unit / slices * TOKENS;
-    const int feature = (int)(unit % slices) * 256 + lane * 8;
+    const int feature = (int)(unit % slices) * 32 * Values::COUNT + lane * Values::COUNT;
     const bool inside = feature < p.hidden;
-    const u64 byte = (u64)feature * 2;
-    u8* target = p.out + token * (u64)(p.hidden * 2) + byte;
+    const u64 byte = (u64)feature * Values::SIZE;
+    u8* target = p.out + token * pitch_of(p) + byte;
     if constexpr (TOP_K != 0) {
       const int here = (int)min((u64)TOKENS, (u64)p.tokens - token);
       const Slots slots(p, token * TOP_K, here * TOP_K, lane, end);
-      uint4 v[IN_FLIGHT];
+      Vector<VECTOR> v[IN_FLIGHT];
 #pragma unroll
       for (int i = 0; i < IN_FLIGHT; i++) v[i] = load_row(p, __shfl_sync(0xffffffffu, slots.row, i), byte, inside);
 #pragma unroll
       for (int t = 0; t < TOKENS; t++) {
-        float sum[8] = {};
+        float sum[Values::COUNT] = {};
 #pragma unroll
         for (int k = 0; k < TOP_K; k++) add_scaled(sum, __shfl_sync(0xffffffffu, slots.score, t * TOP_K + k), v[t * TOP_K + k]);
-        if (t < here && inside) store_streamed(target + (u64)t * (u64)(p.hidden * 2), packed(sum));
+        if (t < here && inside) Values::narrow(sum).store(target + (u64)t * pitch_of(p));
       }
     } else {
-      float sum[8] = {};
+      float sum[Values::COUNT] = {};
       for (int first = 0; first < p.top_k; first += IN_FLIGHT) {
         const Slots slots(p, token * p.top_k + first, min(IN_FLIGHT, p.top_k - first), lane, end);
-        uint4 v[IN_FLIGHT];
+        Vector<VECTOR> v[IN_FLIGHT];
 #pragma unroll
         for (int i = 0; i < IN_FLIGHT; i++) v[i] = load_row(p, __shfl_sync(0xffffffffu, slots.row, i), byte, inside);
 #pragma unroll
@@ -87,7 +83,7 @@ extern "C" __global__ void __launch_bounds__(256) combine(const __grid_constant_
           if (first + i < p.top_k) add_scaled(sum, score, v[i]);
         }
       }
-      if (inside) store_streamed(target, packed(sum));
+      if (inside) Values::narrow(sum).store(target);
     }
   }
 }

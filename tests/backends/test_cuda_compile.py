@@ -24,7 +24,7 @@ from moekern.backends.cuda.build.sources import KernelSource
 from moekern.backends.cuda.kernels import grouped
 from moekern.backends.cuda.launch import program
 
-SMALLEST = KernelSource.of("combine.cu", {"ELEMENT": "Bf16", "TOP_K": 1})
+SMALLEST = KernelSource.of("combine.cu", {"ELEMENT": "Bf16", "TOP_K": 1, "VECTOR": 16})
 
 
 def disassembler() -> str:
@@ -122,7 +122,7 @@ def test_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert loader.cubin_path(SMALLEST) == path
     assert path.stat().st_mtime_ns == first
     assert [p.name for p in path.parent.iterdir()] == [path.name]
-    other = KernelSource.of("combine.cu", {"ELEMENT": "F16", "TOP_K": 1})
+    other = KernelSource.of("combine.cu", {"ELEMENT": "F16", "TOP_K": 1, "VECTOR": 16})
     assert loader.cubin_path(other) != path
 
 
@@ -273,6 +273,40 @@ def test_the_backward_passs_variants_are_listed() -> None:
             assert set(named) == set(seen[before:])
     assert {"combine_beside.cu", "combine.cu", "dh.cu", "wgrad.cu", "rows.cu"} <= {s.file for s in seen}
     assert set(seen) <= {*variants.layer(torch.bfloat16, "swiglu"), *variants.layer(torch.bfloat16, "relu2")}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("hidden", "vector"), [(2048, 16), (2052, 8), (2050, 4), (2047, 2)])
+def test_the_variants_of_permute_and_combine_are_listed(dtype: torch.dtype, hidden: int, vector: int) -> None:
+    from moekern.backends.cuda.kernels import permute
+
+    def place(index: int, *shape: int) -> program.Placeholder:
+        return program.Placeholder(index, shape, dtype, 0)
+
+    def verb() -> None:
+        for tokens, top_k in ((5, 3), (5, 8), (50000, 8)):
+            x, y, index = place(0, tokens, hidden), place(1, tokens * top_k, hidden), place(2, tokens * top_k)
+            weights = place(3, tokens, top_k)
+            permute.permute(x, index, index, y, top_k)
+            grouped.combine(y, weights, index, index, x, top_k)
+            permute.combine_backward(x, y, weights, index, index, y, weights, top_k)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (grouped, permute):
+            patch.setattr(module, "multiprocessors", lambda device: 132)
+        sources = program.sources_of(verb)
+    assert set(sources) <= set(variants.rows(dtype))
+    wider = vector * dtype.itemsize // 2  # a row of as many float32 has twice the bytes
+    assert {dict(source.macros)["VECTOR"] for source in sources} == {min(16, wider)}
+
+
+def test_shares_of_a_token() -> None:
+    """All slots of a token per warp where there are many tokens, fewer where a GPU would be idle."""
+    from moekern.backends.cuda.kernels.permute import share_of
+
+    assert [share_of(tokens, 8, 132) for tokens in (1 << 20, 16384, 4096, 1)] == [8, 8, 2, 1]
+    assert share_of(1 << 20, 100, 132) == 32
+    assert share_of(1, 1, 132) == 1
 
 
 def test_recorded_addresses() -> None:

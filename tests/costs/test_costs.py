@@ -136,8 +136,8 @@ SAVED = {
     "experts": TOKENS + 2 * WIDE + SCORES + sum(PLAN),
     "grouped_mlp": ROWS + 2 * WIDE + sum(PLAN[1:]),
     "grouped_mm": ROWS + PLAN[2],
-    "permute": PLAN[1] + PLAN[2],
-    "combine": ROWS + SCORES + PLAN[1] + PLAN[2],
+    "permute": sum(PLAN),
+    "combine": ROWS + SCORES + sum(PLAN),
 }
 
 

@@ -106,6 +106,26 @@ def test_grouped_products(dtype: torch.dtype) -> None:
         assert error(got, wanted) <= torch.finfo(dtype).eps / 2
 
 
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("hidden", [H, 330, 131])  # vectors of 16 bytes, of 4 and of 2, or of an element
+@pytest.mark.parametrize("dtype", [BF16, F16, torch.float32])
+def test_permute_and_combine(dtype: torch.dtype, hidden: int) -> None:
+    for tokens, top_k in ((130, 2), (90, 3), (5, 35)):
+        plan = mk.plan(torch.randint(-1, 7, (tokens, top_k)), 7)
+        x, y = (torch.randn(n, hidden).to(dtype) for n in (tokens, tokens * top_k))
+        weights = torch.rand(tokens, top_k)
+        results = []
+        for there in ("cpu", "cuda"):
+            moved = plan.to(there)
+            leaves = [(t.double() if there == "cpu" else t.cuda()).requires_grad_() for t in (x, y, weights)]
+            with mk.backend("reference" if there == "cpu" else "auto"):
+                outs = mk.permute(leaves[0], moved), mk.combine(leaves[1], moved, leaves[2])
+                upstream = [t.detach() for t in (leaves[1], leaves[0])]
+                results.append((*outs, *torch.autograd.grad(outs, leaves, upstream)))
+        for truth, got in zip(*results, strict=True):
+            assert error(got, truth) <= max(torch.finfo(got.dtype).eps / 2, 1e-6)
+
+
 @pytest.mark.parametrize("planner", ["device", "host"])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_plans(planner: str, dtype: torch.dtype) -> None:

@@ -154,5 +154,5 @@ def forbid_torch_path(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return refuse
 
-    for name in ("experts_forward", "experts_backward", "grouped_mm"):
+    for name in ("experts_forward", "experts_backward", "grouped_mm", "permute", "combine", "combine_backward"):
         monkeypatch.setattr(torch_path, name, refusing(getattr(torch_path, name)))

@@ -1,11 +1,12 @@
 """The verbs on the CPU: shapes and allocation here, all work in Rust.
 
-float64 has no kernels of its own and is served by the reference, except for planning.
+float64 has no kernels of its own and is served by the reference, except for planning, permute and combine.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from moekern.backends import reference
 from moekern.backends.activations import ACTIVATIONS
 from moekern.backends.pointers import address
 
-_DTYPE = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
+_DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _ID_TYPE = {torch.uint8: 0, torch.uint16: 1, torch.int32: 2, torch.int64: 3}
 _KIND = {"nt": 0, "nn": 1, "tn": 2}
 _LARGE = 32 << 20  # bytes
@@ -152,3 +153,49 @@ def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor, kind: str) -> Tensor:
         a.data_ptr(), b.data_ptr(), offsets.data_ptr(), out.data_ptr(),
     )  # fmt: skip
     return out
+
+
+def _whole(t: Tensor) -> Tensor:
+    return _aligned(t.contiguous())
+
+
+def permute(x: Tensor, plan: Sequence[Tensor], top_k: int) -> Tensor:
+    """See :func:`moekern.backends.reference.permute`."""
+    x, (_, inverse, offsets) = _whole(x), map(torch.Tensor.contiguous, plan)
+    tokens, hidden = x.shape
+    out = x.new_empty(inverse.shape[0], hidden)
+    _core.permute(
+        _DTYPE[x.dtype], torch.get_num_threads(), tokens, hidden, top_k, offsets.shape[0] - 1,
+        x.data_ptr(), inverse.data_ptr(), offsets.data_ptr(), out.data_ptr(),
+    )  # fmt: skip
+    return out
+
+
+def combine(y: Tensor, weights: Tensor | None, plan: Sequence[Tensor], top_k: int) -> Tensor:
+    """See :func:`moekern.backends.reference.combine`."""
+    y, (_, inverse, offsets) = _whole(y), map(torch.Tensor.contiguous, plan)
+    weights = None if weights is None else _whole(weights)
+    tokens, hidden = y.shape[0] // top_k, y.shape[1]
+    out = y.new_empty(tokens, hidden)
+    _core.combine(
+        _DTYPE[y.dtype], torch.get_num_threads(), tokens, hidden, top_k, offsets.shape[0] - 1,
+        y.data_ptr(), address(weights), inverse.data_ptr(), offsets.data_ptr(), out.data_ptr(),
+    )  # fmt: skip
+    return out
+
+
+def combine_backward(
+    dout: Tensor, y: Tensor, weights: Tensor | None, plan: Sequence[Tensor], top_k: int, needs: list[bool]
+) -> tuple[Tensor, Tensor]:
+    """See :func:`moekern.backends.reference.combine_backward`."""
+    dout, y, (_, inverse, offsets) = _whole(dout), _whole(y), map(torch.Tensor.contiguous, plan)
+    weights = None if weights is None else _whole(weights)
+    tokens, hidden = dout.shape
+    dy = torch.empty_like(y) if needs[0] else y.new_empty(0)
+    dweights = torch.empty_like(weights) if needs[1] and weights is not None else None
+    _core.combine_backward(
+        _DTYPE[y.dtype], torch.get_num_threads(), tokens, hidden, top_k, offsets.shape[0] - 1,
+        dout.data_ptr(), y.data_ptr(), address(weights), inverse.data_ptr(), offsets.data_ptr(),
+        dy.data_ptr() if needs[0] else 0, address(dweights),
+    )  # fmt: skip
+    return dy, y.new_empty(0) if dweights is None else dweights

@@ -7,7 +7,7 @@ Nothing here is fast; every other backend is tested against it.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -235,3 +235,66 @@ def experts_backward(
         bias_gradient(dh.to(weight.dtype)) if needs[4] else x.new_empty(0),
         bias_gradient(dout_rows.to(weight.dtype) * weight) if needs[5] else x.new_empty(0),
     )
+
+
+def _used(plan: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The row of every slot, and whether it has an expert, ``[S, 1]``."""
+    _, inverse, offsets = plan
+    return inverse.long(), (inverse < offsets[-1]).unsqueeze(1)
+
+
+def _slot_weights(weights: Tensor, used: Tensor) -> Tensor:
+    return torch.where(used, weights.reshape(-1, 1), 0)
+
+
+def permute(x: Tensor, plan: Sequence[Tensor], top_k: int) -> Tensor:
+    """Copy each token to its rows.
+
+    Args:
+        x: ``[T, H]``.
+        plan: ``order``, ``inverse``, ``offsets``.
+        top_k: K.
+
+    Returns:
+        ``[S, H]``, zero in the rows of sentinels.
+    """
+    row, used = _used(plan)
+    by_slot = x.repeat_interleave(top_k, 0)
+    return torch.zeros_like(by_slot).index_copy(0, row, torch.where(used, by_slot, 0))
+
+
+def combine(y: Tensor, weights: Tensor | None, plan: Sequence[Tensor], top_k: int) -> Tensor:
+    """Sum each token's rows, weighted. Without weights it is also the gradient of :func:`permute`.
+
+    Args:
+        y: ``[S, H]``; the rows of sentinels count for nothing, whatever they hold.
+        weights: ``[T, K]`` in float32 (float64 for float64 ``y``), or None for ones.
+        plan, top_k: As in :func:`permute`.
+
+    Returns:
+        ``[T, H]``, summed in the dtype of the weights and rounded once.
+    """
+    row, used = _used(plan)
+    by_slot = torch.where(used, y.index_select(0, row), 0).to(_accumulator(y.dtype))
+    if weights is not None:
+        by_slot = by_slot * _slot_weights(weights, used)
+    return by_slot.reshape(y.shape[0] // top_k, top_k, y.shape[1]).sum(1).to(y.dtype)
+
+
+def combine_backward(
+    dout: Tensor, y: Tensor, weights: Tensor | None, plan: Sequence[Tensor], top_k: int, needs: list[bool]
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the rows and of the weights of :func:`combine`; empty where ``needs`` says no, or without weights.
+
+    As a torch expression it can be differentiated itself.
+    """
+    row, used = _used(plan)
+    by_slot = dout.repeat_interleave(top_k, 0).to(_accumulator(y.dtype))
+    dy, dweights = y.new_empty(0), by_slot.new_empty(0)
+    if needs[0]:
+        scaled = by_slot if weights is None else by_slot * _slot_weights(weights, used)
+        dy = torch.zeros_like(y).index_copy(0, row, torch.where(used, scaled, 0).to(y.dtype))
+    if needs[1] and weights is not None:
+        dots = (by_slot * torch.where(used, y.index_select(0, row), 0)).sum(1, keepdim=True)
+        dweights = torch.where(used, dots, 0).reshape(weights.shape)
+    return dy, dweights

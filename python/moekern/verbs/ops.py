@@ -30,11 +30,17 @@ _BACKWARD = (
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _GROUPED_MM = "grouped_mm(Tensor a, Tensor b, Tensor offsets, str kind, str backend) -> Tensor"
+_PERMUTE = "permute(Tensor x, Tensor[] plan, int top_k, str backend) -> Tensor"
+_COMBINE = "combine(Tensor y, Tensor? weights, Tensor[] plan, int top_k, str backend) -> Tensor"
+_COMBINE_BACKWARD = (
+    "combine_backward(Tensor dout, Tensor y, Tensor? weights, Tensor[] plan, int top_k, bool[] needs, str backend) "
+    "-> (Tensor, Tensor)"
+)
 
 _UNLESS_RECOMPUTING = "unless_recomputing(Tensor counts) -> Tensor"
 
 _library: Any = torch.library.Library("moekern", "DEF")  # type: ignore[no-untyped-call]
-for _schema in (_PLAN, _FORWARD, _BACKWARD, _GROUPED_MM):
+for _schema in (_PLAN, _FORWARD, _BACKWARD, _GROUPED_MM, _PERMUTE, _COMBINE, _COMBINE_BACKWARD):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 # It waits for the device, which nothing in a CUDA graph may do.
 _library.define(_PLAN_ON_HOST, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe))
@@ -75,6 +81,18 @@ def _experts_backward(*args) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-d
 
 def _grouped_mm(a: Tensor, b: Tensor, offsets: Tensor, kind: str, backend: str) -> Tensor:
     return backend_module(backend).grouped_mm(a, b, offsets, kind)  # type: ignore[no-any-return]
+
+
+def _permute(x: Tensor, plan: list[Tensor], top_k: int, backend: str) -> Tensor:
+    return backend_module(backend).permute(x, plan, top_k)  # type: ignore[no-any-return]
+
+
+def _combine(y: Tensor, weights: Tensor | None, plan: list[Tensor], top_k: int, backend: str) -> Tensor:
+    return backend_module(backend).combine(y, weights, plan, top_k)  # type: ignore[no-any-return]
+
+
+def _combine_backward(*args) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+    return backend_module(args[-1]).combine_backward(*args[:-1])  # type: ignore[no-any-return]
 
 
 def is_recomputing() -> bool:
@@ -153,6 +171,27 @@ def _grouped_mm_shape(a: Tensor, b: Tensor, offsets: Tensor, kind: str, backend:
     return a.new_empty(a.shape[0], b.shape[1 if kind == "nt" else 2])
 
 
+def _permute_shape(x: Tensor, plan: list[Tensor], top_k: int, backend: str) -> Tensor:
+    return x.new_empty(plan[1].shape[0], x.shape[1])
+
+
+def _combine_shape(y: Tensor, weights: Tensor | None, plan: list[Tensor], top_k: int, backend: str) -> Tensor:
+    return y.new_empty(y.shape[0] // top_k, y.shape[1])
+
+
+def _combine_backward_shape(
+    dout: Tensor,
+    y: Tensor,
+    weights: Tensor | None,
+    plan: list[Tensor],
+    top_k: int,
+    needs: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    dy = y.new_empty(y.shape) if needs[0] else y.new_empty(0)
+    return dy, weights.new_empty(weights.shape) if needs[1] and weights is not None else y.new_empty(0)
+
+
 def slice_by_slice(function: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
     """The rule of ``vmap`` for any of the verbs: one call for each slice, so the same bits as without it.
 
@@ -206,6 +245,9 @@ for _name, _kernel, _shape in (
     ("experts_forward", _experts_forward, _experts_forward_shape),
     ("experts_backward", _experts_backward, _experts_backward_shape),
     ("grouped_mm", _grouped_mm, _grouped_mm_shape),
+    ("permute", _permute, _permute_shape),
+    ("combine", _combine, _combine_shape),
+    ("combine_backward", _combine_backward, _combine_backward_shape),
     ("unless_recomputing", _unless_recomputing, _unless_recomputing_shape),
 ):
     register(_library, _name, _kernel, _shape)
@@ -215,14 +257,20 @@ plan_on_host = torch.ops.moekern.plan_on_host.default
 experts_forward = torch.ops.moekern.experts_forward.default
 experts_backward = torch.ops.moekern.experts_backward.default
 grouped_mm = torch.ops.moekern.grouped_mm.default
+permute = torch.ops.moekern.permute.default
+combine = torch.ops.moekern.combine.default
+combine_backward = torch.ops.moekern.combine_backward.default
 unless_recomputing = torch.ops.moekern.unless_recomputing.default
 
 __all__ = [
     "backend_module",
+    "combine",
+    "combine_backward",
     "experts_backward",
     "experts_forward",
     "grouped_mm",
     "is_recomputing",
+    "permute",
     "plan",
     "plan_on_host",
     "register",

@@ -6,8 +6,9 @@ and the stream is torch's current one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -294,3 +295,34 @@ def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor, kind: str) -> Tensor:
             tables = grouped.Tables(offsets, a.shape[0])
             grouped.grouped_product(a, b, None, out, tables, kind == "nn", chosen)
     return out
+
+
+def _mover(rows: Tensor) -> ModuleType:
+    """Who moves these rows: the kernels, or torch, after a warning that says why."""
+    if rows.dtype == torch.float64:
+        warn_once("the kernels of permute and combine move float32, bfloat16 and float16, not float64")
+        return torch_path
+    capability = _capability(rows.get_device())
+    if capability != (9, 0):
+        warn_once(f"kernels exist for compute capability 9.0 (Hopper), this GPU has {capability[0]}.{capability[1]}")
+        return torch_path
+    from moekern.backends.cuda.passes import permute
+
+    return permute
+
+
+def permute(x: Tensor, plan: Sequence[Tensor], top_k: int) -> Tensor:
+    """Copy each token to its rows; see :func:`moekern.backends.reference.permute`."""
+    return _mover(x).permute(x, plan, top_k)
+
+
+def combine(y: Tensor, weights: Tensor | None, plan: Sequence[Tensor], top_k: int) -> Tensor:
+    """Sum each token's rows, weighted; see :func:`moekern.backends.reference.combine`."""
+    return _mover(y).combine(y, weights, plan, top_k)
+
+
+def combine_backward(
+    dout: Tensor, y: Tensor, weights: Tensor | None, plan: Sequence[Tensor], top_k: int, needs: list[bool]
+) -> tuple[Tensor, Tensor]:
+    """Gradients of rows and weights; see :func:`moekern.backends.reference.combine_backward`."""
+    return _mover(y).combine_backward(dout, y, weights, plan, top_k, needs)

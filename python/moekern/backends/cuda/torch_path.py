@@ -59,5 +59,8 @@ def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor, kind: str) -> Tensor:
 
 
 plan = reference.plan
+permute = reference.permute
+combine = reference.combine
+combine_backward = reference.combine_backward
 experts_forward = partial(reference.experts_forward, multiply=grouped_mm)
 experts_backward = partial(reference.experts_backward, multiply=grouped_mm)

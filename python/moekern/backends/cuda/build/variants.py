@@ -9,7 +9,7 @@ import torch
 
 from moekern.backends.activations import ACTIVATIONS
 from moekern.backends.cuda.build.sources import KernelSource
-from moekern.backends.cuda.kernels import gradients, grouped, router
+from moekern.backends.cuda.kernels import gradients, grouped, permute, router
 
 DTYPES = (torch.bfloat16, torch.float16)
 DOWN_FORMS = ((3, 256), (4, 128))  # stages, rows of a store: configuration.py
@@ -68,6 +68,18 @@ def products(dtype: torch.dtype) -> list[KernelSource]:
     return [KernelSource.of("plan.cu", {}), *sources, *weight_gradients]
 
 
+def rows(dtype: torch.dtype, vectors: Iterable[int] = permute.VECTORS) -> list[KernelSource]:
+    """Every variant that permute and combine launch, both passes, for rows of such vectors."""
+    sizes = [n for n in vectors if n >= dtype.itemsize]
+    found = [KernelSource.of("permute.cu", dict(permute.permute_variant(n))) for n in sizes]
+    for n in sizes:
+        combines = [grouped.combine_variant(dtype, top_k, n) for top_k in (*grouped.COMBINE_TOP_K, 0)]
+        found += [KernelSource.of("combine.cu", dict(macros)) for macros in combines]
+        macros = permute.combine_backward_variant(dtype, n)
+        found.append(KernelSource.of("combine_backward.cu", dict(macros)))
+    return found
+
+
 def _distinct(groups: Iterable[list[KernelSource]]) -> list[KernelSource]:
     return list(dict.fromkeys(itertools.chain.from_iterable(groups)))
 
@@ -75,13 +87,14 @@ def _distinct(groups: Iterable[list[KernelSource]]) -> list[KernelSource]:
 def usual() -> list[KernelSource]:
     """What today's models need: SwiGLU without bias in Hugging Face's layout, gpt-oss's own; bfloat16."""
     oai = layer(torch.bfloat16, "swiglu_oai", transposed=True, interleaved=True, bias=True)
-    return _distinct((layer(torch.bfloat16, "swiglu"), oai, products(torch.bfloat16)))
+    return _distinct((layer(torch.bfloat16, "swiglu"), oai, products(torch.bfloat16), rows(torch.bfloat16, (16,))))
 
 
 def covering() -> list[KernelSource]:
     """Few variants in which every line of the sources is compiled: each activation, type, layout, bias."""
     layouts = itertools.cycle(itertools.product((False, True), repeat=3))
-    groups = [layer(torch.bfloat16, "swiglu"), products(torch.bfloat16)]
+    groups = [layer(torch.bfloat16, "swiglu"), products(torch.bfloat16), rows(torch.bfloat16)]
+    groups += [rows(torch.float16, (16, 2)), rows(torch.float32, (16, 4))]
     for i, (activation, layout) in enumerate(zip(ACTIVATIONS, layouts, strict=False)):
         sources = layer(DTYPES[i % 2], activation, *layout)
         up = list(dict.fromkeys(s for s in sources if s.file in ("up.cu", "up_few.cu")))
@@ -100,4 +113,4 @@ def every() -> list[KernelSource]:
     """All of them: some hundreds."""
     yes_no = (False, True)
     layers = (layer(*c) for c in itertools.product(DTYPES, ACTIVATIONS, yes_no, yes_no, yes_no))
-    return _distinct((*layers, *map(products, DTYPES)))
+    return _distinct((*layers, *map(products, DTYPES), *map(rows, (*DTYPES, torch.float32))))

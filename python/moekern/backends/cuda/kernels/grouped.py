@@ -18,7 +18,7 @@ from moekern.backends.cuda.configuration import Configuration
 from moekern.backends.cuda.launch.program import Map, collected, launch
 from moekern.backends.pointers import address
 
-ELEMENT = {torch.bfloat16: "Bf16", torch.float16: "F16"}
+ELEMENT = {torch.bfloat16: "Bf16", torch.float16: "F16", torch.float32: "F32"}  # the last where only rows are moved
 MAP_ELEMENT = {torch.bfloat16: 9, torch.float16: 6}  # CU_TENSOR_MAP_DATA_TYPE_*
 ID_TYPE = {torch.uint8: 0, torch.uint16: 1, torch.int32: 2, torch.int64: 3}
 RAGGED_STORE, RAGGED_LOAD = 512, 1 << 30  # rows: hopper.cuh
@@ -78,9 +78,17 @@ def grouped_few_variant(dtype: torch.dtype, bias: bool, transposed: bool) -> Mac
     )  # fmt: skip
 
 
-def combine_variant(dtype: torch.dtype, top_k: int) -> Macros:
-    """Macros of the combine."""
-    return (("ELEMENT", ELEMENT[dtype]), ("TOP_K", top_k if top_k in COMBINE_TOP_K else 0))
+def combine_variant(dtype: torch.dtype, top_k: int, vector: int = 16) -> Macros:
+    """Macros of the combine; `vector` is what :func:`vector_of` says of the rows."""
+    return (("ELEMENT", ELEMENT[dtype]), ("TOP_K", top_k if top_k in COMBINE_TOP_K else 0), ("VECTOR", vector))
+
+
+def vector_of(row_bytes: int, *matrices: Tensor) -> int:
+    """Bytes of the largest vector, up to 16, that every row of these matrices is made of."""
+    bits = row_bytes | 16
+    for matrix in matrices:
+        bits |= matrix.data_ptr()
+    return bits & -bits
 
 
 def function_of(device: int, file: str, name: str, shared: int, macros: Macros, carve_out: int | None = None) -> int:
@@ -326,12 +334,14 @@ def grouped_product(
 def combine(rows: Tensor, scores: Tensor | None, inverse: Tensor, offsets: Tensor, out: Tensor, top_k: int) -> None:
     """``out[t] = sum over k of scores[t, k] * rows[inverse[t, k]]``, sentinels zero."""
     device, (tokens, hidden) = out.get_device(), out.shape
-    macros = combine_variant(out.dtype, top_k)
+    row_bytes = hidden * out.dtype.itemsize
+    vector = vector_of(row_bytes, rows, out)
+    macros = combine_variant(out.dtype, top_k, vector)
     params = struct.pack(
         "<5Q4i", rows.data_ptr(), inverse.data_ptr(), offsets.data_ptr(), 0 if scores is None else scores.data_ptr(),
         out.data_ptr(), tokens, hidden, top_k, offsets.shape[0] - 1,
     )  # fmt: skip
-    units = tokens * -(-hidden // 256)
+    units = tokens * -(-row_bytes // (32 * vector))
     blocks = min(4 * multiprocessors(device), -(-units // 8))
     function = function_of(device, "combine.cu", "combine", 0, macros)
     launch(function, device, blocks, 256, 0, [], params)

@@ -1,0 +1,96 @@
+// The gradients of combine.cu in one pass: drows[r] = w[slot] * dout[t] and dw[slot] = <rows[r], dout[t]>, for r = inverse[slot]
+// and slot = (t, k). Zero for sentinels, whose rows, those past offsets[E], are never read. Sums are in float32, without
+// atomics and in an order that depends on the sizes alone.
+//
+// A warp takes `share` slots of a token. It goes through them in windows of 128 bytes x VECTOR: dout's window stays in
+// registers while each slot's is read, multiplied, summed over the warp and written. Lane k keeps the sum of the k-th slot.
+//
+// Macros: ELEMENT (Bf16, F16, F32), VECTOR (16, 8, 4 or 2 bytes, at least an element's).
+#include "vectors.cuh"
+
+struct Params {
+  const u8* dout;        // [T, H]
+  const u8* rows;        // [S, H], not read without dweights
+  const float* weights;  // [T, K], or null for ones
+  const int* inverse;    // slot -> row
+  const int* offsets;    // [E + 1]
+  u8* drows;             // [S, H], or null
+  float* dweights;       // [T, K], or null
+  u64 row_bytes;
+  int tokens, top_k, experts;
+  int share;  // slots of a token that a warp takes, at most 32
+};
+static_assert(sizeof(Params) == 80, "filled by the launcher");
+
+typedef Elements<ELEMENT, VECTOR> Values;
+
+constexpr int LOADS = 4;             // of a lane, in flight at once
+constexpr int PIECE = 32 * VECTOR;   // bytes of a warp's load or store
+constexpr int SPAN = LOADS * PIECE;  // bytes of a window
+
+DEVICE float dot(const Vector<VECTOR>& a, const Vector<VECTOR>& b, float sum) {
+#pragma unroll
+  for (int i = 0; i < Values::COUNT; i++) sum = fmaf(Values::at(a, i), Values::at(b, i), sum);
+  return sum;
+}
+
+DEVICE Vector<VECTOR> scaled(float weight, const Vector<VECTOR>& v) {
+  float x[Values::COUNT];
+#pragma unroll
+  for (int i = 0; i < Values::COUNT; i++) x[i] = weight * Values::at(v, i);
+  return Values::narrow(x);
+}
+
+DEVICE float sum_of_lanes(float value) {
+#pragma unroll
+  for (int step = 16; step; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
+  return value;
+}
+
+extern "C" __global__ void __launch_bounds__(256) combine_backward(const __grid_constant__ Params p) {
+  const u32 lane = threadIdx.x & 31;
+  const int end = __ldg(p.offsets + p.experts);
+  const u64 shares = (p.top_k + p.share - 1) / p.share, units = (u64)p.tokens * shares;
+  for (u64 unit = (u64)blockIdx.x * 8 + threadIdx.x / 32; unit < units; unit += (u64)gridDim.x * 8) {
+    const u64 token = unit / shares;
+    const int first = (int)(unit % shares) * p.share, count = min(p.share, p.top_k - first);
+    const u64 slot = token * p.top_k + first + lane;
+    const bool exists = (int)lane < count;
+    const int my_row = exists ? __ldg(p.inverse + slot) : 0;
+    const float my_weight = exists && p.weights ? __ldg(p.weights + slot) : 1.0f;
+    float total = 0.0f;
+    for (u64 byte = lane * VECTOR; byte < p.row_bytes + lane * VECTOR; byte += SPAN) {
+      const u8* source = p.dout + token * p.row_bytes + byte;
+      Vector<VECTOR> d[LOADS];
+      bool inside[LOADS];
+#pragma unroll
+      for (int i = 0; i < LOADS; i++) {
+        inside[i] = byte + i * PIECE < p.row_bytes;
+        d[i] = inside[i] ? Vector<VECTOR>::load(source + i * PIECE) : Vector<VECTOR>{};
+      }
+      for (int k = 0; k < count; k++) {
+        const int row = __shfl_sync(0xffffffffu, my_row, k);
+        const float weight = __shfl_sync(0xffffffffu, my_weight, k);
+        const u64 place = (u64)(u32)row * p.row_bytes + byte;
+        const bool real = row < end;
+        if (p.dweights && real) {
+          Vector<VECTOR> y[LOADS];
+#pragma unroll
+          for (int i = 0; i < LOADS; i++)
+            y[i] = inside[i] ? Vector<VECTOR>::load(p.rows + place + i * PIECE) : Vector<VECTOR>{};
+          float sum = 0.0f;
+#pragma unroll
+          for (int i = 0; i < LOADS; i++) sum = dot(d[i], y[i], sum);
+          sum = sum_of_lanes(sum);
+          if ((int)lane == k) total += sum;
+        }
+        if (p.drows) {
+#pragma unroll
+          for (int i = 0; i < LOADS; i++)
+            if (inside[i]) (real ? scaled(weight, d[i]) : Vector<VECTOR>{}).store(p.drows + place + i * PIECE);
+        }
+      }
+    }
+    if (p.dweights && exists) p.dweights[slot] = total;
+  }
+}

@@ -1,0 +1,52 @@
+// rows[inverse[t, k]] = x[t], and zero for sentinels, whose rows are those past offsets[E]. Elements are not looked at, so it
+// serves every dtype.
+//
+// A warp takes 64 bytes x VECTOR of a token, reads them once and writes them to the token's K rows: so x is read once, where a
+// gather by row would read it K times, mostly from memory. Rows are written whole, in pieces of 512 bytes and more.
+//
+// Macros: VECTOR (16, 8, 4 or 2 bytes).
+#include "vectors.cuh"
+
+struct Params {
+  const u8* x;         // [T, H]
+  const int* inverse;  // slot -> row
+  const int* offsets;  // [E + 1]
+  u8* rows;            // [S, H]
+  u64 row_bytes;
+  int tokens, top_k, experts, unused;
+};
+static_assert(sizeof(Params) == 56, "filled by the launcher");
+
+constexpr int LOADS = 2;                   // of a lane, in flight at once
+constexpr int PIECE = 32 * VECTOR;         // bytes of a warp's load or store
+constexpr int SPAN = LOADS * PIECE;        // bytes of a token that a warp takes
+
+extern "C" __global__ void __launch_bounds__(256) permute(const __grid_constant__ Params p) {
+  const u32 lane = threadIdx.x & 31;
+  const int end = __ldg(p.offsets + p.experts);
+  const u64 spans = (p.row_bytes + SPAN - 1) / SPAN, units = (u64)p.tokens * spans;
+  for (u64 unit = (u64)blockIdx.x * 8 + threadIdx.x / 32; unit < units; unit += (u64)gridDim.x * 8) {
+    const u64 token = unit / spans, byte = unit % spans * SPAN + lane * VECTOR;
+    const u8* source = p.x + token * p.row_bytes + byte;
+    Vector<VECTOR> v[LOADS];
+    bool inside[LOADS];
+#pragma unroll
+    for (int i = 0; i < LOADS; i++) {
+      inside[i] = byte + i * PIECE < p.row_bytes;
+      if (inside[i]) v[i] = Vector<VECTOR>::load(source + i * PIECE);
+    }
+    for (int first = 0; first < p.top_k; first += 32) {
+      const int count = min(32, p.top_k - first);
+      const int mine = (int)lane < count ? __ldg(p.inverse + token * p.top_k + first + lane) : 0;
+#pragma unroll 4
+      for (int k = 0; k < count; k++) {
+        const int row = __shfl_sync(0xffffffffu, mine, k);
+        u8* target = p.rows + (u64)(u32)row * p.row_bytes + byte;
+        const bool real = row < end;
+#pragma unroll
+        for (int i = 0; i < LOADS; i++)
+          if (inside[i]) (real ? v[i] : Vector<VECTOR>{}).store(target + i * PIECE);
+      }
+    }
+  }
+}
