@@ -136,7 +136,7 @@ BAD = {
     "four sizes": (["--thiek", "1,2,3,4"], "--thiek: got '1,2,3,4', expected five whole numbers of at least 1: tokens"),
     "size zero": (["--thiek", "0,2,3,4,5"], "--thiek: got '0,2,3,4,5'"),
     "no number": (["--thiek", "a,2,3,4,5"], "--thiek: got 'a,2,3,4,5'"),
-    "more than all experts": (["--thiek", "8,8,8,2,3"], "--thiek: got 3 experts a token, expected at most the 2"),
+    "more than all experts": (["--thiek", "8,8,8,2,3"], "--thiek: got 3 experts per token, expected at most the 2"),
     "unknown peer": (["--peers", "dense,sonic"], "--peers: got 'sonic', expected usual, all, none or of dense, transf"),
     "unknown routing": (["--routing", "even"], "--routing: got 'even', expected of uniform, zipf, hot, empty"),
     "unknown dtype": (["--dtype", "fp8"], "--dtype: got 'fp8', expected of bf16, fp16, fp32"),

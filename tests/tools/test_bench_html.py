@@ -71,7 +71,7 @@ def test_reasons_are_listed_once(page: str) -> None:
 def test_roofline(page: str) -> None:
     svg = of_title(page, "Roofline")
     words = texts(svg)
-    assert "FLOPs a byte, at the fewest bytes" in words
+    assert "FLOPs per byte, at the fewest bytes" in words
     assert "TFLOP/s" in words
     assert "copy 4200 GB/s" in words
     assert any(word.startswith("ceiling 6") for word in words)

@@ -1,1 +1,1 @@
-"""Measuring the layer against the hardware's limit and against what one would use otherwise: `moekern bench`."""
+"""Measures the layer against the hardware's limit and against other implementations: `moekern bench`."""

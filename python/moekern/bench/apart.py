@@ -1,8 +1,8 @@
-"""Measuring in a process of its own, so that the loss of a GPU costs one figure and not those that follow.
+"""Measures in a process of its own, so that the loss of a GPU costs one figure and not all that follow.
 
-After an illegal access no call to the GPU succeeds in the process that made it, and a crash or a hang ends all. The
-process that measures sends its rows one verb at a time. When it is lost another one goes on: without the peer that was
-at work, or, if several were, with moekern alone for that verb.
+After an illegal access, no call to the GPU succeeds in the process that made it. A crash or a hang ends the process.
+The measuring process sends its rows one verb at a time. When it is lost, another one continues: without the peer that
+was running, or, if several were, with moekern alone for that verb.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from moekern.bench.cases import Case, Options, cases
 from moekern.bench.record import FAILED, MOEKERN, Machine, Row
 from moekern.bench.runner import SET_UP_SECONDS, LostError, Session, Tick, seconds_left, short, unmeasured
 
-SILENT_SECONDS = 60.0  # beyond what a peer may take to set up, after which the process counts as hung
-GRACE_SECONDS = 10.0  # for a process that is through to end by itself
+SILENT_SECONDS = 60.0  # beyond the time that a peer may take to set up; then the process counts as hung
+GRACE_SECONDS = 10.0  # for a finished process to end by itself
 ROWS, DOING, MACHINE, LOST = "rows", "doing", "machine", "lost"
 
 
 @contextmanager
 def session_of(options: Options, tick: Tick) -> Iterator[Session | Apart]:
-    """A session for this device: in this process on a CPU, in one of its own on a GPU."""
+    """A session for this device: in this process on a CPU, in another process on a GPU."""
     if options.device == "cpu":
         yield Session(options, tick)
         return
@@ -44,10 +44,10 @@ def session_of(options: Options, tick: Tick) -> Iterator[Session | Apart]:
 
 
 class Apart:
-    """A session in another process, with what is needed to begin it anew.
+    """A session in another process, which can be started again.
 
     Raises:
-        OSError: The first process could not begin; the message says why.
+        OSError: The first process could not start; the message says why.
     """
 
     def __init__(self, options: Options, tick: Tick = lambda text: None) -> None:
@@ -55,8 +55,8 @@ class Apart:
         self.began = time.monotonic()
         self.gave_up: dict[str, tuple[str, str]] = {}
         self.pending = deque(cases(options))
-        self.owed: list[Row] = []  # of peers that lost the GPU together, due with the next rows
-        self.doing = ""  # whose work the last news of progress was about
+        self.owed: list[Row] = []  # of peers that lost the GPU together; sent with the next rows
+        self.doing = ""  # named by the last message about progress
         kind, content = self.start()
         if kind != MACHINE:
             self.stop()
@@ -64,7 +64,7 @@ class Apart:
         self.machine: Machine = content
 
     def start(self) -> tuple[str, Any]:
-        """A process for what is pending; its first message."""
+        """Start a process for the pending cases; gives its first message."""
         context = multiprocessing.get_context("spawn")
         self.link, theirs = context.Pipe(duplex=False)
         todo = list(self.pending)
@@ -76,7 +76,7 @@ class Apart:
         return self.receive()
 
     def stop(self) -> None:
-        """End the process, whatever it does; one that is through may first release its semaphores."""
+        """End the process, whatever it does; a finished one may release its semaphores first."""
         if not self.pending:
             self.process.join(GRACE_SECONDS)
         self.process.kill()
@@ -84,7 +84,7 @@ class Apart:
         self.link.close()
 
     def receive(self) -> tuple[str, Any]:
-        """The next message that is no news of progress; LOST if the process is."""
+        """The next message that is not about progress; LOST if the process is lost."""
         while True:
             limit = SILENT_SECONDS + SET_UP_SECONDS
             if self.doing in self.options.named:
@@ -102,7 +102,7 @@ class Apart:
             self.tick(text)
 
     def run(self) -> Iterator[list[Row]]:
-        """The rows of one verb of a case after the other."""
+        """Give the rows of one verb of one case at a time."""
         while self.pending:
             kind, content = self.receive()
             if kind == ROWS:
@@ -120,13 +120,13 @@ class Apart:
                     yield self.failed(content[1])
 
     def advance(self) -> None:
-        """The first verb of the first case is done."""
+        """Drop the first verb of the first case, which is done."""
         case = self.pending.popleft()
         if case.verbs[1:]:
             self.pending.appendleft(replace(case, verbs=case.verbs[1:]))
 
     def go_on_without(self, culprit: str, reason: str) -> Iterator[list[Row]]:
-        """Change what is pending so that the loss does not come again; gives the rows that are lost for good."""
+        """Change the pending cases so that the loss is not repeated; gives the rows that are lost for good."""
         case = self.pending[0]
         verb = case.verbs[0]
         reason = f"lost in {case.shape.name}, {verb}: {reason}"
@@ -141,7 +141,7 @@ class Apart:
             yield self.failed(reason)
 
     def failed(self, reason: str) -> list[Row]:
-        """Rows that say why the first verb of the first case was not measured, which then is done."""
+        """Drop the first verb of the first case; gives rows that say why it was not measured."""
         case = self.pending[0]
         rows = [*unmeasured(case, case.verbs[0], self.options.device, FAILED, reason), *self.owed]
         self.owed = []
@@ -157,8 +157,8 @@ def serve(
     gave_up: dict[str, tuple[str, str]],
     threads: int,
 ) -> None:
-    """What the process does: measure, and send whatever there is to say."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # its parent is interrupted too, and ends it
+    """Run in the other process: measure, and send rows, progress and errors."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and ends this process
     session = None
 
     def tick(text: str) -> None:
@@ -177,7 +177,7 @@ def serve(
         link.send((LOST, (culprit, reason)))
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(1)  # at once: after the loss of a GPU every object that is taken down complains
+        os._exit(1)  # at once: after the loss of a GPU the destructor of every object complains
 
 
 def ending(code: int | None) -> str:

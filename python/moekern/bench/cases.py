@@ -1,4 +1,4 @@
-"""What a run of `moekern bench` measures: shapes, routings, dtypes and series, each with its verbs and peers."""
+"""The cases of a run of `moekern bench`: shapes, routings, dtypes and series, each with its verbs and peers."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from moekern.bench.peers import Peer
 from moekern.bench.record import BOTH, DECODE, FORWARD
 from moekern.bench.shapes import Shape
 
-SWEPT_PEERS = ("grouped_mm", "scattermoe", "sonicmoe")  # of the peers, those whose growth is of interest
+SWEPT_PEERS = ("grouped_mm", "scattermoe", "sonicmoe")  # the peers that are measured in series
 
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure.
+    """The choices of one run.
 
     Attributes:
         named: Peers that may take all the time left to build, tune and compile; others have a minute.
-        sweeps, swept: Series over these sizes of these shapes. coarse: Three sizes a series.
-        seconds: For each figure, about. rounds: So many runs of each instead.
-        minutes: For everything; what would begin later is skipped.
+        sweeps, swept: Series over these sizes of these shapes. coarse: Three sizes per series.
+        seconds: Per figure, about. rounds: This many runs of each instead.
+        minutes: For everything; cases that would begin later are skipped.
     """
 
     shapes: tuple[Shape, ...]
@@ -40,7 +40,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Case:
-    """One problem and what is to be done with it."""
+    """One problem, with the verbs and peers to measure on it."""
 
     shape: Shape
     dtype: str
@@ -51,12 +51,12 @@ class Case:
 
     @property
     def steps(self) -> int:
-        """How many rows it gives."""
+        """The number of rows that it gives."""
         return len(self.verbs) * (2 + len(self.peers))
 
 
 def cases(options: Options) -> list[Case]:
-    """Everything to measure, in order."""
+    """All cases to measure, in order."""
     found = []
     for dtype in options.dtypes:
         for routing in options.routings:
@@ -74,7 +74,7 @@ def cases(options: Options) -> list[Case]:
 
 
 def sweep_of(shape: Shape, sweep: str, coarse: bool = False) -> list[Shape]:
-    """The shape with one of its sizes in steps of 4 (tokens) or 2, its own among them; or ends and middle of these."""
+    """The shape with one size varied in steps of 4 (tokens) or 2, its own included; if coarse, ends and middle."""
     if sweep == "tokens":
         sizes = [shape.tokens // 64, shape.tokens // 16, shape.tokens // 4, shape.tokens]
     elif sweep == "experts":

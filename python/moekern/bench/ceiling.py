@@ -1,10 +1,10 @@
-"""What the machine could do at best, measured beside what is judged by it.
+"""The best that the machine could do, measured next to the work that is compared with it.
 
-The ceiling of a verb on a GPU is cuBLAS doing dense matrix products of the same FLOPs over all rows: no gather, no
-activation, one expert's weights. Of decode it is a copy on the device, in bytes read and written. On a CPU it is the
-larger of two times for each product: torch's dense matmul of the same FLOPs (in bfloat16 where the CPU multiplies
-bfloat16 pairs, else in float32), and the bytes of the weights over the rate at which memory is read, or, for gradients
-of weights, over the rate of writes past the caches. Of decode it is the second alone.
+On a GPU the ceiling of a verb is cuBLAS doing dense matrix products of the same FLOPs over all rows: no gather, no
+activation, one expert's weights. The ceiling of decode is a copy on the device, in bytes read and written. On a CPU the
+ceiling is the larger of two times for each product: torch's dense matmul of the same FLOPs (in bfloat16 where the CPU
+multiplies bfloat16 pairs, else in float32), and the bytes of the weights over the rate at which memory is read, or, for
+gradients of weights, over the rate of writes past the caches. For decode it is the second time alone.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from moekern.bench.problem import Problem
 from moekern.bench.record import BOTH, DECODE
 from moekern.bench.timing import Ceiling, Clock, Wait
 
-COPIED = 512 << 20  # bytes read, and as many written: ten times a large L2
+COPIED = 512 << 20  # bytes read, and as many written: ten times a large L2 cache
 SCANNED = 192 << 20
-RECENT = 5  # so many scans are of the same minute, and one that was disturbed does not count
+RECENT = 5  # this many scans are of the same minute; the median ignores a disturbed one
 
 
 def ceiling_of(problem: Problem, verb: str, bytes: float, memory: Copy) -> Ceiling:
-    """The ceiling of this verb of this problem, which moves at least so many bytes."""
+    """The ceiling of this verb of this problem, which moves at least this many bytes."""
     if problem.device == "cpu":
         return Bound(problem, verb, memory)
     return Streamed(bytes, memory) if verb == DECODE else Dense(problem, verb)
 
 
 class Copy:
-    """Memory to measure rates with: a copy, and on a CPU reading and writing alone."""
+    """Memory to measure rates with: of a copy, and on a CPU of reading and of writing alone."""
 
     def __init__(self, device: str) -> None:
         bytes = COPIED if device == "cuda" else SCANNED
         if device == "cuda":
             self.memory = torch.ones(2 * bytes, dtype=torch.uint8, device=device)
         else:
-            # On huge pages: what the memory can do, without the time in which page tables are walked.
+            # On huge pages: the rate of the memory, without the time for walking page tables.
             pages: Any = _core.Pages(2 * bytes)
             self.memory = torch.frombuffer(pages, dtype=torch.uint8).fill_(1)
         self.source, self.target = self.memory.split(bytes)
@@ -50,20 +50,20 @@ class Copy:
 
     @property
     def moved(self) -> int:
-        """Bytes that a copy reads and writes."""
+        """The number of bytes that a copy reads and writes."""
         return self.memory.numel()
 
     def run(self) -> None:
         self.target.copy_(self.source)
 
     def rate(self, write: bool) -> float:
-        """Bytes a second of a CPU's memory: measured now, the median of this and the last few times."""
+        """Bytes per second of a CPU's memory: measured now; the median of this and the last few measurements."""
         start, bytes = self.source.data_ptr(), self.source.numel()
         self.rates[write].append(_core.memory_rate(start, bytes, torch.get_num_threads(), write))
         return statistics.median(self.rates[write][-RECENT:])
 
     def gbps(self, clock: Clock) -> float:
-        """10^9 bytes a second of a copy, read and written ones both counted; the best of some."""
+        """10^9 bytes per second of a copy, bytes read and bytes written both counted; the best of several runs."""
         self.run()
         waits = [clock(self.run) for _ in range(5)]
         clock.wait()
@@ -71,11 +71,11 @@ class Copy:
 
 
 class Dense:
-    """Matrix products of all rows with one expert's weights, each into memory that is there.
+    """Matrix products of all rows with one expert's weights, each into memory that is allocated already.
 
     Attributes:
-        products: What stands for a product of the layer, by name: up, down, and of the backward pass dh (the gradient
-            of what is activated), dgrad (of the rows), dw_down and dw_gate_up.
+        products: A stand-in for each product of the layer, by name: up, down, and of the backward pass dh (the gradient
+            of the pre-activation), dgrad (of the rows), dw_down and dw_gate_up.
     """
 
     def __init__(self, problem: Problem, verb: str) -> None:
@@ -105,13 +105,13 @@ class Dense:
         return clock(self.run)
 
     def run(self, names: Iterable[str] = ()) -> None:
-        """All products, or those of these names."""
+        """Run all products, or those of these names."""
         for name in names or self.products:
             self.products[name]()
 
 
 class Streamed:
-    """The time in which a copy moves so many bytes, read and written ones counted."""
+    """The time in which a copy moves this many bytes, read and written ones counted."""
 
     def __init__(self, bytes: float, copy: Copy) -> None:
         self.copy, self.scale = copy, bytes / copy.moved
@@ -122,7 +122,7 @@ class Streamed:
 
 
 class Bound:
-    """The sum over a verb's products of the larger of two times, both measured in the same moment."""
+    """The sum, over a verb's products, of the larger of two times that are measured at the same moment."""
 
     def __init__(self, problem: Problem, verb: str, memory: Copy) -> None:
         s, size = problem.shape, problem.dtype.itemsize
@@ -133,7 +133,7 @@ class Bound:
         forward = [(rows, hidden, 2 * inner), (rows, inner, hidden)]
         backward = [(rows, hidden, inner), (rows, 2 * inner, hidden)]
         weights = [(hidden, rows, inner), (2 * inner, rows, hidden)]
-        # Run, bytes of weights, whether these are written.
+        # The run, the bytes of weights, whether these are written.
         self.products: list[tuple[Callable[[], object], float, bool]] = []
         for m, k, n in forward + (backward if verb == BOTH else []):
             self.products.append((product(m, k, n, dtype, False), float(problem.active * k * n * size), False))

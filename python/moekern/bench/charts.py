@@ -1,4 +1,4 @@
-"""What only the benchmark's report draws: the roofline, and bars that compare implementations."""
+"""Drawings of the benchmark's report alone: the roofline, and bars that compare implementations."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from moekern.bench.record import BOTH, CEILING, DECODE, MOEKERN
 from moekern.bench.units import figure
 from moekern.report.charts import BOTTOM, HEIGHT, LEFT, TOP, WIDTH, Axis, LogAxis, frame, text
 
-# Hatching for what was measured but is wrong; a page holds it once, before the first drawing.
+# Hatching for wrong results; a page holds it once, before the first drawing.
 HATCH = (
     '<svg width="0" height="0" style="position:absolute" aria-hidden="true"><defs><pattern id="hatch" width="7" '
     'height="7" patternUnits="userSpaceOnUse" patternTransform="rotate(45)"><line class="hatch" x1="0" x2="0" y1="0" '
     'y2="7"/></pattern></defs></svg>'
 )
 Box = tuple[float, float, float, float]  # left, top, right, bottom
-PEERS = (2, 3, 4, 5, 7, 8, 9, 10)  # without the one that looks like the ceiling's
-LETTER = 6.9  # pixels of a letter at 12 px, a little too wide
+PEERS = (2, 3, 4, 5, 7, 8, 9, 10)  # without the colour that looks like the ceiling's
+LETTER = 6.9  # pixels per letter at 12 px, a little too wide
 
 STYLE = """
 .roof{stroke:var(--soft);stroke-width:1.8;fill:none}.limit{stroke:var(--soft);stroke-width:1.4;stroke-dasharray:4 4}
@@ -32,7 +32,7 @@ STYLE = """
 
 
 def colours(implementations: Iterable[str]) -> dict[str, str]:
-    """A CSS variable for every implementation, the same in all drawings of a page."""
+    """A CSS variable for each implementation, the same in all drawings of a page."""
     peers = [name for name in dict.fromkeys(implementations) if name not in (MOEKERN, CEILING)]
     chosen = {name: f"series{PEERS[i % len(PEERS)]}" for i, name in enumerate(peers)}
     return {MOEKERN: "series1", CEILING: "soft", **chosen}
@@ -40,7 +40,7 @@ def colours(implementations: Iterable[str]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Point:
-    """A measurement under the roof: FLOPs a byte, rate, its mark and colour; `label` is printed beside it."""
+    """A measurement under the roof: FLOPs per byte, rate, its mark and colour; `label` is printed next to it."""
 
     intensity: float
     rate: float
@@ -52,9 +52,9 @@ class Point:
 
 @dataclass(frozen=True)
 class Roof:
-    """The limits of a machine: rate of the matrix products, and rate at one FLOP a byte; None if not known.
+    """The limits of a machine: rate of the matrix products, and rate at one FLOP per byte; None if not known.
 
-    Rates are in `unit`, which `factor` makes of TFLOP/s.
+    Rates are in `unit`; `factor` converts TFLOP/s to it.
     """
 
     peak: float | None
@@ -63,7 +63,7 @@ class Roof:
     unit: str = "TFLOP/s"
 
     def draw(self, x: LogAxis, y: LogAxis, points: Sequence[Box]) -> tuple[list[str], list[str], list[Box]]:
-        """The copy's line up to the level of the ceiling, then that level; their names; where all this stands."""
+        """The copy's line up to the level of the ceiling, then that level; their names; the places that they take."""
         parts: list[str] = []
         names: list[str] = []
         taken: list[Box] = []
@@ -99,19 +99,19 @@ def segment(x1: float, y1: float, x2: float, y2: float) -> str:
 
 
 def roofline(points: Sequence[Point], roof: Roof) -> str:
-    """Rates over FLOPs a byte, both by ratio, under the machine's limits."""
+    """Rates over FLOPs per byte, on logarithmic axes, under the machine's limits."""
     right = 24
     xs = [point.intensity for point in points]
     ys = [point.rate for point in points]
     if roof.peak:
         ys.append(roof.peak)
         if roof.slope:
-            xs.append(roof.peak / roof.slope)  # the ridge belongs into the picture
+            xs.append(roof.peak / roof.slope)  # the ridge belongs in the picture
     x = LogAxis(min(xs) / 2, max(xs) * 2.5, LEFT, WIDTH - right)
     y = LogAxis(min(ys) / 1.6, max(ys) * 1.8, HEIGHT - BOTTOM, TOP)
     boxes = [(x(p.intensity) - 5, y(p.rate) - 5, x(p.intensity) + 5, y(p.rate) + 5) for p in points]
     lines, names, taken = roof.draw(x, y, boxes)
-    parts = [frame("Roofline", x, y, "FLOPs a byte, at the fewest bytes", roof.unit, right), *lines, *names]
+    parts = [frame("Roofline", x, y, "FLOPs per byte, at the fewest bytes", roof.unit, right), *lines, *names]
     parts += [mark(x(p.intensity), y(p.rate), p) for p in points]
     parts += labels([(x(p.intensity), y(p.rate), p.label) for p in points], WIDTH - right, taken)
     return "".join([*parts, "</svg>"])
@@ -136,8 +136,8 @@ def legend_mark(verb: str) -> str:
 
 
 def labels(wanted: Sequence[tuple[float, float, str]], edge: float, taken: Sequence[Box]) -> list[str]:
-    """Names near points where they cover neither a point, nor a name, nor what else is taken; those farther off with
-    a line to their point. What finds no place goes without: hovering names every point.
+    """Names near points, where they cover no point, no name and nothing else that is drawn; a name farther off gets a
+    line to its point. A name that finds no place is left out: hovering over a point shows it.
     """
     boxes = [*taken, *((a - 5, b - 5, a + 5, b + 5) for a, b, _ in wanted)]
     parts = []
@@ -165,7 +165,7 @@ def overlap(a: Box, b: Box) -> bool:
 
 @dataclass(frozen=True)
 class Bar:
-    """One implementation: its value, what to print behind it, quartiles if known, and whether the result is wrong."""
+    """One implementation: its value, the note to print behind it, quartiles if known, whether the result is wrong."""
 
     name: str
     value: float

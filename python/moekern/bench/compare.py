@@ -1,9 +1,9 @@
-"""Two records side by side: what became faster or slower by more than the measurements scatter.
+"""Compares two records: which rows became faster or slower by more than the measurements scatter.
 
-A change counts when the middle halves of both measurements do not overlap, also after the drift of the ceiling between
-the two runs is taken out (a card's clock, other guests of a host), and when it is larger than LEAST. Saved and peak
-memory count as well. Only moekern's own rows regress; peers and the ceiling are shown, since they say what the machine
-did in the meantime.
+A change counts when it is larger than LEAST and the middle halves of both measurements do not overlap, also after the
+drift of the ceiling between the two runs is taken out (a card's clock, other guests of a host). Saved and peak memory
+count as well. Only moekern's own rows can regress; peers and the ceiling are shown, since they tell how the machine
+itself changed.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from moekern.bench import summary
 from moekern.bench.record import CEILING, FAILED, MOEKERN, OK, WRONG, Machine, Record, Row
 from moekern.bench.units import duration, size
 
-# Two runs of the same program differ by a per cent or two, whatever the scatter within each.
+# Two runs of the same program differ by one or two per cent, whatever the scatter within each.
 LEAST = 0.02
 SLOWER, FASTER, SAME, UNKNOWN = "slower", "faster", "", "?"
-# What says that another program was measured, not that the machine is another one.
+# These fields differ when another program was measured; they do not mean another machine.
 NOT_THE_MACHINE = ("moekern", "commit", "copy_gbps")
 
 
@@ -41,7 +41,7 @@ class Change:
 
 @dataclass
 class Comparison:
-    """Everything that two records say about each other."""
+    """The comparison of two records."""
 
     changes: list[Change]
     vanished: list[Row]
@@ -54,7 +54,7 @@ class Comparison:
         return any(change.regressed for change in self.changes)
 
     def text(self) -> str:
-        """A table for the terminal, warnings before it, what is in one record only and a count behind it."""
+        """A table for the terminal; before it warnings, behind it rows of one record only and a count."""
         lines = [f"warning: {warning}" for warning in self.warnings]
         if self.changes:
             lines += aligned([("", "", "", "old", "new", "new/old", "of ceiling", ""), *map(cells, self.changes)])
@@ -125,7 +125,7 @@ def judged(old: Row, new: Row, drift: float) -> str:
 
 
 def differences(old: Machine, new: Machine) -> list[str]:
-    """What of the machine or its software is not the same."""
+    """One sentence for each difference of the machines or their software."""
     found = []
     for entry in fields(Machine):
         was, now = getattr(old, entry.name), getattr(new, entry.name)
@@ -155,7 +155,7 @@ def time_of(row: Row) -> str:
 
 
 def described_case(row: Row) -> str:
-    """The shape and whatever is not usual about the case; in a series, the value too."""
+    """The shape, and everything unusual about the case; in a series the value too."""
     extra = [row.dtype, *([row.routing] if row.routing != "uniform" else [])]
     if row.sweep:
         extra.append(f"{row.sweep} {getattr(row, row.sweep)}")
@@ -163,7 +163,7 @@ def described_case(row: Row) -> str:
 
 
 def described(row: Row) -> str:
-    """One line about a row that has no partner."""
+    """One line about a row that the other record does not have."""
     return f"{described_case(row)}, {row.verb}, {row.implementation}: {time_of(row)}"
 
 

@@ -1,7 +1,7 @@
-"""Decode: the forward pass of few tokens, which is the time of reading weights that no cache holds.
+"""Decode: the forward pass of few tokens, whose time is that of reading weights that no cache holds.
 
-Several passes are timed as one, each over weights of its own or, on a CPU, over other experts of the same weights: text
-generation reads the weights of many layers before it comes back to the first. On a GPU a CUDA graph holds the passes.
+Several passes are timed as one, each over its own weights or, on a CPU, over other experts of the same weights: text
+generation reads the weights of many layers before it returns to the first. On a GPU a CUDA graph holds the passes.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from moekern.bench.limits import TookTooLongError
 from moekern.bench.peers.base import Layer, forward_of
 from moekern.bench.problem import Problem, Results
 
-STREAMED = 768 << 20  # bytes of active weights that a graph reads: many times the largest L2
+STREAMED = 768 << 20  # bytes of active weights that a graph reads: many times the largest L2 cache
 MOST_SETS = 12
 
 
 def problems(problem: Problem, free_bytes: int) -> list[Problem]:
-    """The problem and as many like it, with other routing and on a GPU other weights, as `STREAMED` asks for."""
+    """The problem, and others until `STREAMED` bytes are read: with other routing, on a GPU with other weights."""
     held = problem.w_gate_up.nbytes + problem.w_down.nbytes
     active = held * problem.active / problem.shape.experts
     sets = min(max(-(-STREAMED // int(active)), 2), MOST_SETS)
@@ -31,9 +31,9 @@ def problems(problem: Problem, free_bytes: int) -> list[Problem]:
 
 
 def work(layers: list[Layer], several: list[Problem], *, waits: bool = False) -> tuple[Callable[[], Results], int, str]:
-    """What to time, which gives the last pass's results; how many passes it makes; a remark if it has no CUDA graph.
+    """The function to time, which gives the last pass's results; its number of passes; a remark if it is no CUDA graph.
 
-    There is a layer for each problem. `waits`: the host waits for the device in them, so that no graph can hold them.
+    There is one layer per problem. `waits`: the host waits for the device in them, so that no graph can hold them.
     """
     passes = [forward_of(layer, problem) for layer, problem in zip(layers, several, strict=True)]
 
@@ -49,7 +49,7 @@ def work(layers: list[Layer], several: list[Problem], *, waits: bool = False) ->
     graph = torch.cuda.CUDAGraph()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what fails is told by the exception
+            warnings.simplefilter("ignore")  # the exception says what failed
             with torch.cuda.graph(graph):
                 results = all_of_them()
     except TookTooLongError:
@@ -59,7 +59,7 @@ def work(layers: list[Layer], several: list[Problem], *, waits: bool = False) ->
         return all_of_them, len(passes), f"no CUDA graph: {type(error).__name__}"
 
     def replay(kept: object = passes) -> Results:
-        """The graph knows addresses only: `kept` holds the weights that are there."""
+        """The graph knows addresses only: `kept` holds the weights at these addresses."""
         graph.replay()
         return results
 

@@ -1,4 +1,4 @@
-"""On what machine, with which versions and at which commit something was measured."""
+"""The facts of a measurement: machine, versions, commit."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ COMMIT_VARIABLE = "MOEKERN_COMMIT"
 
 
 def commit(file: str | Path = __file__) -> str:
-    """The commit of the checkout that holds this file, "+" behind it if tracked files differ; else empty.
+    """The commit of the checkout that holds this file, with "+" if tracked files differ from it; else empty.
 
-    A file that git does not track, such as an installed package in a project's folder, has no commit, unless the
-    environment variable MOEKERN_COMMIT says which: for a copy of the sources on another machine.
+    A file that git does not track, such as an installed package in a project's folder, has no commit. The environment
+    variable MOEKERN_COMMIT names the commit of a copy of the sources on another machine.
     """
     path = Path(file).resolve()
 
@@ -39,7 +39,7 @@ def commit(file: str | Path = __file__) -> str:
 
 
 def machine_of(device: str) -> Machine:
-    """The facts about this machine, its copy rate not measured yet."""
+    """The facts about this machine, without its copy rate, which is measured later."""
     on_gpu = device == "cuda"
     return Machine(
         cpu=machine.cpu_name(),

@@ -1,4 +1,4 @@
-"""A limit to the time of a piece of work that may tune or compile for minutes."""
+"""A time limit for work that may tune or compile for minutes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class TookTooLongError(Exception):
 def time_limit(seconds: float) -> Iterator[None]:
     """Raise TookTooLongError inside the block once it has run for `seconds`.
 
-    Python looks for signals between its own instructions, so that one long call into compiled code ends first. Without
-    signals (outside the main thread, on Windows) there is no limit.
+    Python handles signals between its own instructions: one long call into compiled code ends before the error is
+    raised. Without signals (outside the main thread, on Windows) there is no limit.
     """
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield

@@ -1,4 +1,4 @@
-"""One problem of the benchmark: inputs, what it costs at least, and its results in float32 to judge others by."""
+"""One problem of the benchmark: inputs, least cost, and results in float32 that others are compared with."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from moekern.bench.routing import choose
 from moekern.bench.shapes import Shape
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# The relative error in the Frobenius norm up to which a result counts as right: several roundings of the dtype.
-# float32 is not met by arithmetic in tf32.
+# The largest relative error in the Frobenius norm of a right result: several roundings of the dtype. Arithmetic in
+# tf32 exceeds that of float32.
 ALLOWED = {torch.bfloat16: 2e-2, torch.float16: 2.5e-3, torch.float32: 1e-4}
 
 
@@ -27,7 +27,7 @@ class Results:
     gradients: tuple[Tensor, ...] = ()
 
     def error_against(self, wanted: Results) -> float:
-        """The largest relative error in the Frobenius norm; infinite where a number is none or a shape differs."""
+        """The largest relative error in the Frobenius norm; infinite if there is a NaN or a shape differs."""
         pairs = zip((self.out, *self.gradients), (wanted.out, *wanted.gradients), strict=True)
         return max(relative_error(got, want) for got, want in pairs)
 
@@ -36,10 +36,10 @@ class Problem:
     """Random inputs of one shape on one device: SwiGLU experts without biases, in Hugging Face's layout.
 
     Attributes:
-        ids, scores: ``[T, K]`` int64, and float32 that are positive and sum to 1 for each token.
+        ids, scores: ``[T, K]``, int64 and float32; scores are positive and sum to 1 for each token.
         x, dout: ``[T, H]``; dout is the gradient of the output.
         w_gate_up, w_down: ``[E, 2I, H]`` and ``[E, H, I]``, scaled so that outputs are of order one.
-        active: How many experts have tokens.
+        active: The number of experts that have tokens.
     """
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: str, routing: str = "uniform", seed: int = 0) -> None:
@@ -51,7 +51,7 @@ class Problem:
             return torch.randn(sizes, generator=generator, device=device).mul_(scale).to(dtype)
 
         def weights(rows: int, columns: int) -> Tensor:
-            """Drawn for one expert and shifted for each: billions of variates take longer than the benchmark."""
+            """Draw for one expert and shift for each: billions of variates would take longer than the benchmark."""
             drawn = normal(rows, columns, scale=columns**-0.5)
             result = drawn.new_empty(e, rows, columns)
             for expert in range(e):
@@ -78,16 +78,15 @@ class Problem:
         return other
 
     def flops(self, verb: str) -> float:
-        """Of the matrix products: 6TKHI forward, three times that with the backward pass."""
+        """The FLOPs of the matrix products: 6TKHI forward, three times that with the backward pass."""
         s = self.shape
         return 6.0 * s.slots * s.hidden * s.intermediate * (3 if verb == BOTH else 1)
 
     def bytes(self, verb: str) -> float:
-        """The fewest that must be moved: each input read once a pass, each result written once.
+        """The fewest bytes that must be moved: each input read once per pass, each result written once.
 
-        Forward: x, the weights of experts with tokens, the output. With the backward pass, too: the pre-activation
-        written and read, x, the output's gradient and those weights read again, and the gradients of x and of all
-        weights written.
+        Forward: x, the weights of experts with tokens, the output. The backward pass adds: the pre-activation written
+        and read, x, the output's gradient and those weights read again, the gradients of x and of all weights written.
         """
         s = self.shape
         row, expert, pre = s.tokens * s.hidden, 3 * s.hidden * s.intermediate, 2 * s.slots * s.intermediate
@@ -97,19 +96,19 @@ class Problem:
         return float(elements * self.dtype.itemsize + s.slots * (self.scores.itemsize + self.ids.itemsize))
 
     def reference(self, backward: bool) -> Results:
-        """The results in float32, one expert after the other; kept for the next who asks."""
+        """The results in float32, computed one expert at a time and kept."""
         if self._reference is None or (backward and not self._reference.gradients):
             self._reference = in_float32(self, backward)
         return self._reference if backward else Results(self._reference.out)
 
     def leaves(self) -> tuple[Tensor, ...]:
-        """x, scores and both weights as tensors that want gradients; they share the problem's memory."""
+        """x, scores and both weights as leaves that require gradients; they share the problem's memory."""
         tensors = (self.x, self.scores, self.w_gate_up, self.w_down)
         return tuple(t.detach().requires_grad_() for t in tensors)
 
 
 def in_float32(problem: Problem, backward: bool) -> Results:
-    """A loop over the experts that shares no code with what it judges; only one expert is in float32 at a time."""
+    """A loop over the experts that shares no code with the implementations; one expert at a time is in float32."""
     p = problem
     x, scores = (t.float().requires_grad_(backward) for t in (p.x, p.scores))
     out, dx, dscores = torch.zeros_like(x), torch.zeros_like(x), torch.zeros_like(scores)
@@ -136,13 +135,13 @@ def in_float32(problem: Problem, backward: bool) -> Results:
 
 
 def one_expert(rows: Tensor, scores: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
-    """What one expert adds to the tokens it serves: ``[n, H]``."""
+    """One expert's contribution to the tokens it serves: ``[n, H]``."""
     gate, up = F.linear(rows, w_gate_up).chunk(2, -1)
     return F.linear(F.silu(gate) * up, w_down) * scores.unsqueeze(1)
 
 
 def relative_error(got: Tensor, wanted: Tensor) -> float:
-    """Error in the Frobenius norm, a slice at a time: gradients of weights fill gigabytes."""
+    """Error in the Frobenius norm, one slice at a time: gradients of weights fill gigabytes."""
     if got.shape != wanted.shape:
         return float("inf")
     error = norm = torch.zeros((), device=wanted.device, dtype=torch.float64)

@@ -1,7 +1,7 @@
-"""What one run of `moekern bench` measured, as dataclasses and as JSON.
+"""The record of one run of `moekern bench`, as dataclasses and as JSON.
 
-Times are in seconds, sizes in bytes, rates in GB/s; None stands for what was not measured. A reader meets a record of
-an older or newer program: an unknown version, a missing field and a wrong type are ValueErrors that name it.
+Times are in seconds, sizes in bytes, rates in GB/s; None stands for a value that was not measured. A record may come
+from an older or newer program: an unknown version, a missing field and a wrong type are ValueErrors that name it.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ class Machine:
 
 @dataclass
 class Row:
-    """One implementation doing one verb at one shape.
+    """One verb of one implementation at one shape.
 
-    shape: the name of the shape, with a sweep's value applied to tokens, experts or top_k.
+    shape: name of the shape; in a sweep, tokens, experts or top_k hold the sweep's value.
     verb: one of VERBS. implementation: "moekern", "ceiling" or a peer's name.
     status: "ok"; "wrong": measured, but the result is off by ``error``; "skipped": not available here, or not for this
-        shape; "failed": it raised. ``reason`` says why, for "ok" it is a remark or empty.
+        shape; "failed": it raised. ``reason`` says why; for "ok" it is a remark or empty.
     seconds, low, high: median and quartiles of ``runs`` runs.
-    flops: of the verb, 6TKHI forward and 18TKHI with the backward pass. bytes: the fewest it must move.
+    flops: of the verb, 6TKHI forward and 18TKHI with the backward pass. bytes: the fewest that it must move.
     share: the ceiling's time over this one's, the median of pairs run one after the other; 1 for the ceiling itself.
     error: relative error in the Frobenius norm against float32, the largest of all results.
     saved_bytes: kept between forward and backward. peak_bytes: the most allocated during the verb, inputs not counted.
@@ -84,24 +84,24 @@ class Row:
 
     @property
     def case(self) -> tuple[Any, ...]:
-        """What identifies the work, whoever does it: rows of one case are comparable."""
+        """The key of the work, without the implementation: rows of one case are comparable."""
         return (self.shape, self.tokens, self.hidden, self.intermediate, self.experts, self.top_k, self.dtype,
                 self.routing, self.device, self.verb, self.sweep)  # fmt: skip
 
     @property
     def tflops(self) -> float | None:
-        """10^12 floating-point operations a second."""
+        """10^12 floating-point operations per second."""
         return self.flops / self.seconds / 1e12 if self.seconds else None
 
     @property
     def gbps(self) -> float | None:
-        """10^9 of the minimum bytes a second."""
+        """10^9 of the minimum bytes per second."""
         return self.bytes / self.seconds / 1e9 if self.seconds else None
 
 
 @dataclass
 class Record:
-    """A run of the benchmark. ``made`` is an ISO time with its zone, ``command`` makes the record again."""
+    """A run of the benchmark. ``made`` is an ISO time with its zone; ``command`` repeats the run."""
 
     made: str
     command: str
@@ -111,7 +111,7 @@ class Record:
 
 
 def save(record: Record, path: str | Path) -> None:
-    """Write as JSON, floats to six figures, a row a line so that records can be compared by eye."""
+    """Write as JSON, floats to six figures, one row per line so that records can be compared by eye."""
     head = {"version": record.version, "made": record.made, "command": record.command}
     lines = ["{", *(f" {json.dumps(key)}: {json.dumps(value)}," for key, value in head.items())]
     lines.append(f' "machine": {json.dumps(rounded(asdict(record.machine)))},')
@@ -144,7 +144,7 @@ def load(path: str | Path) -> Record:
 
 
 def make(kind: type[Made], values: Any, where: str) -> Made:
-    """An instance of a dataclass from a dictionary; unknown keys are dropped, so that fields may be added later."""
+    """An instance of a dataclass from a dictionary; unknown keys are dropped, so that fields can be added later."""
     if not isinstance(values, dict):
         raise ValueError(f"{where}: got {type(values).__name__}, expected an object")
     hints = get_type_hints(kind)

@@ -1,6 +1,6 @@
 """The report of `moekern bench`: one HTML file with roofline, bars against peers, scaling, memory and every number.
 
-It needs neither network nor scripts. The record itself is in the page as JSON (id "data").
+It needs no network and no scripts. The page holds the record itself as JSON (id "data").
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ COLUMNS = ("", "median", "middle half", "FLOP/s", "GB/s", "of ceiling", "error",
 
 def render(record: Record) -> str:
     """The whole page of a record."""
-    # Those with times first: colours repeat after eight peers.
+    # Peers with times first: colours repeat after eight peers.
     colours = charts.colours(row.implementation for row in sorted(record.rows, key=lambda row: row.seconds is None))
     found = summary.cases(summary.singles(record))
     sections = [
@@ -81,7 +81,7 @@ def legend(record: Record, colours: dict[str, str]) -> str:
 
 
 def rooflines(record: Record, colours: dict[str, str]) -> list[str]:
-    """A drawing for each device and dtype, whose ceilings differ; a nearer one where decode stretches the first."""
+    """One drawing per device and dtype, whose ceilings differ; another without decode where decode stretches the first."""
     rows = [row for row in summary.singles(record) if row.status == OK and row.tflops and row.flops and row.bytes]
     kinds = dict.fromkeys((row.device, row.dtype) for row in rows if row.implementation != CEILING)
     if not kinds:
@@ -104,7 +104,7 @@ def rooflines(record: Record, colours: dict[str, str]) -> list[str]:
             near = [point(row, factor, colours, named=True) for row in batches]
             drawings.append(drawn(f"{device}, {dtype}, without decode", charts.roofline(near, roof)))
     intro = (
-        "Work a byte against work a second. Under the level line the matrix products decide, under the slope the "
+        "FLOPs per byte against FLOPs per second. Under the level line the matrix products decide, under the slope the "
         "memory: the ceiling is the best that dense matrix products reached in this run, the slope the rate of a copy."
     )
     return ["<h2>Roofline</h2>", f'<p class="soft">{intro}</p>', f'<div class="pair">{"".join(drawings)}</div>']
@@ -118,7 +118,7 @@ def point(row: Row, factor: float, colours: dict[str, str], *, named: bool) -> P
 
 
 def comparison(found: dict[tuple[object, ...], dict[str, Row]], colours: dict[str, str]) -> list[str]:
-    """Bars for every case, the longest the fastest; the ceiling is a line across them."""
+    """Bars for each case; the longest is the fastest. The ceiling is a line across them."""
     drawings = []
     for of in found.values():
         measured = [row for name, row in of.items() if name != CEILING and row.seconds]
@@ -144,7 +144,7 @@ def comparison(found: dict[tuple[object, ...], dict[str, Row]], colours: dict[st
 
 
 def unit_of_rates(rows: Iterable[Row]) -> tuple[float, str]:
-    """What rates are divided by, and the name of the result."""
+    """The divisor of rates, and the unit of the result."""
     rows = list(rows)
     if rows[0].verb == DECODE:
         return 1.0, "GB/s of the fewest bytes"
@@ -171,7 +171,7 @@ def bar(row: Row, factor: float, colours: dict[str, str]) -> Bar:
 
 
 def scaling(record: Record, colours: dict[str, str]) -> list[str]:
-    """A chart for every series over tokens, experts or top-k, a line an implementation."""
+    """One chart per series over tokens, experts or top-k, with one line per implementation."""
     series: dict[tuple[object, ...], list[Row]] = {}
     for row in record.rows:
         if row.sweep and row.seconds and row.status == OK:
@@ -188,7 +188,7 @@ def scaling(record: Record, colours: dict[str, str]) -> list[str]:
             place = (float(getattr(row, sweep)), (summary.rate_of(row) or 0.0) / factor)
             by_name.setdefault(row.implementation, []).append(place)
         lines = [Line(name, colours[name], sorted(points)) for name, points in by_name.items()]
-        what = {"tokens": "tokens", "experts": "experts", "top_k": "experts a token (top-k)"}[sweep]
+        what = {"tokens": "tokens", "experts": "experts", "top_k": "experts per token (top-k)"}[sweep]
         caption = f"{rows[0].shape}, {rows[0].verb}, over {what}"
         fixed = "; ".join([fixed_sizes(rows[0], sweep), summary.settings(rows[0])])
         margin = 24 + 8.5 * max(len(line.label) for line in lines)
@@ -200,13 +200,13 @@ def scaling(record: Record, colours: dict[str, str]) -> list[str]:
 
 
 def fixed_sizes(row: Row, sweep: str) -> str:
-    """The sizes that a series keeps."""
+    """The sizes that stay the same in a series."""
     letter = {"tokens": "T", "experts": "E", "top_k": "K"}[sweep]
     return ", ".join(part for part in summary.sizes(row).split(", ") if not part.startswith(letter))
 
 
 def memory(found: dict[tuple[object, ...], dict[str, Row]], colours: dict[str, str]) -> list[str]:
-    """Saved for the backward pass, and peak, of the training step of each shape."""
+    """The memory of each shape's training step: saved for the backward pass, and at the peak."""
     drawings = []
     for of in found.values():
         rows = [
@@ -234,7 +234,7 @@ def memory(found: dict[tuple[object, ...], dict[str, Row]], colours: dict[str, s
 
 
 def missing(record: Record) -> list[str]:
-    """What was not measured, or is wrong, and why."""
+    """Implementations that were not measured or are wrong, and why."""
     lines = []
     for names, status, reason, where in summary.missing(record):
         cells = (names, MARKS[status], reason, where)
@@ -246,7 +246,7 @@ def missing(record: Record) -> list[str]:
 
 
 def table(record: Record) -> str:
-    """All rows, those of a case together."""
+    """All rows, grouped by case."""
     factor, unit = unit_of(max((row.tflops or 0.0 for row in record.rows), default=1.0), RATES)
     lines = []
     for of in summary.cases(record.rows).values():
@@ -285,7 +285,7 @@ def facts(record: Record) -> dict[str, str]:
 
 
 def machine_facts(machine: Machine) -> dict[str, str]:
-    """Name and value of what is known of a machine."""
+    """Names and values of the known facts about a machine."""
     values = {
         "GPU": machine.gpu,
         "driver": machine.driver,

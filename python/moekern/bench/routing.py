@@ -1,4 +1,4 @@
-"""Which experts the tokens of a benchmark choose: four ways, from the even to the worst."""
+"""The routings of the benchmark: four distributions of tokens over experts, from even to worst."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def choose(routing: str, tokens: int, experts: int, top_k: int, generator: torch
         weights /= 1 + torch.arange(experts, device=device)
     if routing == "empty":
         weights[max(experts // 2, top_k) :] = 0
-    # An exponential race gives top-k without replacement in proportion to the weights; zero weight never arrives.
+    # An exponential race draws K without replacement in proportion to the weights; a weight of zero never wins.
     arrival = torch.empty(tokens, experts, device=device).exponential_(generator=generator) / weights
     if routing == "hot":
         arrival[:, 0] = 0
-    # Favourites are spread over the ids, so that no implementation gains from their order.
+    # The favourites' ids are shuffled, so that no implementation gains from their order.
     names = torch.randperm(experts, generator=generator, device=device)
     return names[arrival.topk(top_k, largest=False).indices]

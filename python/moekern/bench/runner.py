@@ -22,17 +22,17 @@ from moekern.bench.timing import Pairs, Work, clock_of, in_turns, quartiles
 
 Tick = Callable[[str], None]
 
-# What a peer that nobody named may take to build, tune or compile: so much once, and for each shape its share of the
-# time left. One that compiles for all shapes does so at the first; one that tunes each must leave the others theirs.
+# How long a peer that --peers does not name may build, tune or compile: this long once, and for each shape its share of
+# the time left. One that compiles for all shapes does so at the first; one that tunes each must leave time for others.
 SET_UP_SECONDS = 60.0
 LEAST_SET_UP = 10.0
-SLOW_SECONDS = 12.0  # a pass expected to take longer is left out, one that does is not run again
-WARM_SECONDS = 1.0  # after longer runs nothing is cold
+SLOW_SECONDS = 12.0  # a pass expected to take longer is left out; one that took longer is not run again
+WARM_SECONDS = 1.0  # after runs this long nothing is cold
 
 
 @dataclass
 class Entry:
-    """An implementation on its way through one verb. once: its seconds, if it is too slow to be run again."""
+    """The state of one implementation within one verb. once: its seconds, if it is too slow to be run again."""
 
     peer: Peer
     row: Row
@@ -42,9 +42,9 @@ class Entry:
 
 
 class LostError(Exception):
-    """No call to the GPU succeeds in this process any more, as after an illegal access.
+    """No call to the GPU succeeds in this process any more, for example after an illegal access.
 
-    culprit: Whose work it was, empty if several ran. reason: What the GPU said.
+    culprit: The implementation that ran; empty if several did. reason: The GPU's message.
     """
 
     def __init__(self, culprit: str, reason: str) -> None:
@@ -54,12 +54,12 @@ class LostError(Exception):
 
 @dataclass
 class Session:
-    """What outlives a case: the time left, and who has used up theirs.
+    """The state that outlives a case: the time left, and the peers that have used up theirs.
 
     Attributes:
         gave_up: Status and reason of the peers that are not tried again, by name.
-        preparing: The implementation that is built and checked just now, empty while several are timed.
-        machine: Where this is, its copy rate measured.
+        preparing: The implementation that is being built and checked; empty while several are timed.
+        machine: This machine's facts, with its copy rate measured.
     """
 
     options: Options
@@ -83,7 +83,7 @@ class Session:
         return seconds_left(self.options, self.began)
 
     def run(self, todo: Sequence[Case] | None = None) -> Iterator[list[Row]]:
-        """The rows of one verb of a case after the other, of all cases unless some are given.
+        """Give the rows of one verb of one case at a time; of all cases unless some are given.
 
         Raises:
             LostError: The GPU was lost; :mod:`moekern.bench.apart` survives that.
@@ -94,7 +94,7 @@ class Session:
             self.clean_up()
 
     def clean_up(self) -> None:
-        """Give back the memory of a case."""
+        """Free the memory of a case."""
         self.layers.clear()
         self.slow.clear()
         gc.collect()
@@ -103,7 +103,7 @@ class Session:
             torch.cuda.empty_cache()
 
     def measure(self, case: Case, share: float) -> Iterator[list[Row]]:
-        """The rows of each verb of a case, whose share of the time left is `share` seconds."""
+        """Give the rows of each verb of a case; its share of the time left is `share` seconds."""
         problem = None
         for verb in case.verbs:
             try:
@@ -117,13 +117,13 @@ class Session:
                 rows = unmeasured(case, verb, self.options.device, SKIPPED, short(error))
             except LostError:
                 raise
-            except Exception as error:  # one case may fail in any way, such as for lack of memory
+            except Exception as error:  # a case may fail in any way, for example for lack of memory
                 self.ensure_gpu("")
                 rows = unmeasured(case, verb, self.options.device, FAILED, short(error))
             yield rows
 
     def ensure_gpu(self, culprit: str) -> None:
-        """Raise LostError if the failure of `culprit` was not its own alone."""
+        """Raise LostError if the GPU was lost with the failure of `culprit`."""
         if self.options.device == "cuda":
             try:
                 torch.cuda.synchronize()
@@ -158,7 +158,7 @@ class Session:
             base = [seconds for each in pairs.values() for seconds in each.base]
             (top.low, top.seconds, top.high), top.runs = quartiles(base), len(base)
         else:
-            top.status, top.reason, top.share = SKIPPED, "nothing was timed beside it", None
+            top.status, top.reason, top.share = SKIPPED, "no other implementation was timed", None
         for entry in entries:
             if entry.peer.name in pairs:
                 timed = pairs[entry.peer.name]
@@ -167,7 +167,7 @@ class Session:
         return [top, *(entry.row for entry in entries)]
 
     def prepare(self, entry: Entry, problem: Problem, several: list[Problem], verb: str, share: float) -> None:
-        """Build, check against float32, and run once more: into the entry go its work or the reason for having none."""
+        """Build, check against float32 and run once more; the entry gets the work to time, or why there is none."""
         peer, row = entry.peer, entry.row
         row.status, row.reason = self.excuse(peer, problem, verb)
         if row.reason:
@@ -194,7 +194,7 @@ class Session:
         except TookTooLongError:
             row.status, row.reason, entry.work = SKIPPED, f"its set-up took longer than {limit:.0f} s", None
             self.gave_up[peer.name] = SKIPPED, f"{row.reason} for {problem.shape.name}"
-        except Exception as error:  # a peer may fail in any way, and the others' figures stand
+        except Exception as error:  # a peer may fail in any way; the figures of the others stand
             row.status, row.reason, entry.work = FAILED, short(error), None
             self.ensure_gpu(peer.name)
             gc.collect()
@@ -202,7 +202,7 @@ class Session:
             self.set_up[peer.name] = self.set_up.get(peer.name, 0.0) + time.monotonic() - began
 
     def excuse(self, peer: Peer, problem: Problem, verb: str) -> tuple[str, str]:
-        """Status and reason of an implementation that is not run; the reason is empty if there is none."""
+        """Status and reason of an implementation that is not run; an empty reason means that it is run."""
         expected = 3 * self.slow.get(peer.name, 0.0)
         if self.options.device not in peer.devices:
             reason = f"runs on {' and '.join(peer.devices)} only"
@@ -217,7 +217,7 @@ class Session:
         return SKIPPED, reason
 
     def check(self, entry: Entry, problem: Problem, verb: str) -> None:
-        """The error against float32, and what is saved for the backward pass."""
+        """The error against float32, and the bytes saved for the backward pass."""
         peer, row = entry.peer, entry.row
         if peer.name not in self.layers:
             self.layers[peer.name] = peer.build(problem)
@@ -233,7 +233,7 @@ class Session:
             row.saved_bytes = saved_bytes(layer, problem)
 
     def warm(self, entry: Entry, verb: str) -> None:
-        """One more run, for the allocator and the caches, unless it is slow; on a GPU with its memory counted."""
+        """Run once more, for the allocator and the caches, unless it is slow; on a GPU with its memory counted."""
         assert entry.work is not None
         if self.options.device == "cpu":
             if entry.peer.compiles or self.slow[entry.peer.name] < WARM_SECONDS:
@@ -262,12 +262,12 @@ def judge(row: Row, results: Results, wanted: Results) -> None:
 
 
 def seconds_left(options: Options, began: float) -> float:
-    """Of the minutes that everything may take, if it began at this time of the monotonic clock."""
+    """Seconds left of the minutes for everything, counted from this time of the monotonic clock."""
     return 60 * options.minutes - (time.monotonic() - began)
 
 
 def blank(case: Case, verb: str, implementation: str, device: str) -> Row:
-    """A row of the case before anything was measured."""
+    """A row of the case before anything is measured."""
     s = case.shape
     return Row(
         s.name, s.tokens, s.hidden, s.intermediate, s.experts, s.top_k, case.dtype, case.routing, device, verb,
@@ -278,18 +278,18 @@ def blank(case: Case, verb: str, implementation: str, device: str) -> Row:
 def unmeasured(
     case: Case, verb: str, device: str, status: str, reason: str, names: Iterable[str] | None = None
 ) -> list[Row]:
-    """A row for the ceiling and each implementation of a case, or for those of these names."""
+    """One row for the ceiling and one per implementation of a case, or those with these names."""
     every = (CEILING, OURS.name, *(peer.name for peer in case.peers)) if names is None else names
     return [replace(blank(case, verb, name, device), status=status, reason=reason) for name in every]
 
 
 def free_bytes() -> int:
-    """Of the GPU's memory; 0 without one."""
+    """Free bytes of the GPU's memory; 0 without one."""
     return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
 
 
 def short(error: BaseException) -> str:
-    """An exception in one line of a table."""
+    """An exception as one line for a table."""
     text = " ".join(str(error).split())
     name = "" if isinstance(error, TookTooLongError) else type(error).__name__ + (": " if text else "")
     return name + (text if len(text) <= 160 else text[:157] + "...")

@@ -1,7 +1,7 @@
-"""The sizes that all benchmarks share, by name: tokens T, hidden H, intermediate I, experts E, experts a token K.
+"""The sizes that all benchmarks share, by name: tokens T, hidden H, intermediate I, experts E, experts per token K.
 
-A name says whose layer it is and, where that is not the model's usual batch, how many tokens or rows an expert there
-are. Names with "decode" have the few tokens of text generation, names with "cpu" suit a processor's speed.
+A name gives the model and, where that is not the model's usual batch, the number of tokens or of rows per expert.
+Names with "decode" have the few tokens of text generation; names with "cpu" suit the speed of a CPU.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of one layer at work."""
+    """The sizes of one layer and its batch."""
 
     name: str
     tokens: int
@@ -23,7 +23,7 @@ class Shape:
 
     @property
     def slots(self) -> int:
-        """Rows that the experts compute: one for each token and expert of it."""
+        """Rows that the experts compute: T K."""
         return self.tokens * self.top_k
 
     @property
@@ -33,7 +33,7 @@ class Shape:
 
     @property
     def decode(self) -> bool:
-        """Whether the time of reading weights is what this shape is about."""
+        """Whether this shape measures decode: the time of reading weights."""
         return "decode" in self.name
 
     @property
@@ -70,8 +70,8 @@ GPU_DECODE = named({
 })  # fmt: skip
 CPU = named({
     "cpu-small": (256, 512, 256, 16, 4),
-    "cpu-mixtral": (512, 1024, 3584, 8, 2),  # Mixtral's layer, each side a quarter
-    "cpu-olmoe": (256, 2048, 1024, 64, 8),  # the layers of OLMoE and Qwen3 at 32 and 16 rows an expert
+    "cpu-mixtral": (512, 1024, 3584, 8, 2),  # Mixtral's layer, each side divided by four
+    "cpu-olmoe": (256, 2048, 1024, 64, 8),  # the layers of OLMoE and Qwen3 at 32 and 16 rows per expert
     "cpu-qwen3": (256, 2048, 768, 128, 8),
     "cpu-olmoe-2048": (2048, 2048, 1024, 64, 8),
 })  # fmt: skip
@@ -91,7 +91,7 @@ USUAL = {
     "cpu": ["cpu-mixtral", "cpu-olmoe", "cpu-olmoe-decode-1"],
 }
 QUICK = {"cuda": ["qwen3-512-rows", "qwen3-decode-1"], "cpu": ["cpu-small"]}
-# The shape that `--sweep` varies where none is named.
+# The shape that `--sweep` varies if none is named.
 SWEPT = {"cuda": "olmoe-1b-7b", "cpu": "cpu-small"}
 
 
@@ -124,9 +124,9 @@ def parse_thiek(text: str) -> Shape:
     if len(sizes) != 5 or min(sizes) < 1:
         raise ValueError(
             f"--thiek: got {text!r}, expected five whole numbers of at least 1: "
-            "tokens, hidden size, intermediate size, experts, experts a token"
+            "tokens, hidden size, intermediate size, experts, experts per token"
         )
     tokens, hidden, intermediate, experts, top_k = sizes
     if top_k > experts:
-        raise ValueError(f"--thiek: got {top_k} experts a token, expected at most the {experts} experts")
+        raise ValueError(f"--thiek: got {top_k} experts per token, expected at most the {experts} experts")
     return Shape(f"{tokens}x{hidden}x{intermediate}x{experts}x{top_k}", tokens, hidden, intermediate, experts, top_k)

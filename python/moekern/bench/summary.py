@@ -1,4 +1,4 @@
-"""What a record says, whatever form it is shown in: cases with all that was measured at them, means, leads."""
+"""A record's contents, however they are shown: cases with their measurements, means, leads over peers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from moekern.bench.record import CEILING, DECODE, MOEKERN, OK, VERBS, Record, Row
 from moekern.bench.units import duration, figure
 
-# Computes a dense MLP of as many FLOPs: what one gives up for the experts, not another way to compute them.
+# A dense MLP of as many FLOPs: the experts replace it; it is not another way to compute them.
 NO_EXPERTS = ("dense",)
 
 
@@ -23,7 +23,7 @@ def cases(rows: Iterable[Row]) -> dict[tuple[Any, ...], dict[str, Row]]:
 
 
 def singles(record: Record) -> list[Row]:
-    """The rows that belong to no sweep; those of a record that has nothing else too."""
+    """The rows that belong to no sweep; all rows if a record has only sweeps."""
     return [row for row in record.rows if row.sweep is None] or record.rows
 
 
@@ -44,17 +44,17 @@ def sizes(row: Row) -> str:
 
 
 def settings(row: Row) -> str:
-    """What else a case is: dtype, routing where it is not the usual one, device."""
+    """The rest of a case: dtype, routing if it is not the usual one, device."""
     return ", ".join([row.dtype, *([f"{row.routing} routing"] if row.routing != "uniform" else []), row.device])
 
 
 def rate_of(row: Row) -> float | None:
-    """What a case is judged by: GB/s of the minimum bytes for decode, else TFLOP/s."""
+    """The rate of a case: GB/s of the minimum bytes for decode, else TFLOP/s."""
     return row.gbps if row.verb == DECODE else row.tflops
 
 
 def sentences(record: Record) -> list[str]:
-    """One sentence a verb: moekern's share of the ceiling and its lead over the best peer of each case."""
+    """One sentence per verb: moekern's share of the ceiling and its lead over the best peer of each case."""
     found = cases(singles(record))
     said = []
     for verb in VERBS:
@@ -82,7 +82,7 @@ def sentences(record: Record) -> list[str]:
 
 
 def missing(record: Record) -> list[tuple[str, str, str, str]]:
-    """What was not measured, or is wrong: implementations, status, reason, and where; each reason once."""
+    """Implementations that were not measured or are wrong, with status, reason and cases; each reason once."""
     singles = {place(row) for row in record.rows if row.sweep is None}
     found: dict[tuple[str, str], dict[str, list[str]]] = {}
     for row in record.rows:

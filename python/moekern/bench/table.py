@@ -18,7 +18,7 @@ LEGEND = (
 
 
 def tables(rows: list[Row]) -> list[Table | str]:
-    """For each verb of each problem its sizes, a table of what was timed, and lines for what was not or is wrong."""
+    """For each verb of each problem: its sizes, a table of the timed ones, and lines for those not timed or wrong."""
     shown: list[Table | str] = []
     for _, group in groupby(rows, key=lambda row: row.case):
         members = list(group)
@@ -37,7 +37,7 @@ def tables(rows: list[Row]) -> list[Table | str]:
 
 
 def heading(row: Row) -> str:
-    """What the table is about, in words."""
+    """The title of a table: verb, shape, sizes, routing."""
     return (
         f"[bold]{row.verb}, {escape(row.shape)}[/]: {row.tokens} tokens, hidden {row.hidden}, intermediate "
         f"{row.intermediate}, {row.top_k} of {row.experts} experts, {row.dtype}, {row.routing} routing"
@@ -45,7 +45,7 @@ def heading(row: Row) -> str:
 
 
 def table(rows: list[Row]) -> Table:
-    """One line an implementation; the ceiling first, then moekern, then peers by their time."""
+    """One line per implementation: the ceiling first, then moekern, then peers by their time."""
     made = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     decode = rows[0].verb == DECODE
     unit = "GB/s" if decode else "TFLOP/s" if rows[0].device == "cuda" else "GFLOP/s"
@@ -62,7 +62,7 @@ def table(rows: list[Row]) -> Table:
 
 
 def cells(row: Row, ours: float | None, unit: str) -> list[str]:
-    """A row's figures; a wrong result is compared with nothing, for its time means nothing."""
+    """A row's figures; a wrong result is compared with nothing, since its time means nothing."""
     seconds, low, high = row.seconds or 0.0, row.low or 0.0, row.high or 0.0
     right = row.status == OK
     speed = {"GB/s": row.gbps, "TFLOP/s": row.tflops, "GFLOP/s": (row.tflops or 0.0) * 1e3}[unit] or 0.0

@@ -1,7 +1,7 @@
-"""Timing several pieces of work fairly: in turns, in random order, each directly after the machine's ceiling.
+"""Times several pieces of work fairly: alternately, in random order, each directly after the machine's ceiling.
 
 The speed of a machine drifts by more than the differences of interest: a card at its power limit lowers its clock, a
-shared host has other guests. What is compared therefore runs in pairs a moment apart, and the figure is the median of
+shared host has other guests. Work and ceiling therefore run in pairs, a moment apart, and the figure is the median of
 the pairs' ratios.
 """
 
@@ -19,13 +19,13 @@ import torch
 Work = Callable[[], object]
 Wait = Callable[[], float]
 
-REST = 0.005  # seconds; without it, what follows a matmul of torch reads memory a fifth slower
+REST = 0.005  # seconds; without it, work that follows a matmul of torch reads memory a fifth slower
 MOST_ROUNDS = 40
 FEWEST_ROUNDS = 3
 
 
 class Clock(Protocol):
-    """Starts a piece of work; what it returns gives its seconds, once :meth:`wait` has returned."""
+    """Starts a piece of work; the returned function gives its seconds, once :meth:`wait` has returned."""
 
     def __call__(self, work: Callable[[], object]) -> Wait: ...
 
@@ -33,13 +33,13 @@ class Clock(Protocol):
 
 
 class Ceiling(Protocol):
-    """Starts a measurement of the best possible time of one verb of one problem, on the clock given."""
+    """Starts a measurement of the best possible time of one verb of one problem, on the given clock."""
 
     def __call__(self, clock: Clock) -> Wait: ...
 
 
 class CpuClock:
-    """Runs the work at once, after a rest: threads of torch's last work would still spin, awaiting its next."""
+    """Runs the work at once, after a rest: threads of torch's last operator would still spin, waiting for the next."""
 
     def __call__(self, work: Callable[[], object]) -> Wait:
         time.sleep(REST)
@@ -53,9 +53,9 @@ class CpuClock:
 
 
 class GpuClock:
-    """Queues the work between two events, with the L2 cache swept before, so that it reads its inputs from memory.
+    """Queues the work between two events. The L2 cache is swept first, so that the work reads its inputs from memory.
 
-    The sweep reads: lines that it had written would have to leave the cache during the work.
+    The sweep only reads: lines that it wrote would have to leave the cache during the work.
     """
 
     def __init__(self) -> None:
@@ -114,10 +114,10 @@ def in_turns(
 ) -> dict[str, Pairs]:
     """Time every run for about `seconds`, three to forty times; slow ones less often, at least once. Or `rounds` times.
 
-    All of it, ceilings and rests too, takes about four times `seconds` a run at most, where three rounds take no more.
+    All of it, with ceilings and rests, takes at most about four times `seconds` per run, unless three rounds take more.
 
-    Each has been run before, so that nothing is loaded or compiled now. The number beside a run says how often it does
-    the work that the ceiling stands for. There is one ceiling, or one for each run.
+    Each has been run before, so that nothing is loaded or compiled now. The number that comes with a run says how often
+    it does the work that the ceiling stands for. There is one ceiling, or one per run.
     """
     pairs = {name: Pairs() for name in runs}
     waiting, began = list(runs), time.perf_counter()

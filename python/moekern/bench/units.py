@@ -1,4 +1,4 @@
-"""Numbers as people read them: three figures, in the unit that leaves them in front of the point."""
+"""Numbers as people read them: three figures, in the unit that keeps them before the decimal point."""
 
 from __future__ import annotations
 

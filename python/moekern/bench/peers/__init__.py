@@ -1,4 +1,4 @@
-"""The implementations that `moekern bench` knows, one small adapter each behind a common interface."""
+"""The implementations that `moekern bench` knows: one small adapter each, with one interface."""
 
 from __future__ import annotations
 

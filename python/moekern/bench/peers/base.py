@@ -1,4 +1,4 @@
-"""What the benchmark asks of an implementation that it measures."""
+"""The interface of an implementation that the benchmark measures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moekern.bench.problem import Problem, Results
 
-# x [T, H], scores [T, K] float32 and the layer's own weights, in their order -> [T, H].
+# x [T, H], scores [T, K] float32 and the layer's own weights, in this order -> [T, H].
 Forward = Callable[..., Tensor]
 
 
@@ -19,10 +19,10 @@ Forward = Callable[..., Tensor]
 class Layer:
     """An implementation with the weights of one problem.
 
-    forward: Called with x, scores and `weights`; ids and whatever else is fixed it keeps itself.
-    weights: As it stores them: the problem's own tensors where it takes Hugging Face's layout, else copies.
-    in_our_layout: Brings gradients of its weights into those of w_gate_up and w_down.
-    reference: The results that are right for it, if it computes something else than the experts.
+    forward: Called with x, scores and `weights`; it keeps ids and all else that is fixed.
+    weights: As it stores them: the problem's own tensors if it takes Hugging Face's layout, else copies.
+    in_our_layout: Converts gradients of its weights into those of w_gate_up and w_down.
+    reference: The right results, if it computes something else than the experts.
     """
 
     forward: Forward
@@ -36,12 +36,12 @@ class Peer(ABC):
 
     Attributes:
         name: As `--peers` takes it.
-        about: What it is, in a few words.
+        about: A description in a few words.
         devices: Where it runs: "cpu", "cuda".
-        usual: Devices on which it is measured without being named.
+        usual: Devices on which it is measured by default.
         backward: Whether it has gradients.
-        waits: Whether the host waits for the GPU in it, so that no CUDA graph can hold it.
-        compiles: Whether its first run says nothing about the time of the next.
+        waits: Whether the host waits for the GPU during a run, so that no CUDA graph can hold it.
+        compiles: Whether its first run compiles, and so says nothing about the time of the next.
     """
 
     name: str
@@ -53,12 +53,12 @@ class Peer(ABC):
     compiles = False
 
     def missing(self, problem: Problem) -> str | None:
-        """Why it cannot run this problem here, such as a package that is not installed; None if it can."""
+        """Why it cannot run this problem here, for example for lack of a package; None if it can."""
         return None
 
     @abstractmethod
     def build(self, problem: Problem) -> Layer:
-        """The layer with the problem's weights. May be slow; whatever it raises is reported with the peer's name."""
+        """Build the layer with the problem's weights. May be slow; an exception is reported with the peer's name."""
 
 
 def forward_of(layer: Layer, problem: Problem) -> Callable[[], Results]:
@@ -83,7 +83,7 @@ def both_of(layer: Layer, problem: Problem) -> Callable[[], tuple[Tensor, tuple[
 
 
 def results_of(layer: Layer, problem: Problem, backward: bool) -> Results:
-    """One run, its results in the problem's layout."""
+    """One run, with results in the problem's layout."""
     if not backward:
         return forward_of(layer, problem)()
     out, (dx, dscores, *weights) = both_of(layer, problem)()
@@ -96,7 +96,7 @@ def wanted_of(layer: Layer, problem: Problem, backward: bool) -> Results:
 
 
 def saved_bytes(layer: Layer, problem: Problem) -> int:
-    """What is kept between forward and backward, the weights themselves not counted; each memory counts once."""
+    """Bytes kept between forward and backward, without the weights themselves; shared memory counts once."""
     leaves = tuple(t.detach().requires_grad_() for t in (problem.x, problem.scores, *layer.weights))
     weights = {t.untyped_storage().data_ptr() for t in layer.weights}
     kept: dict[int, int] = {}

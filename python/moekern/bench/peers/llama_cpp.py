@@ -17,7 +17,7 @@ from moekern.bench.peers.base import Layer, Peer
 from moekern.bench.problem import Problem
 
 PACKAGES = ("llama_cpp", "llama_cpp_py_sync")
-LIBRARIES = ("ggml-base", "ggml-cpu", "ggml")  # each needs those before it
+LIBRARIES = ("ggml-base", "ggml-cpu", "ggml")  # each needs the ones before it
 TYPES = {torch.float32: 0, torch.float16: 1, torch.int32: 26, torch.bfloat16: 30}
 CPU_DEVICE = 0
 METADATA = 1 << 20  # bytes for the descriptions of two dozen tensors and their graph
@@ -71,7 +71,7 @@ def folder() -> Path | None:
 
 
 def library(place: Path, name: str) -> Path | None:
-    """The file of a library, whatever a system calls it."""
+    """The file of a library, under the name that the operating system uses."""
     names = (f"lib{name}.so", f"lib{name}.so.0", f"lib{name}.dylib", f"lib{name}.0.dylib", f"{name}.dll")
     return next((place / each for each in names if (place / each).exists()), None)
 
@@ -106,7 +106,7 @@ def ggml() -> dict[str, Any]:
 
 
 def use_threads(threads: int) -> None:
-    """For all later graphs."""
+    """Set the number of threads of all later graphs."""
     g = ggml()
     registry = g["ggml_backend_dev_backend_reg"](g["ggml_backend_get_device"](g["backend"]))
     address = g["ggml_backend_reg_get_proc_address"](registry, b"ggml_backend_set_n_threads")
@@ -114,7 +114,7 @@ def use_threads(threads: int) -> None:
 
 
 class Experts:
-    """A graph of ggml's like the one that llama.cpp builds for its experts, over memory of torch's."""
+    """A ggml graph like the one that llama.cpp builds for its experts, over torch's memory."""
 
     def __init__(self, problem: Problem) -> None:
         s, g = problem.shape, ggml()
@@ -150,7 +150,7 @@ class Experts:
             raise MemoryError("ggml has no memory for the graph")
 
     def place(self, tensor: Tensor, *sizes: int) -> Any:
-        """A tensor of ggml's over the memory of one of torch's; sizes innermost first."""
+        """A ggml tensor over the memory of a torch tensor; sizes innermost first."""
         g = ggml()
         self.kept.append(tensor)
         placed = g["ggml_new_tensor_3d"](self.context, TYPES[tensor.dtype], *sizes)
@@ -160,7 +160,7 @@ class Experts:
         return placed
 
     def __call__(self, x: Tensor, scores: Tensor, *weights: Tensor) -> Tensor:
-        """float32, in memory that the next call writes again."""
+        """float32, in memory that the next call overwrites."""
         g = ggml()
         self.x.copy_(x)
         self.scores.copy_(scores)
@@ -181,7 +181,7 @@ class LlamaCpp(Peer):
     def missing(self, problem: Problem) -> str | None:
         if folder() is None:
             return "llama_cpp is not installed: pip install llama-cpp-python"
-        return "one expert a token is not measured" if problem.shape.top_k == 1 else None
+        return "one expert per token is not measured" if problem.shape.top_k == 1 else None
 
     def build(self, problem: Problem) -> Layer:
         return Layer(Experts(problem), (problem.w_gate_up, problem.w_down))

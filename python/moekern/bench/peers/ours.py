@@ -15,7 +15,7 @@ class Moekern(Peer):
 
     name = MOEKERN
     about = "moekern.experts"
-    compiles = True  # kernels that the cache of the machine lacks
+    compiles = True  # kernels that are not in the machine's cache yet
 
     def build(self, problem: Problem) -> Layer:
         def forward(x: Tensor, scores: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What torch and transformers offer by themselves: a dense MLP, a loop over experts, torch's grouped matmul."""
+"""Peers from torch and transformers: a dense MLP, a loop over experts, torch's grouped matmul."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GROUPED_MM: Any = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm"
 
 
 class Dense(Peer):
-    """What the experts replace: one SwiGLU MLP of K I features, as many FLOPs a token as the active experts have."""
+    """The MLP that the experts replace: SwiGLU with K I features, as many FLOPs per token as the active experts."""
 
     name = "dense"
     about = "a dense MLP of equal active FLOPs, which computes another function"
@@ -30,7 +30,7 @@ class Dense(Peer):
 
         def forward(x: Tensor, scores: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
             gate, up = F.linear(x, w_gate_up).chunk(2, -1)
-            # The router's weights have no place in a dense MLP; they take part so that a gradient exists.
+            # A dense MLP has no use for the router's weights; they take part so that a gradient exists.
             return F.linear(F.silu(gate) * up, w_down) + 0 * scores[:, :1].to(x.dtype)
 
         def reference(backward: bool) -> Results:
@@ -77,7 +77,7 @@ class Loop(Peer):
 
 
 def grouped(x: Tensor, ids: Tensor, scores: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
-    """The experts by torch's grouped matmul over sorted rows; waits for no device."""
+    """The experts by torch's grouped matmul over sorted rows; the host never waits for the device."""
     top_k, experts = ids.shape[1], w_down.shape[0]
     sorted_ids, order = ids.reshape(-1).sort(stable=True)
     ends = torch.searchsorted(sorted_ids, torch.arange(experts, device=ids.device), right=True).int()
@@ -85,7 +85,7 @@ def grouped(x: Tensor, ids: Tensor, scores: Tensor, w_gate_up: Tensor, w_down: T
     gate, up = GROUPED_MM(x[token], w_gate_up.transpose(1, 2), offs=ends).chunk(2, -1)
     y = GROUPED_MM(F.silu(gate) * up, w_down.transpose(1, 2), offs=ends)
     y = y * scores.reshape(-1)[order, None].to(y.dtype)
-    # Each slot's row goes back to its place; a sum over them repeats bit for bit, unlike an atomic index_add.
+    # Each slot's row returns to its place; a sum over them repeats bit for bit, unlike an atomic index_add.
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
     return y[inverse].view(-1, top_k, x.shape[1]).sum(1)
 
@@ -120,7 +120,7 @@ class GroupedCompiled(Grouped):
         return super().missing(problem)
 
     def build(self, problem: Problem) -> Layer:
-        # One compilation serves every later shape of the process, after the second one at the latest.
+        # One compilation serves all later shapes of the process, from the second shape on at the latest.
         compiled = _compiled()
 
         def forward(x: Tensor, scores: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ _compilations: list[Any] = []
 
 def _compiled() -> Any:
     if not _compilations:
-        # Each dtype, each pass and a single token have a compilation of their own; past the limit torch runs eagerly.
+        # Each dtype, each pass and a single token are compiled separately; past the limit torch runs eagerly.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         _compilations.append(torch.compile(grouped))
     return _compilations[0]

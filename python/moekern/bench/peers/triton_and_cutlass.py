@@ -1,4 +1,4 @@
-"""Libraries of MoE kernels for NVIDIA GPUs, through the functions that their own layers call."""
+"""Libraries of MoE kernels for NVIDIA GPUs, called as their own layers call them."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from moekern.report import machine
 
 
 def not_installed(*packages: str) -> str | None:
-    """What to install, if any of these cannot be imported."""
+    """The names of the packages to install, if any of these cannot be imported."""
     lacking = [name for name in packages if not machine.is_importable(name)]
     return f"{', '.join(lacking)} is not installed" if lacking else None
 
 
 class ScatterMoE(Peer):
-    """https://github.com/shawntan/scattermoe, its `mlp.GLUMLP` written out so that it takes our weights."""
+    """https://github.com/shawntan/scattermoe, its `mlp.GLUMLP`, written out so that it takes our weights."""
 
     name = "scattermoe"
     about = "ScatterMoE's Triton kernels"
     devices = usual = ("cuda",)
-    waits = True  # for torch.bincount; a capture that failed in it left an illegal access behind
+    waits = True  # for torch.bincount; after a capture that failed in it came an illegal access
     compiles = True
 
     def missing(self, problem: Problem) -> str | None:
@@ -115,7 +115,7 @@ class MegaBlocks(Peer):
             device=torch.device(problem.device),
         ))  # fmt: skip
         for parameter in module.parameters():
-            parameter.data = parameter.data.new_empty(0)  # the problem's weights take their place in each call
+            parameter.data = parameter.data.new_empty(0)  # replaced by the problem's weights in each call
         once = Once(module)
         gate, up = problem.w_gate_up.chunk(2, 1)
         down = problem.w_down.transpose(1, 2)
