@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gpu_items import Item, base_of
 from moekern.backends import reference
+from moekern.backends.call import Form, Weights
 from moekern.backends.cuda.configuration import choose
 from moekern.backends.cuda.kernels import gradients, grouped
 from moekern.backends.cuda.passes import backward, forward
@@ -58,7 +59,7 @@ def of_forward(problem: Problem, dense: Dense) -> list[Item]:
 def of_backward(problem: Problem, dense: Dense, parts: bool = True) -> list[Item]:
     """The whole backward pass, its launches counted, and its kernels; "serial": with the combine on the same stream."""
     p, s = problem, problem.shape
-    order, inverse, offsets = reference.plan(p.ids, s.experts)
+    plan = order, inverse, offsets = reference.plan(p.ids, s.experts)
 
     def normal(*size: int) -> Tensor:
         return torch.randn(size, device=p.x.device, dtype=p.dtype)
@@ -67,9 +68,9 @@ def of_backward(problem: Problem, dense: Dense, parts: bool = True) -> list[Item
     chosen = choose(p.dtype, (9, 0), s.slots, s.experts, s.hidden, s.intermediate)
 
     def whole(beside: bool) -> None:
+        weights, form = Weights(p.w_gate_up, p.w_down), Form("swiglu", False, False, s.top_k)
         backward.experts_backward(
-            p.dout, p.x, pre, p.scores, order, inverse, offsets, p.w_gate_up, p.w_down, None, None,
-            s.top_k, "swiglu", False, False, [True, True, True, True, False, False],
+            p.dout, p.x, pre, p.scores, plan, weights, form, [True, True, True, True, False, False],
             chosen if beside else replace(chosen, combine_beside=False),
         )  # fmt: skip
 

@@ -18,6 +18,7 @@ from moekern.cli import main
 pytest.importorskip("cupy")
 
 from moekern import _core
+from moekern.backends.call import Form
 from moekern.backends.cuda.build import loader, sources, variants
 from moekern.backends.cuda.build.errors import KernelError
 from moekern.backends.cuda.build.sources import KernelSource
@@ -227,6 +228,7 @@ def test_a_verbs_variants_are_listed() -> None:
     """What the forward pass launches is what `moekern compile` prepares."""
     from moekern.backends.cuda.configuration import Configuration
     from moekern.backends.cuda.passes import forward
+    from moekern.backends.cuda.passes.sizes import Sizes
 
     seen: list[KernelSource] = []
     few_rows = [tuple(i < n for i in range(3)) for n in range(4)]  # few rows, few even where it saves, one tile
@@ -235,9 +237,10 @@ def test_a_verbs_variants_are_listed() -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(grouped, "multiprocessors", lambda device: 132)
             patch.setattr(forward, "record", lambda device, verb, meanwhile: seen.extend(program.sources_of(verb)))
-            forward._forward_program.__wrapped__(
-                0, torch.bfloat16, 32, 64, 24, 4, 2, activation, False, False, save, True, False, False, chosen
-            )
+            form = Form(activation, False, False, 2)
+            columns = 48 if activation == "swiglu" else 24
+            sizes = Sizes(0, torch.bfloat16, 32, 64, columns, 24, 4, form, True, False, False, chosen)
+            forward._forward_program.__wrapped__(sizes, save)
     listed = {*variants.layer(torch.bfloat16, "swiglu"), *variants.layer(torch.bfloat16, "relu2")}
     assert set(seen) <= listed
 
@@ -246,6 +249,7 @@ def test_the_backward_passs_variants_are_listed() -> None:
     from moekern.backends.cuda.configuration import Configuration
     from moekern.backends.cuda.kernels import gradients
     from moekern.backends.cuda.passes import backward
+    from moekern.backends.cuda.passes.sizes import Sizes
 
     seen: list[KernelSource] = []
 
@@ -259,18 +263,13 @@ def test_the_backward_passs_variants_are_listed() -> None:
         patch.setattr(backward, "record_parts", note)
         for tokens, activation, one_tile in ((32768, "swiglu", True), (32768, "swiglu", False), (16, "relu2", False)):
             chosen = Configuration("hopper", one_tile=one_tile)
-            sizes = backward._Sizes(
-                0, torch.bfloat16, tokens, 2048, 768, 64, 8, activation, False, False, True, True, (True,) * 6,
-                chosen,
-            )  # fmt: skip
+            form = Form(activation, False, False, 8)
+            columns = 1536 if activation == "swiglu" else 768
+            sizes = Sizes(0, torch.bfloat16, tokens, 2048, columns, 768, 64, form, True, True, True, chosen)
             before = len(seen)
-            programs, _ = backward._programs.__wrapped__(sizes)
+            programs, _ = backward._programs.__wrapped__(sizes, (True,) * 6)
             assert len(programs) == (3 if tokens == 32768 else 1)
-            named = backward.sources(
-                0, torch.bfloat16, tokens, 2048, 768, 64, 8, activation, False, False, True, True, True,
-                chosen,
-            )  # fmt: skip
-            assert set(named) == set(seen[before:])
+            assert set(backward.sources(sizes)) == set(seen[before:])
     assert {"combine_beside.cu", "combine.cu", "dh.cu", "wgrad.cu", "rows.cu"} <= {s.file for s in seen}
     assert set(seen) <= {*variants.layer(torch.bfloat16, "swiglu"), *variants.layer(torch.bfloat16, "relu2")}
 

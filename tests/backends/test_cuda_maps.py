@@ -16,6 +16,8 @@ from moekern.backends.cuda.launch.program import FIRST, SPACING, Map, Placeholde
 PROGRAM = """
 import ctypes, itertools, torch
 from moekern.backends.activations import ACTIVATIONS
+from moekern.backends.call import Form
+from moekern.backends.cuda.passes.sizes import Sizes
 from moekern.backends.cuda.kernels import gradients as backward_kernels, grouped as kernels
 from moekern.backends.cuda.launch import program
 from moekern.backends.cuda.passes import backward, forward
@@ -33,13 +35,13 @@ forms = [Configuration("hopper", few_rows=f, few_saved=f, one_tile=o, stages=s, 
 sizes = [(40000, 2048, 768), (100, 8, 8), (7, 16384, 32768)]
 places = [1 << 32, 0x302000000, 0x7f0000000000, (1 << 57) - (1 << 44)]
 def programs(form, activation, transposed, interleaved, dtype, tokens, hidden, inter):
-    rest = (4, 2, activation, transposed, interleaved)
+    columns = inter * (2 if ACTIVATIONS[activation].gated else 1)
+    how = Form(activation, transposed, interleaved, 2)
+    z = Sizes(0, dtype, tokens, hidden, columns, inter, 4, how, True, True, True, form)
     for save in (True, False):
-        yield forward._forward_program.__wrapped__(
-            0, dtype, tokens, hidden, inter, *rest, save, True, True, True, form)[0], 12
-    z = backward._Sizes(0, dtype, tokens, hidden, inter, *rest, True, True, (True,) * 6, form)
-    for one in backward._programs.__wrapped__(z)[0]:
-        yield one, 17
+        yield forward._forward_program.__wrapped__(z, save)[0], 12
+    for one in backward._programs.__wrapped__(z, (True,) * 6)[0]:
+        yield one, 18
 
 for case in itertools.product(
     forms, ("swiglu", "swiglu_oai", "relu2"), (False, True), (False, True), (torch.bfloat16, torch.float16), sizes):
@@ -49,7 +51,7 @@ for case in itertools.product(
             before = encoded.value
             one.replay(0, [place + i * (1 << 33) for i in range(addresses)])
             if before == encoded.value:
-                assert one is not None and addresses == 17  # the combine beside has no maps
+                assert one is not None and addresses == 18  # the combine beside has no maps
 one, addresses = next(programs(forms[0], "swiglu", False, False, torch.bfloat16, 7, 2048, 4096))
 one.replay(0, [512 * 4 * 4096] * addresses)
 for low in (512 * 4 * 4096 - 16, 0):

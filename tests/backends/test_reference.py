@@ -9,6 +9,7 @@ from torch import Tensor
 import moekern as mk
 from moekern.backends import reference
 from moekern.backends.activations import ACTIVATIONS
+from moekern.backends.call import Form, Weights
 from moekern.verbs import autograd
 from problems import Problem, error, gradients, make
 
@@ -68,7 +69,7 @@ def test_first_and_second_derivatives(activation: str) -> None:
     plan = reference.plan(p.ids, 3)
 
     def f(x: Tensor, s: Tensor, w1: Tensor, w2: Tensor, b1: Tensor, b2: Tensor) -> Tensor:
-        return autograd.experts(x, s, plan, w1, w2, b1, b2, (2, activation, False, False), "reference")
+        return autograd.experts(x, s, plan, Weights(w1, w2, b1, b2), Form(activation, False, False, 2), "reference")
 
     assert torch.autograd.gradcheck(f, inputs)
     assert torch.autograd.gradgradcheck(f, inputs)

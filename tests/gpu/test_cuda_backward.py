@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 import moekern as mk
 from moekern.backends import reference
 from moekern.backends.activations import ACTIVATIONS, join, split
+from moekern.backends.call import Form, Weights
 from problems import NAMES, error
 from ragged import COUNTS, ROUNDING, assert_guards, assert_rows_close, guarded, normal, plan_of_counts
 
@@ -283,8 +287,8 @@ def _problem(
     interleaved: bool = False,
     ids: Tensor | None = None,
     scored: bool = True,
-) -> tuple[tuple, tuple]:
-    """Arguments of experts_backward less ``needs``: tensors, and settings."""
+) -> tuple[Any, ...]:
+    """Arguments of experts_backward less ``needs``."""
     columns = inter * (2 if ACTIVATIONS[activation].gated else 1)
     if ids is None:
         ids = torch.rand(tokens, experts, device="cuda").argsort(1)[:, :top_k]
@@ -295,13 +299,13 @@ def _problem(
     scores = torch.rand(tokens, top_k, device="cuda") + 0.1 if scored else None
     weights = normal(*up, dtype=dtype, scale=1.5 * hidden**-0.5), normal(*down, dtype=dtype, scale=2 * inter**-0.5)
     biases = (normal(experts, columns, dtype=dtype), normal(experts, hidden, dtype=dtype)) if bias else (None, None)
-    settings = (top_k, activation, transposed, interleaved)
-    _, pre = reference.experts_forward(x, scores, *plan, *weights, *biases, *settings, True)
-    pre[plan[2][-1] :] = NAN
-    return (normal(tokens, hidden, dtype=dtype), x, pre, scores, *plan, *weights, *biases), settings
+    call = plan, Weights(*weights, *biases), Form(activation, transposed, interleaved, top_k)
+    _, pre = reference.experts_forward(x, scores, *call, True)
+    pre[plan.offsets[-1] :] = NAN
+    return normal(tokens, hidden, dtype=dtype), x, pre, scores, *call
 
 
-def _kernels(tensors: tuple, settings: tuple, needs: list[bool], rows: int = 2048) -> tuple[Tensor, ...]:
+def _kernels(arguments: tuple[Any, ...], needs: list[bool], rows: int = 2048) -> tuple[Tensor, ...]:
     """With the kernels for so many rows an expert, however many they have."""
     from moekern.backends.cuda.configuration import choose
     from moekern.backends.cuda.passes import backward
@@ -309,31 +313,32 @@ def _kernels(tensors: tuple, settings: tuple, needs: list[bool], rows: int = 204
     chosen = choose(BF16, (9, 0), rows, 1, 8, 8)
     torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty then hands out NaN
     try:
-        return backward.experts_backward(*tensors, *settings, needs, chosen)
+        return backward.experts_backward(*arguments, needs, chosen)
     finally:
         torch.use_deterministic_algorithms(False)
 
 
-def _double(tensors: tuple) -> tuple:
-    return tuple(t.double() if t is not None and t.is_floating_point() else t for t in tensors)
+def _double(arguments: tuple[Any, ...]) -> Any:
+    return tree_map(lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t, arguments)
 
 
-def _check_backward(tensors: tuple, settings: tuple) -> None:
+def _check_backward(arguments: tuple[Any, ...]) -> None:
     needs = [True] * 6
-    truth = reference.experts_backward(*_double(tensors), *settings, needs)
-    plain = reference.experts_backward(*tensors, *settings, needs)
-    present = (tensors[1], tensors[3], *tensors[7:])
+    truth = reference.experts_backward(*_double(arguments), needs)
+    plain = reference.experts_backward(*arguments, needs)
+    _, x, _, scores, _, weights, _ = arguments
+    present = (x, scores, *weights)
     for rows in (2048, 512, 256):  # each choice of configuration.py
-        ours = _kernels(tensors, settings, needs, rows)
+        ours = _kernels(arguments, needs, rows)
         for name, like, got, exact, torchs in zip(NAMES, present, ours, truth, plain, strict=True):
             if like is None:
                 assert got.numel() == 0
                 continue
-            allowed = max(2 * error(torchs, exact), torch.finfo(tensors[1].dtype).eps / 2)
+            allowed = max(2 * error(torchs, exact), torch.finfo(x.dtype).eps / 2)
             assert got.shape == like.shape
             assert got.dtype == like.dtype
             assert error(got, exact) <= allowed, f"{name}, {rows}: {error(got, exact):.3g}, allowed {allowed:.3g}"
-        for first, second in zip(ours, _kernels(tensors, settings, needs, rows), strict=True):
+        for first, second in zip(ours, _kernels(arguments, needs, rows), strict=True):
             assert torch.equal(first, second)
 
 
@@ -345,14 +350,14 @@ def _check_backward(tensors: tuple, settings: tuple) -> None:
 def test_backward_is_as_exact_as_torch(
     dtype: torch.dtype, tokens: int, hidden: int, inter: int, experts: int, top_k: int
 ) -> None:
-    _check_backward(*_problem(tokens, hidden, inter, experts, top_k, dtype))
+    _check_backward(_problem(tokens, hidden, inter, experts, top_k, dtype))
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "swiglu_oai", "relu2"])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_backward_of_every_layout_with_biases(interleaved: bool, transposed: bool, activation: str) -> None:
-    _check_backward(*_problem(333, 512, 264, 12, 4, BF16, activation, True, transposed, interleaved))
+    _check_backward(_problem(333, 512, 264, 12, 4, BF16, activation, True, transposed, interleaved))
 
 
 @pytest.mark.parametrize("routing", ["sentinels", "only sentinels", "one expert", "1024 experts", "no scores"])
@@ -366,32 +371,32 @@ def test_backward_of_unusual_routing(routing: str) -> None:
         ids.fill_(-1)
     elif routing == "one expert":
         ids.fill_(6)
-    tensors, settings = _problem(500, 256, 136, experts, 3, BF16, bias=True, ids=ids, scored=routing != "no scores")
+    arguments = _problem(500, 256, 136, experts, 3, BF16, bias=True, ids=ids, scored=routing != "no scores")
     if routing == "no scores":
-        settings_needs = [True, False, True, True, True, True]
-        ours = _kernels(tensors, settings, settings_needs)
-        truth = reference.experts_backward(*_double(tensors), *settings, settings_needs)
+        needs = [True, False, True, True, True, True]
+        ours = _kernels(arguments, needs)
+        truth = reference.experts_backward(*_double(arguments), needs)
         for got, exact in zip(ours, truth, strict=True):
             assert got.shape == exact.shape
             assert got.numel() == 0 or error(got, exact) <= 2e-2
     else:
-        _check_backward(tensors, settings)
+        _check_backward(arguments)
 
 
 @pytest.mark.parametrize("top_k", [2, 4, 8])
 def test_backward_with_the_combine_beside_the_weight_gradient(top_k: int) -> None:
     from moekern.backends.cuda.passes import backward
 
-    tensors, settings = _problem(16384 // top_k, 1024, 512, 16, top_k, BF16)
+    arguments = _problem(16384 // top_k, 1024, 512, 16, top_k, BF16)
     assert backward.combines_beside(16384, 1024, 512, top_k)
-    _check_backward(tensors, settings)
+    _check_backward(arguments)
 
 
 @pytest.mark.parametrize("wanted", range(6))
 def test_frozen_inputs_get_nothing_and_change_nothing(wanted: int) -> None:
-    tensors, settings = _problem(200, 256, 136, 8, 3, BF16, bias=True)
-    everything = _kernels(tensors, settings, [True] * 6)
-    only = _kernels(tensors, settings, [i == wanted for i in range(6)])
+    arguments = _problem(200, 256, 136, 8, 3, BF16, bias=True)
+    everything = _kernels(arguments, [True] * 6)
+    only = _kernels(arguments, [i == wanted for i in range(6)])
     for i, (one, of_all) in enumerate(zip(only, everything, strict=True)):
         if i != wanted:
             assert one.numel() == 0
@@ -402,11 +407,11 @@ def test_frozen_inputs_get_nothing_and_change_nothing(wanted: int) -> None:
 
 
 def test_backward_never_synchronises() -> None:
-    tensors, settings = _problem(200, 256, 136, 8, 3, BF16, bias=True)
-    _kernels(tensors, settings, [True] * 6)
+    arguments = _problem(200, 256, 136, 8, 3, BF16, bias=True)
+    _kernels(arguments, [True] * 6)
     try:
         torch.cuda.set_sync_debug_mode("error")
-        _kernels(tensors, settings, [True] * 6)
+        _kernels(arguments, [True] * 6)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -417,16 +422,17 @@ def test_backward_in_a_cuda_graph(tokens: int) -> None:
     from moekern.backends.cuda.configuration import Configuration
     from moekern.backends.cuda.passes import backward
 
-    tensors, settings = _problem(tokens, 1024, 512, 16, 4, BF16, bias=True)
-    other, _ = _problem(tokens, 1024, 512, 16, 4, BF16, bias=True)
+    arguments = _problem(tokens, 1024, 512, 16, 4, BF16, bias=True)
+    other = _problem(tokens, 1024, 512, 16, 4, BF16, bias=True)
     needs, chosen = [True] * 6, Configuration("hopper")
-    wanted = [g.clone() for g in backward.experts_backward(*other, *settings, needs, chosen)]
-    backward.experts_backward(*tensors, *settings, needs, chosen)
+    wanted = [g.clone() for g in backward.experts_backward(*other, needs, chosen)]
+    backward.experts_backward(*arguments, needs, chosen)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = backward.experts_backward(*tensors, *settings, needs, chosen)
-    for mine, theirs in zip(tensors, other, strict=True):
-        mine.copy_(theirs)
+        got = backward.experts_backward(*arguments, needs, chosen)
+    for mine, theirs in zip(tree_leaves(arguments), tree_leaves(other), strict=True):
+        if isinstance(mine, Tensor):
+            mine.copy_(theirs)
     graph.replay()
     for a, b in zip(got, wanted, strict=True):
         assert torch.equal(a, b)
@@ -438,14 +444,14 @@ def test_backward_on_a_stream_while_another_is_captured() -> None:
     from moekern.backends.cuda.passes import backward
 
     needs, chosen = [True] * 6, Configuration("hopper")
-    (inside, settings), (outside, _) = (_problem(4096, 1024, 512, 16, 4, BF16) for _ in range(2))
-    wanted = [backward.experts_backward(*t, *settings, needs, chosen) for t in (inside, outside)]
+    inside, outside = (_problem(4096, 1024, 512, 16, 4, BF16) for _ in range(2))
+    wanted = [backward.experts_backward(*t, needs, chosen) for t in (inside, outside)]
     torch.cuda.synchronize()
     graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     with torch.cuda.graph(graph, capture_error_mode="relaxed"):
-        captured = backward.experts_backward(*inside, *settings, needs, chosen)
+        captured = backward.experts_backward(*inside, needs, chosen)
         with torch.cuda.stream(aside):
-            eager = backward.experts_backward(*outside, *settings, needs, chosen)
+            eager = backward.experts_backward(*outside, needs, chosen)
     graph.replay()
     torch.cuda.synchronize()
     for got, right in zip((captured, eager), wanted, strict=True):
@@ -458,14 +464,14 @@ def test_backward_on_two_streams_at_once() -> None:
 
     needs, chosen = [True] * 6, Configuration("hopper")
     problems = [_problem(4096, 1024, 512, 16, 4, BF16) for _ in range(2)]
-    wanted = [backward.experts_backward(*t, *s, needs, chosen) for t, s in problems]
+    wanted = [backward.experts_backward(*p, needs, chosen) for p in problems]
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in problems]
     results = [[], []]
     for _ in range(3):
-        for stream, (t, s), kept in zip(streams, problems, results, strict=True):
+        for stream, p, kept in zip(streams, problems, results, strict=True):
             with torch.cuda.stream(stream):
-                kept.append(backward.experts_backward(*t, *s, needs, chosen))
+                kept.append(backward.experts_backward(*p, needs, chosen))
     torch.cuda.synchronize()
     for kept, right in zip(results, wanted, strict=True):
         for grads in kept:
@@ -475,12 +481,12 @@ def test_backward_on_two_streams_at_once() -> None:
 def test_backward_memory() -> None:
     """Beyond the gradients at most a row gradient, dH, and small tables."""
     tokens, hidden, inter, experts, top_k = 4096, 1024, 512, 16, 8
-    tensors, settings = _problem(tokens, hidden, inter, experts, top_k, BF16)
-    _kernels(tensors, settings, [True] * 6)
+    arguments = _problem(tokens, hidden, inter, experts, top_k, BF16)
+    _kernels(arguments, [True] * 6)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    grads = _kernels(tensors, settings, [True] * 6)
+    grads = _kernels(arguments, [True] * 6)
     peak = torch.cuda.max_memory_allocated() - before
     own = sum(g.numel() * g.element_size() for g in grads)
     slots = tokens * top_k

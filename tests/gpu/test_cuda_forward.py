@@ -9,6 +9,7 @@ from torch import Tensor
 import moekern as mk
 from moekern.backends import reference
 from moekern.backends.activations import ACTIVATIONS, split
+from moekern.backends.call import Form, Weights
 from problems import error
 from ragged import COUNTS, ROUNDING, assert_guards, assert_rows_close, guarded, normal, plan_of_counts
 
@@ -250,8 +251,8 @@ def run(x: Tensor, ids: Tensor, scores: Tensor, w_gate_up: Tensor, w_down: Tenso
     from moekern.backends import cuda
 
     plan = cuda.plan(ids, w_gate_up.shape[0])
-    settings = (ids.shape[1], "swiglu", False, False, save)
-    return [*plan, *cuda.experts_forward(x, scores, *plan, w_gate_up, w_down, None, None, *settings)]
+    form = Form("swiglu", False, False, ids.shape[1])
+    return [*plan, *cuda.experts_forward(x, scores, plan, Weights(w_gate_up, w_down), form, save)]
 
 
 def test_forward_never_synchronises() -> None:
@@ -341,7 +342,6 @@ def test_torch_path_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
     x, ids, scores, w_gate_up, w_down = layer(300, 256, 136, 8, 3)
     plan = torch_path.plan(ids, 8)
     monkeypatch.setattr(reference, "grouped_mm", None)  # the loop over experts
-    out, _ = torch_path.experts_forward(
-        x, scores, *plan, w_gate_up, w_down, None, None, 3, "swiglu", False, False, False
-    )  # fmt: skip
+    form = Form("swiglu", False, False, 3)
+    out, _ = torch_path.experts_forward(x, scores, plan, Weights(w_gate_up, w_down), form, False)
     assert error(out, run(x, ids, scores, w_gate_up, w_down)[3]) <= 8e-3

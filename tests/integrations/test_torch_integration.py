@@ -116,19 +116,16 @@ def test_opcheck(backend: str) -> None:
     p = make(9, 16, 8, 4, 2, bias=True)
     plan = mk.plan(p.ids, 4)
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    settings = (2, "swiglu", False, False)
-    tensors = (p.w_gate_up, p.w_down, p.b_gate_up, p.b_down)
-    _, pre = ops.experts_forward(p.x, p.weights, *plan[:3], *tensors, *settings, True, backend)
+    form = ("swiglu", False, False, 2)
+    call = (plan[:3], (p.w_gate_up, p.w_down, p.b_gate_up, p.b_down), *form)
+    _, pre = ops.experts_forward(p.x, p.weights, *call, True, backend)
     dout = torch.randn_like(p.x)
     for needs in ([True] * 6, [True, False] * 3):
         torch.library.opcheck(
-            ops.experts_backward, (dout, p.x, pre, p.weights, *plan[:3], *tensors, *settings, needs, backend),
-            test_utils=tests,
-        )  # fmt: skip
-    for save in (False, True):
-        torch.library.opcheck(
-            ops.experts_forward, (p.x, p.weights, *plan[:3], *tensors, *settings, save, backend), test_utils=tests
+            ops.experts_backward, (dout, p.x, pre, p.weights, *call, needs, backend), test_utils=tests
         )
+    for save in (False, True):
+        torch.library.opcheck(ops.experts_forward, (p.x, p.weights, *call, save, backend), test_utils=tests)
     torch.library.opcheck(ops.plan, (p.ids, 4, backend), test_utils=tests)
     for a, b, kind in (
         (p.x, p.w_gate_up, "nt"),

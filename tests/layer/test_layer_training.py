@@ -10,6 +10,7 @@ from torch import Tensor
 
 import moekern as mk
 from moekern.backends import cpu, reference
+from moekern.backends.call import Form, PlanTensors, Weights
 from moekern.layer import training
 from moekern.routing import router
 
@@ -27,25 +28,26 @@ class Layout:
         ids, scores = kept[: 2 * self.slots].view(2, -1, K)
         return ids, scores.view(torch.float32)
 
-    def plan(self, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def plan(self, kept: Tensor) -> PlanTensors:
         order, inverse = kept[2 * self.slots : 4 * self.slots].view(2, -1)
-        return order, inverse, kept[4 * self.slots :]
+        return PlanTensors(order, inverse, kept[4 * self.slots :])
 
 
 class Program:
     """As :class:`moekern.backends.cuda.passes.training.Layer`."""
 
-    def __init__(self, x: Tensor, weight: Tensor, *rest: Any):
-        *_, top_k, activation, (formula, norm, scale) = rest
-        self.settings, self.method = (top_k, activation, False, False), (formula, norm, scale)
+    def __init__(
+        self, x: Tensor, weight: Tensor, weights: Weights, form: Form, method: tuple[str, bool, float]
+    ):  # fmt: skip
+        self.form, self.method = form, method
         self.kept = Layout(x.shape[0])
         self.calls = 0
 
-    def accepts(self, *tensors: Tensor) -> bool:
+    def accepts(self, x: Tensor, weight: Tensor, weights: Weights) -> bool:
         return True
 
     def forward(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, *weights: Tensor
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, weights: Weights
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         self.calls += 1
         rows = x.reshape(-1, H)
@@ -53,21 +55,22 @@ class Program:
         formula, norm, scale = self.method
         scores, ids = mk.route(logits, K, method=formula, norm_topk_prob=norm, routed_scaling_factor=scale)
         plan = reference.plan(ids, E)
-        out, pre = reference.experts_forward(rows, scores, *plan, *weights, *self.settings, True)
+        out, pre = reference.experts_forward(rows, scores, plan, weights, self.form, True)
         parts = (ids.int().view(-1), scores.view(torch.int32).view(-1), *plan)
         return out.view(x.shape), logits, torch.cat(parts), pre
 
     def backward(
         self, dout: Any, dlogits: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
     ) -> list[Tensor | None]:  # fmt: skip
-        *weights, logits, kept, pre, needs = rest
+        weights, logits, kept, pre, needs = rest
         ids, scores = self.kept.chosen(kept)
         grads: list[Tensor | None] = [None] * 7
         total = torch.zeros_like(logits) if dlogits is None else dlogits
         if dout is not None:
             wanted = [needs[0], True, *needs[3:]]
+            plan = self.kept.plan(kept)
             found = reference.experts_backward(
-                dout.reshape(-1, H), x.view(-1, H), pre, scores, *self.kept.plan(kept), *weights, *self.settings, wanted
+                dout.reshape(-1, H), x.view(-1, H), pre, scores, plan, weights, self.form, wanted
             )
             grads = [g if n else None for g, n in zip([found[0], None, None, *found[2:]], needs, strict=True)]
             with torch.enable_grad():

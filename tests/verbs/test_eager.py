@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import moekern as mk
+from moekern.backends.call import Weights
 from moekern.functional import experts as functional
 from moekern.verbs import direct
 from problems import Problem, make
@@ -31,7 +32,8 @@ def arguments(device: str = "cpu", **options: Any) -> dict[str, Any]:
 
 
 def is_remembered(**changed: Any) -> bool:
-    return functional._accepted.get(direct.signature(**changed)) is not None
+    weights = Weights(*(changed.pop(name) for name in Weights._fields))
+    return functional._accepted.get(direct.signature(weights=weights, **changed)) is not None
 
 
 def spoiled(good: dict[str, Any]) -> dict[str, dict[str, Any]]:

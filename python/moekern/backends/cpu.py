@@ -14,6 +14,7 @@ from torch import Tensor
 from moekern import _core
 from moekern.backends import reference
 from moekern.backends.activations import ACTIVATIONS
+from moekern.backends.call import Form, PlanTensors, Weights, sizes_of
 from moekern.backends.pointers import address
 
 _DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -45,7 +46,7 @@ def _indices(slots: int) -> Tensor:
     return torch.frombuffer(_core.Pages(4 * slots), dtype=torch.int32)
 
 
-def plan(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+def plan(topk_ids: Tensor, num_experts: int) -> PlanTensors:
     """See :func:`moekern.backends.reference.plan`."""
     ids = _aligned(topk_ids.contiguous())
     slots = ids.numel()
@@ -57,42 +58,24 @@ def plan(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
         ids.data_ptr(), _ID_TYPE[ids.dtype], slots, num_experts,
         order.data_ptr(), inverse.data_ptr(), offsets.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
-    return order, inverse, offsets
+    return PlanTensors(order, inverse, offsets)
 
 
 def experts_forward(
-    x: Tensor,
-    scores: Tensor | None,
-    order: Tensor,
-    inverse: Tensor,
-    offsets: Tensor,
-    w_gate_up: Tensor,
-    w_down: Tensor,
-    b_gate_up: Tensor | None,
-    b_down: Tensor | None,
-    top_k: int,
-    activation: str,
-    transposed: bool,
-    interleaved: bool,
-    save: bool,
+    x: Tensor, scores: Tensor | None, plan: PlanTensors, weights: Weights, form: Form, save: bool
 ) -> tuple[Tensor, Tensor]:
     """See :func:`moekern.backends.reference.experts_forward`."""
     if x.dtype == torch.float64:
-        return reference.experts_forward(
-            x, scores, order, inverse, offsets, w_gate_up, w_down, b_gate_up, b_down,
-            top_k, activation, transposed, interleaved, save,
-        )  # fmt: skip
-    x, w_gate_up, w_down = _aligned(x), _aligned(w_gate_up), _aligned(w_down)
-    tokens, hidden = x.shape
-    experts, intermediate = w_down.shape[0], w_down.shape[1 if transposed else 2]
+        return reference.experts_forward(x, scores, plan, weights, form, save)
+    x, w_gate_up, w_down = _aligned(x), _aligned(weights.w_gate_up), _aligned(weights.w_down)
+    experts, hidden, intermediate, features = sizes_of(weights, form)
     out = torch.empty_like(x)
-    features = w_gate_up.shape[2 if transposed else 1]
-    pre = _result((order.shape[0], features), x) if save else x.new_empty(0)
+    pre = _result((plan.order.shape[0], features), x) if save else x.new_empty(0)
     _core.experts_forward(
-        _DTYPE[x.dtype], torch.get_num_threads(), tokens, hidden, intermediate, experts, top_k,
-        ACTIVATIONS[activation].code, transposed, interleaved,
-        x.data_ptr(), address(scores), order.data_ptr(), inverse.data_ptr(), offsets.data_ptr(),
-        w_gate_up.data_ptr(), w_down.data_ptr(), address(b_gate_up), address(b_down),
+        _DTYPE[x.dtype], torch.get_num_threads(), x.shape[0], hidden, intermediate, experts, form.top_k,
+        ACTIVATIONS[form.activation].code, form.transposed, form.interleaved,
+        x.data_ptr(), address(scores), plan.order.data_ptr(), plan.inverse.data_ptr(), plan.offsets.data_ptr(),
+        w_gate_up.data_ptr(), w_down.data_ptr(), address(weights.b_gate_up), address(weights.b_down),
         pre.data_ptr() if save else 0, out.data_ptr(),
     )  # fmt: skip
     return out, pre
@@ -103,38 +86,26 @@ def experts_backward(
     x: Tensor,
     pre: Tensor,
     scores: Tensor | None,
-    order: Tensor,
-    inverse: Tensor,
-    offsets: Tensor,
-    w_gate_up: Tensor,
-    w_down: Tensor,
-    b_gate_up: Tensor | None,
-    b_down: Tensor | None,
-    top_k: int,
-    activation: str,
-    transposed: bool,
-    interleaved: bool,
+    plan: PlanTensors,
+    weights: Weights,
+    form: Form,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
     """See :func:`moekern.backends.reference.experts_backward`."""
     if x.dtype == torch.float64:
-        return reference.experts_backward(
-            dout, x, pre, scores, order, inverse, offsets, w_gate_up, w_down, b_gate_up, b_down,
-            top_k, activation, transposed, interleaved, needs,
-        )  # fmt: skip
-    dout, x, w_gate_up, w_down = _aligned(dout), _aligned(x), _aligned(w_gate_up), _aligned(w_down)
-    tokens, hidden = x.shape
-    experts, intermediate = w_down.shape[0], w_down.shape[1 if transposed else 2]
+        return reference.experts_backward(dout, x, pre, scores, plan, weights, form, needs)
     gradients = tuple(
         _result(t.shape, t) if wanted and t is not None else x.new_empty(0)
-        for t, wanted in zip((x, scores, w_gate_up, w_down, b_gate_up, b_down), needs, strict=True)
+        for t, wanted in zip((x, scores, *weights), needs, strict=True)
     )
+    dout, x, w_gate_up, w_down = map(_aligned, (dout, x, weights.w_gate_up, weights.w_down))
+    experts, hidden, intermediate, _ = sizes_of(weights, form)
     _core.experts_backward(
-        _DTYPE[x.dtype], torch.get_num_threads(), tokens, hidden, intermediate, experts, top_k,
-        ACTIVATIONS[activation].code, transposed, interleaved,
+        _DTYPE[x.dtype], torch.get_num_threads(), x.shape[0], hidden, intermediate, experts, form.top_k,
+        ACTIVATIONS[form.activation].code, form.transposed, form.interleaved,
         dout.data_ptr(), x.data_ptr(), pre.data_ptr(), address(scores),
-        order.data_ptr(), inverse.data_ptr(), offsets.data_ptr(),
-        w_gate_up.data_ptr(), w_down.data_ptr(), address(b_gate_up), address(b_down),
+        plan.order.data_ptr(), plan.inverse.data_ptr(), plan.offsets.data_ptr(),
+        w_gate_up.data_ptr(), w_down.data_ptr(), address(weights.b_gate_up), address(weights.b_down),
         *(g.data_ptr() if wanted else 0 for g, wanted in zip(gradients, needs, strict=True)),
     )  # fmt: skip
     return gradients

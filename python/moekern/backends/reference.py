@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from moekern.backends.activations import ACTIVATIONS, join, split
+from moekern.backends.call import Form, PlanTensors, Weights
 from moekern.backends.observers import is_exporting
 
 
-def plan(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+def plan(topk_ids: Tensor, num_experts: int) -> PlanTensors:
     """Sort the slots by expert, keeping slot order within an expert.
 
     Args:
@@ -35,7 +36,7 @@ def plan(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
         0, ids, torch.ones_like(ids)
     )
     offsets = torch.cat((counts.new_zeros(1), counts[:num_experts].cumsum(0)))
-    return order.to(torch.int32), inverse.to(torch.int32), offsets.to(torch.int32)
+    return PlanTensors(order.to(torch.int32), inverse.to(torch.int32), offsets.to(torch.int32))
 
 
 def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor, kind: str) -> Tensor:
@@ -98,49 +99,33 @@ def _slot_scores(scores: Tensor | None, inverse: Tensor, offsets: Tensor, like: 
 
 
 def _forward(
-    x: Tensor,
-    scores: Tensor | None,
-    order: Tensor,
-    inverse: Tensor,
-    offsets: Tensor,
-    w_gate_up: Tensor,
-    w_down: Tensor,
-    b_gate_up: Tensor | None,
-    b_down: Tensor | None,
-    top_k: int,
-    activation: str,
-    transposed: bool,
-    interleaved: bool,
-    multiply: GroupedMM = grouped_mm,
+    x: Tensor, scores: Tensor | None, plan: PlanTensors, weights: Weights, form: Form, multiply: GroupedMM
 ) -> tuple[Tensor, Tensor]:
-    act = ACTIVATIONS[activation]
-    rows = take_rows(x, order // top_k)
-    pre = _linear(rows, w_gate_up, b_gate_up, offsets, transposed, multiply)
-    y = _linear(act.forward(*split(pre, act, interleaved)), w_down, b_down, offsets, transposed, multiply)
-    weights = _slot_scores(scores, inverse, offsets, x).reshape(x.shape[0], top_k, 1)
-    by_slot = take_rows(y, inverse).reshape(x.shape[0], top_k, y.shape[-1])
-    return (by_slot.to(weights.dtype) * weights).sum(1).to(x.dtype), pre
+    act = ACTIVATIONS[form.activation]
+    order, inverse, offsets = plan
+    w_gate_up, w_down, b_gate_up, b_down = weights
+    rows = take_rows(x, order // form.top_k)
+    pre = _linear(rows, w_gate_up, b_gate_up, offsets, form.transposed, multiply)
+    activated = act.forward(*split(pre, act, form.interleaved))
+    y = _linear(activated, w_down, b_down, offsets, form.transposed, multiply)
+    slot_scores = _slot_scores(scores, inverse, offsets, x).reshape(x.shape[0], form.top_k, 1)
+    by_slot = take_rows(y, inverse).reshape(x.shape[0], form.top_k, y.shape[-1])
+    return (by_slot.to(slot_scores.dtype) * slot_scores).sum(1).to(x.dtype), pre
 
 
-def experts(*args: Tensor | int | str | bool | GroupedMM | None) -> Tensor:
-    """The output as one differentiable torch expression; the arguments of :func:`experts_forward` less ``save``."""
-    return _forward(*args)[0]  # type: ignore[arg-type]
+def experts(
+    x: Tensor, scores: Tensor | None, plan: PlanTensors, weights: Weights, form: Form, multiply: GroupedMM
+) -> Tensor:
+    """The output of :func:`experts_forward` as one differentiable torch expression."""
+    return _forward(x, scores, plan, weights, form, multiply)[0]
 
 
 def experts_forward(
     x: Tensor,
     scores: Tensor | None,
-    order: Tensor,
-    inverse: Tensor,
-    offsets: Tensor,
-    w_gate_up: Tensor,
-    w_down: Tensor,
-    b_gate_up: Tensor | None,
-    b_down: Tensor | None,
-    top_k: int,
-    activation: str,
-    transposed: bool,
-    interleaved: bool,
+    plan: PlanTensors,
+    weights: Weights,
+    form: Form,
     save: bool,
     multiply: GroupedMM = grouped_mm,
 ) -> tuple[Tensor, Tensor]:
@@ -149,22 +134,13 @@ def experts_forward(
     Args:
         x: ``[T, H]``.
         scores: ``[T, K]`` router weights in float32 (float64 for float64 ``x``), or None for ones.
-        order, inverse, offsets: The plan.
-        w_gate_up: ``[E, 2I, H]``; ``[E, I, H]`` for a plain activation; last two swapped if ``transposed``.
-        w_down: ``[E, H, I]``; last two swapped if ``transposed``.
-        b_gate_up, b_down: ``[E, 2I]`` and ``[E, H]``, or None.
-        top_k: K.
-        activation: A name of :data:`moekern.backends.activations.ACTIVATIONS`.
-        transposed, interleaved: Layout of the weights, see :func:`moekern.experts`.
+        plan, weights, form: See :mod:`moekern.backends.call`.
         save: Whether the pre-activation is wanted.
 
     Returns:
         Output ``[T, H]`` and the pre-activation ``[S, 2I]`` (empty without ``save``).
     """
-    out, pre = _forward(
-        x, scores, order, inverse, offsets, w_gate_up, w_down, b_gate_up, b_down,
-        top_k, activation, transposed, interleaved, multiply,
-    )  # fmt: skip
+    out, pre = _forward(x, scores, plan, weights, form, multiply)
     return out, pre if save else pre.new_empty(0)
 
 
@@ -173,17 +149,9 @@ def experts_backward(
     x: Tensor,
     pre: Tensor,
     scores: Tensor | None,
-    order: Tensor,
-    inverse: Tensor,
-    offsets: Tensor,
-    w_gate_up: Tensor,
-    w_down: Tensor,
-    b_gate_up: Tensor | None,
-    b_down: Tensor | None,
-    top_k: int,
-    activation: str,
-    transposed: bool,
-    interleaved: bool,
+    plan: PlanTensors,
+    weights: Weights,
+    form: Form,
     needs: list[bool],
     multiply: GroupedMM = grouped_mm,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -192,7 +160,10 @@ def experts_backward(
     Nothing of size ``[S, H]`` was saved: the down projection's output is not needed, because
     ``dS_r = <dO_t W_down, A_r> + <dO_t, b_down>``.
     """
-    act = ACTIVATIONS[activation]
+    act = ACTIVATIONS[form.activation]
+    order, inverse, offsets = plan
+    w_gate_up, w_down, _, b_down = weights
+    top_k, transposed, interleaved = form.top_k, form.transposed, form.interleaved
     rows = pre.shape[0]
     token = (order // top_k).long()
     real = (torch.arange(rows, device=x.device) < offsets[-1]).unsqueeze(1)

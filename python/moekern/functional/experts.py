@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from moekern.backends.activations import ACTIVATIONS
-from moekern.functional.plan import Plan, plan
+from moekern.backends.call import Form, PlanTensors, Weights
+from moekern.functional.plan import Plan, plan, tensors_of
 from moekern.verbs import autograd, checks, direct, ops
 from moekern.verbs.backend import resolve
 
@@ -57,13 +58,12 @@ def experts(
         TypeError: An argument is not a dense tensor of an accepted dtype, or the dtypes differ.
         ValueError: Shapes or devices do not fit together, or a name is unknown.
     """
-    signature = direct.signature(
-        x, topk_ids, topk_weights, w_gate_up, w_down, b_gate_up, b_down, activation, transposed, interleaved, plan
-    )  # fmt: skip
+    weights = Weights(w_gate_up, w_down, b_gate_up, b_down)
+    signature = direct.signature(x, topk_ids, topk_weights, weights, activation, transposed, interleaved, plan)
     call = _accepted.get(signature)
     if call is not None:
-        return call(x, topk_ids, topk_weights, w_gate_up, w_down, b_gate_up, b_down, plan)  # type: ignore[no-any-return]
-    check_experts(x, w_gate_up, w_down, b_gate_up, b_down, activation, transposed, interleaved)
+        return call(x, topk_ids, topk_weights, weights, plan)  # type: ignore[no-any-return]
+    check_experts(x, weights, activation, transposed, interleaved)
     num_experts = w_gate_up.shape[0]
     if plan is None:
         checks.topk_ids("topk_ids", topk_ids)
@@ -82,31 +82,20 @@ def experts(
         checks.same_device("topk_weights", topk_weights, "x", x)
         checks.has_shape("topk_weights", topk_weights, (x.shape[0], top_k), "tokens, top_k")
     backend = resolve(x.device.type)
-    settings = (top_k, activation, transposed, interleaved)
+    form = Form(activation, transposed, interleaved, top_k)
     score_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if signature is not None and backend != "reference" and (topk_weights is None or topk_weights.dtype == score_dtype):
-        call = _Call(num_experts, settings, backend)
+        call = _Call(num_experts, form, backend)
         _accepted.remember(signature, call)
-        return call(x, topk_ids, topk_weights, w_gate_up, w_down, b_gate_up, b_down, plan)
+        return call(x, topk_ids, topk_weights, weights, plan)
     if plan is None:
         assert topk_ids is not None
         plan = _plan(topk_ids, num_experts)
-    w_gate_up, w_down, transposed = _as_they_lie(w_gate_up, w_down, transposed)
-    settings = (top_k, activation, transposed, interleaved)
-    x, w_gate_up, w_down, b_gate_up, b_down = _autocast(x, w_gate_up, w_down, b_gate_up, b_down)
+    weights, form = _as_stored(weights, form)
+    x, weights = _autocast(x, weights)
     if topk_weights is not None:
         topk_weights = topk_weights.to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous()
-    return autograd.experts(
-        x,
-        topk_weights,
-        (plan.order, plan.inverse, plan.offsets),
-        w_gate_up,
-        w_down,
-        b_gate_up,
-        b_down,
-        settings,
-        backend,
-    )
+    return autograd.experts(x, topk_weights, tensors_of(plan), weights, form, backend)
 
 
 def grouped_mlp(
@@ -136,25 +125,15 @@ def grouped_mlp(
     Raises:
         TypeError, ValueError: As in :func:`experts`.
     """
-    check_experts(
-        x_sorted, w_gate_up, w_down, b_gate_up, b_down, activation, transposed, interleaved, x_name="x_sorted"
-    )
+    weights = Weights(w_gate_up, w_down, b_gate_up, b_down)
+    check_experts(x_sorted, weights, activation, transposed, interleaved, x_name="x_sorted")
     offsets = _check_offsets(offsets, x_sorted, "x_sorted", w_gate_up.shape[0])
-    w_gate_up, w_down, transposed = _as_they_lie(w_gate_up, w_down, transposed)
-    x_sorted, w_gate_up, w_down, b_gate_up, b_down = _autocast(x_sorted, w_gate_up, w_down, b_gate_up, b_down)
+    weights, form = _as_stored(weights, Form(activation, transposed, interleaved, 1))
+    x_sorted, weights = _autocast(x_sorted, weights)
     rows = torch.arange(x_sorted.shape[0], dtype=torch.int32, device=x_sorted.device)
     inverse = rows.clone() if torch.compiler.is_compiling() else rows  # it refuses one tensor in two places
-    return autograd.experts(
-        x_sorted,
-        None,
-        (rows, inverse, offsets),
-        w_gate_up,
-        w_down,
-        b_gate_up,
-        b_down,
-        (1, activation, transposed, interleaved),
-        resolve(x_sorted.device.type),
-    )
+    plan = PlanTensors(rows, inverse, offsets)
+    return autograd.experts(x_sorted, None, plan, weights, form, resolve(x_sorted.device.type))
 
 
 def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
@@ -201,8 +180,8 @@ _accepted = direct.Accepted()
 class _Call:
     """An accepted signature of :func:`experts`: runs any call of that signature, without checks and dispatcher."""
 
-    def __init__(self, num_experts: int, settings: tuple[int, str, bool, bool], backend: str):
-        self._num_experts, self._settings, self._backend = num_experts, settings, backend
+    def __init__(self, num_experts: int, form: Form, backend: str):
+        self._num_experts, self._form, self._backend = num_experts, form, backend
         self._module = ops.backend_module(backend)
         # Planner and verb as one program, made at the first inference: not every backend has that, nor every size.
         self._prepare = getattr(self._module, "prepare_inference", None)
@@ -213,12 +192,10 @@ class _Call:
         x: Tensor,
         topk_ids: Tensor | None,
         topk_weights: Tensor | None,
-        w_gate_up: Tensor,
-        w_down: Tensor,
-        b_gate_up: Tensor | None,
-        b_down: Tensor | None,
+        weights: Weights,
         plan: Plan | None,
     ) -> Tensor:
+        w_gate_up, w_down, b_gate_up, b_down = weights
         differentiable = torch.is_grad_enabled() and (
             x.requires_grad or w_gate_up.requires_grad or w_down.requires_grad
             or (topk_weights is not None and topk_weights.requires_grad)
@@ -230,36 +207,24 @@ class _Call:
             if not differentiable:
                 prepare = self._prepare  # read once: another thread may be through with it in between
                 if prepare is not None:
-                    self._inference = prepare(
-                        x, topk_ids, topk_weights, w_gate_up, w_down, b_gate_up, b_down, *self._settings
-                    )  # fmt: skip
+                    self._inference = prepare(x, topk_ids, topk_weights, weights, self._form)
                     self._prepare = None
                 if self._inference is not None:
-                    out = self._inference(x, topk_ids, topk_weights, w_gate_up, w_down, b_gate_up, b_down)
+                    out = self._inference(x, topk_ids, topk_weights, weights)
                     if out is not None:
                         return out
             plan = _plan(topk_ids, self._num_experts)
         if differentiable:
-            tensors = (x, topk_weights, w_gate_up, w_down, b_gate_up, b_down)
-            return autograd.experts_eagerly(*tensors, *plan[:3], self._settings, self._backend)
-        out, _ = self._module.experts_forward(
-            x, topk_weights, *plan[:3], w_gate_up, w_down, b_gate_up, b_down, *self._settings, False
-        )  # fmt: skip
+            return autograd.experts_eagerly(x, topk_weights, tensors_of(plan), weights, self._form, self._backend)
+        out, _ = self._module.experts_forward(x, topk_weights, tensors_of(plan), weights, self._form, False)
         return out  # type: ignore[no-any-return]
 
 
 def check_experts(
-    x: Tensor,
-    w_gate_up: Tensor,
-    w_down: Tensor,
-    b_gate_up: Tensor | None,
-    b_down: Tensor | None,
-    activation: str,
-    transposed: bool,
-    interleaved: bool,
-    x_name: str = "x",
+    x: Tensor, weights: Weights, activation: str, transposed: bool, interleaved: bool, x_name: str = "x"
 ) -> None:
     """Everything about x and the weights that can be known before any work."""
+    w_gate_up, w_down, b_gate_up, b_down = weights
     checks.one_of("activation", activation, tuple(ACTIVATIONS))
     checks.is_bool("transposed", transposed)
     checks.is_bool("interleaved", interleaved)
@@ -335,27 +300,34 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
-def _autocast(x: Tensor, *others: Tensor | None) -> tuple:  # type: ignore[type-arg]
+def _autocast(x: Tensor, weights: Weights) -> tuple[Tensor, Weights]:
     """All tensors contiguous, and in autocast's dtype where it is on."""
     dtype = _autocast_dtype(x) or x.dtype
-    return tuple(None if t is None else (t if t.dtype == dtype else t.to(dtype)).contiguous() for t in (x, *others))
+
+    def cast(t: Tensor) -> Tensor:
+        return (t if t.dtype == dtype else t.to(dtype)).contiguous()
+
+    return cast(x), Weights._make(None if t is None else cast(t) for t in weights)
 
 
-def _as_they_lie(w_gate_up: Tensor, w_down: Tensor, transposed: bool) -> tuple[Tensor, Tensor, bool]:
+def _as_stored(weights: Weights, form: Form) -> tuple[Weights, Form]:
     """The weights in the layout that their memory has: transposed views of the other layout need no copy.
 
-    What lies in neither layout is copied by :func:`_autocast` at every call, and a warning says so once.
+    Any other view is copied by :func:`_autocast` at every call, and a warning says so once.
     """
-    weights = {"w_gate_up": w_gate_up, "w_down": w_down}
-    strided = {name: w for name, w in weights.items() if not w.is_contiguous()}
+    matrices = {"w_gate_up": weights.w_gate_up, "w_down": weights.w_down}
+    strided = {name: w for name, w in matrices.items() if not w.is_contiguous()}
     if not strided:
-        return w_gate_up, w_down, transposed
-    if all(w.mT.is_contiguous() for w in weights.values()):
-        return w_gate_up.mT, w_down.mT, not transposed
+        return weights, form
+    if all(w.mT.is_contiguous() for w in matrices.values()):
+        return (
+            weights._replace(w_gate_up=weights.w_gate_up.mT, w_down=weights.w_down.mT),
+            form._replace(transposed=not form.transposed),
+        )
     if not torch.compiler.is_compiling():
         for name in strided:
             _warn_of_copy(name)
-    return w_gate_up, w_down, transposed
+    return weights, form
 
 
 @cache

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moekern import _core
+from moekern.backends.call import PlanTensors
 from moekern.verbs import checks, direct, ops
 from moekern.verbs.backend import resolve
 
@@ -95,6 +96,11 @@ class Plan(NamedTuple):
             offsets.data_ptr(), self.num_experts, height, longest_first, table.data_ptr(), capacity
         )  # fmt: skip
         return table[:count]
+
+
+def tensors_of(plan: Plan) -> PlanTensors:
+    """A plan as the verbs take it."""
+    return PlanTensors(plan.order, plan.inverse, plan.offsets)
 
 
 PLANNERS = ("auto", "device", "host")

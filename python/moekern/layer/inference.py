@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from moekern.backends.call import Form, Weights
 from moekern.functional.experts import check_experts
 from moekern.layer.attributes import LayerAttributes
 from moekern.layer.parameters import Experts, Router, is_ordinary
@@ -39,7 +40,7 @@ def infer(layer: LayerAttributes, x: Tensor) -> Tensor | None:
         t is not None and getattr(t, "requires_grad", True) for t in (x, router_weight, router_bias, *weights)
     ):
         return None
-    signature = direct.signature(x, router_weight, None, *weights, options.activation, False, False, None)
+    signature = direct.signature(x, router_weight, None, weights, options.activation, False, False, None)
     if signature is None:
         return None
     if gate._buffers.get("e_score_correction_bias") is not None:
@@ -57,16 +58,16 @@ def infer(layer: LayerAttributes, x: Tensor) -> Tensor | None:
     if makes_logits:
         if router_weight.is_neg() or (router_bias is not None and not fits(router_bias, router_weight)):
             return None
-        out = call(tokens, router_weight, None, *weights, router_bias)
+        out = call(tokens, router_weight, None, weights, router_bias)
         return out if out is None or x.ndim == 2 else out.view(x.shape)
     logits = gate(tokens)
     if logits.dtype != torch.float32 or not direct.plain(logits) or not logits.is_contiguous():  # a hook's doing
         return None
-    out = call(tokens, logits, None, *weights)
+    out = call(tokens, logits, None, weights)
     return out if out is None or x.ndim == 2 else out.view(x.shape)
 
 
-def parameters_of(layer: LayerAttributes) -> tuple[Any, Any, Any, tuple[Any, Any, Any, Any]]:
+def parameters_of(layer: LayerAttributes) -> tuple[Any, Any, Any, Weights]:
     """The router, its weight and bias, and the projections of ordinary experts.
 
     Where they are plain parameters, around the attributes of nn.Module, which take several times as long.
@@ -76,14 +77,14 @@ def parameters_of(layer: LayerAttributes) -> tuple[Any, Any, Any, tuple[Any, Any
     assert gate is not None
     assert isinstance(experts, Experts)
     own, bias = experts._parameters, gate._parameters.get("bias")
-    weights: tuple[Any, Any, Any, Any] = (
-        own.get("gate_up_proj"), own.get("down_proj"), own.get("gate_up_proj_bias"), own.get("down_proj_bias")
-    )  # fmt: skip
-    if type(weights[0]) is not Parameter or type(weights[1]) is not Parameter:
-        weights = experts.projections
-    elif weights[2] is None or weights[3] is None:  # not there, or under another name
+    w_gate_up, w_down = own.get("gate_up_proj"), own.get("down_proj")
+    b_gate_up, b_down = own.get("gate_up_proj_bias"), own.get("down_proj_bias")
+    if b_gate_up is None or b_down is None:  # not there, or under another name
         b_gate_up, b_down = experts.gate_up_proj_bias, experts.down_proj_bias
-        weights = (*weights[:2], b_gate_up, b_down)
+    if type(w_gate_up) is Parameter and type(w_down) is Parameter:
+        weights = Weights(w_gate_up, w_down, b_gate_up, b_down)
+    else:
+        weights = experts.projections
     weight = gate._parameters.get("weight")
     return gate, gate.weight if weight is None else weight, gate.bias if bias is None else bias, weights
 
@@ -110,16 +111,15 @@ def _prepare(layer: LayerAttributes, x: Tensor) -> tuple[Callable[..., Tensor | 
         return None
     tokens = x.view(-1, options.hidden_size)
     try:
-        check_experts(tokens, *weights, options.activation, False, False)
+        check_experts(tokens, weights, options.activation, False, False)
         module = ops.backend_module(resolve(x.device.type))
     except (TypeError, ValueError):
         return None
-    if not hasattr(module, "prepare_inference") or weight.shape[0] != weights[0].shape[0]:
+    if not hasattr(module, "prepare_inference") or weight.shape[0] != weights.w_gate_up.shape[0]:
         return None
     makes_logits = is_ordinary(gate, Router) and module.makes_logits(tokens, weight)
     routed_by = weight if makes_logits else torch.empty(tokens.shape[0], weight.shape[0], device=x.device)
     formula = (router.METHODS[options.routing], options.norm_topk_prob, options.routed_scaling_factor)
-    program = module.prepare_inference(
-        tokens, routed_by, None, *weights, options.top_k, options.activation, False, False, formula, makes_logits
-    )
+    form = Form(options.activation, False, False, options.top_k)
+    program = module.prepare_inference(tokens, routed_by, None, weights, form, formula, makes_logits)
     return None if program is None else (program, makes_logits)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moekern.backends.activations import ACTIVATIONS
+from moekern.backends.call import Weights
 from moekern.backends.observers import forward_mode
 from moekern.functional.experts import experts, grouped_mlp
 from moekern.functional.plan import Plan
@@ -262,10 +263,10 @@ class Experts(nn.Module):
                 down.mul_(torch.cat((routed, fused * self.fused**-0.5)))  # a DTensor refuses to be filled in part
 
     @property
-    def projections(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """The weights and biases in the order of :func:`moekern.experts`."""
+    def projections(self) -> Weights:
+        """The weights and biases."""
         b_up, b_down = self.gate_up_proj_bias, self.down_proj_bias
-        return (
+        return Weights(
             whole(self.gate_up_proj, "experts.gate_up_proj"),
             whole(self.down_proj, "experts.down_proj"),
             None if b_up is None else whole(b_up, "experts.gate_up_proj_bias"),

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moekern.backends.call import Form, Weights
 from moekern.functional.experts import check_experts
 from moekern.layer.attributes import LayerAttributes
 from moekern.layer.inference import fits, parameters_of
@@ -47,7 +48,7 @@ def train(layer: LayerAttributes, x: Tensor) -> tuple[Tensor, Latest] | None:
     if not (is_ordinary(layer._modules["experts"], Experts) and is_ordinary(layer._modules["gate"], Router)):
         return None
     gate, router_weight, router_bias, weights = parameters_of(layer)
-    signature = direct.signature(x, router_weight, None, *weights, options.activation, False, False, None)
+    signature = direct.signature(x, router_weight, None, weights, options.activation, False, False, None)
     if signature is None:
         return None
     if gate._buffers.get("e_score_correction_bias") is not None:
@@ -57,15 +58,14 @@ def train(layer: LayerAttributes, x: Tensor) -> tuple[Tensor, Latest] | None:
     if program is None:
         program = _prepare(layer, x) or False
         _accepted.remember(key, program)
-    if program is False or router_weight.is_neg() or not program.accepts(x, router_weight, *weights[:2]):
+    if program is False or router_weight.is_neg() or not program.accepts(x, router_weight, weights):
         return None
     if router_bias is not None and not fits(router_bias, router_weight):
         return None
     if not any(t is not None and t.requires_grad for t in (x, router_weight, router_bias, *weights)):
         return None
     method = (options.routing, options.norm_topk_prob, options.routed_scaling_factor)
-    settings = (options.top_k, options.activation, False, False)
-    out, logits, kept = _Layer.apply(x, router_weight, router_bias, *weights, program, method, settings)
+    out, logits, kept = _Layer.apply(x, router_weight, router_bias, *weights, program, method)
     return out, Latest(logits, kept, program, x.shape[:-1])
 
 
@@ -77,58 +77,47 @@ def _prepare(layer: LayerAttributes, x: Tensor) -> Any:
         return None
     tokens = x.detach().view(-1, options.hidden_size)
     try:
-        check_experts(tokens, *weights, options.activation, False, False)
+        check_experts(tokens, weights, options.activation, False, False)
         module = ops.backend_module(resolve(x.device.type))
     except (TypeError, ValueError):
         return None
-    if not hasattr(module, "prepare_training") or weight.shape != (weights[0].shape[0], x.shape[-1]):
+    if not hasattr(module, "prepare_training") or weight.shape != (weights.w_gate_up.shape[0], x.shape[-1]):
         return None
     formula = (router.METHODS[options.routing], options.norm_topk_prob, options.routed_scaling_factor)
-    return module.prepare_training(tokens, weight, *weights, options.top_k, options.activation, formula)
+    form = Form(options.activation, False, False, options.top_k)
+    return module.prepare_training(tokens, weight, weights, form, formula)
 
 
 class _Layer(torch.autograd.Function):
-    """Arguments: x, the router's weight and bias, the experts' two weights and two biases, program, method, settings.
+    """Arguments: x, the router's weight and bias, *weights of the experts, program, method.
 
-    `method` are arguments of the router's `weights_of`, `settings` those of autograd's `experts`.
+    `method` are arguments of the router's `weights_of`.
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
-        x: Tensor,
-        router_weight: Tensor,
-        router_bias: Tensor | None,
-        w_gate_up: Tensor,
-        w_down: Tensor,
-        b_gate_up: Tensor | None,
-        b_down: Tensor | None,
-        program: Any,
-        method: tuple[str, bool, float],
-        settings: tuple[int, str, bool, bool],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        out, logits, kept, pre = program.forward(
-            x, router_weight, router_bias, w_gate_up, w_down, b_gate_up, b_down
-        )  # fmt: skip
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        *inputs, ctx.program, ctx.method = args
+        x, router_weight, router_bias, *weights = inputs
+        out, logits, kept, pre = ctx.program.forward(x, router_weight, router_bias, Weights(*weights))
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(kept)
-        ctx.save_for_backward(
-            x, router_weight, router_bias, w_gate_up, w_down, b_gate_up, b_down, logits, kept, pre
-        )  # fmt: skip
-        ctx.program, ctx.method, ctx.settings = program, method, settings
+        ctx.save_for_backward(*inputs, logits, kept, pre)
         return out, logits, kept
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlogits: Tensor | None, _: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if dout is None and dlogits is None:
-            return (None,) * 10
+            return (None,) * len(ctx.needs_input_grad)
         *inputs, logits, kept, pre = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:7]
+        x, router_weight, router_bias, *weights = inputs
         if torch.is_grad_enabled() or not (direct.undisturbed() and direct.plain(dout, dlogits, *inputs)):
             grads = _gradients_again(ctx, dout, dlogits, inputs, kept)
         else:
-            grads = ctx.program.backward(dout, dlogits, *inputs, logits, kept, pre, needs)
-        return (*grads, None, None, None)
+            needs = ctx.needs_input_grad[: len(inputs)]
+            grads = ctx.program.backward(
+                dout, dlogits, x, router_weight, router_bias, Weights(*weights), logits, kept, pre, needs
+            )
+        return (*grads, None, None)
 
 
 def _gradients_again(
@@ -140,23 +129,21 @@ def _gradients_again(
         inputs = [t if t is None else t.detach().requires_grad_(t.requires_grad) for t in inputs]
     layout = ctx.program.kept
     with torch.enable_grad():
-        x, router_weight, router_bias, w_gate_up, w_down, b_gate_up, b_down = inputs
+        x, router_weight, router_bias, *weights = inputs
         tokens = x.reshape(-1, x.shape[-1])
         logits = wide_linear(tokens, router_weight)
         if router_bias is not None:
             logits = logits + router_bias.float()
         scores = router.weights_of(logits, layout.chosen(kept)[0].long(), *ctx.method)
-        out = autograd.experts(
-            tokens, scores, layout.plan(kept), w_gate_up, w_down, b_gate_up, b_down, ctx.settings,
-            x.device.type,  # the backend of the program, whatever is asked for by now
-        )  # fmt: skip
+        backend = x.device.type  # that of the program, whatever is asked for by now
+        out = autograd.experts(tokens, scores, layout.plan(kept), Weights(*weights), ctx.program.form, backend)
         pairs = [(out, None if dout is None else dout.reshape(out.shape)), (logits, dlogits)]
         outputs, upstream = zip(*(pair for pair in pairs if pair[1] is not None), strict=True)
-        wanted = [i for i, need in enumerate(ctx.needs_input_grad[:7]) if need]
+        wanted = [i for i, need in enumerate(ctx.needs_input_grad[: len(inputs)]) if need]
         found = torch.autograd.grad(
             outputs, [inputs[i] for i in wanted], upstream, create_graph=again, allow_unused=True
         )
-    grads: list[Tensor | None] = [None] * 7
+    grads: list[Tensor | None] = [None] * len(inputs)
     for i, gradient in zip(wanted, found, strict=True):
         grads[i] = gradient
     return grads

@@ -9,12 +9,14 @@ operators around grouped products, which are bilinear. ``vmap`` runs slice by sl
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moekern.backends import reference
+from moekern.backends.call import Form, PlanTensors, Weights
 from moekern.backends.observers import forward_mode
 from moekern.verbs import direct, ops
 
@@ -30,181 +32,142 @@ class Sliced(torch.autograd.Function):
         return ops.slice_by_slice(cls.apply, info, in_dims, *args)
 
 
+# A Function takes tensors one by one: x, scores, *weights, *plan. Of the first six gradients are asked.
+_FLOATING = 2 + len(Weights._fields)
+
+
+def _unflatten(tensors: Sequence[Any]) -> tuple[Tensor, Tensor | None, PlanTensors, Weights]:
+    """The arguments x, scores, plan, weights."""
+    x, scores, *weights = tensors[:_FLOATING]
+    return x, scores, PlanTensors(*tensors[_FLOATING:]), Weights(*weights)
+
+
 class _Experts(Sliced):
-    """Arguments: x, scores, w_gate_up, w_down, b_gate_up, b_down, order, inverse, offsets, *settings, backend."""
+    """Arguments: x, scores, *weights, *plan, form, backend."""
 
     @staticmethod
-    def forward(
-        x: Tensor,
-        scores: Tensor | None,
-        w_gate_up: Tensor,
-        w_down: Tensor,
-        b_gate_up: Tensor | None,
-        b_down: Tensor | None,
-        order: Tensor,
-        inverse: Tensor,
-        offsets: Tensor,
-        top_k: int,
-        activation: str,
-        transposed: bool,
-        interleaved: bool,
-        backend: str,
-    ) -> tuple[Tensor, Tensor]:
-        return ops.experts_forward(  # type: ignore[no-any-return]
-            x, scores, order, inverse, offsets, w_gate_up, w_down, b_gate_up, b_down,
-            top_k, activation, transposed, interleaved, True, backend,
-        )  # fmt: skip
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        *tensors, form, backend = args
+        return ops.experts_forward(*_unflatten(tensors), *form, True, backend)  # type: ignore[no-any-return]
 
     @staticmethod
     def setup_context(ctx: Ctx, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *tensors, ctx.form, ctx.backend_name = inputs
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(*inputs[:9], output[1])
-        ctx.settings = inputs[9:]
+        ctx.save_for_backward(*tensors, output[1])
 
     @staticmethod
     def backward(ctx: Ctx, dout: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        if dout is None:
-            return (None,) * 14
-        return (*_gradients(ctx, dout), *(None,) * 8)
+        return _gradients(ctx, dout)
 
 
 class _EagerExperts(torch.autograd.Function):
     """The same for eager calls, in the form without ``setup_context``: that one costs 35 us more a call.
 
-    Arguments: x, scores, w_gate_up, w_down, b_gate_up, b_down, order, inverse, offsets, settings, backend.
+    Arguments: x, scores, *weights for the graph to know, and the others, with the same weights as they travel.
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Ctx,
-        x: Tensor,
-        scores: Tensor | None,
-        w_gate_up: Tensor,
-        w_down: Tensor,
-        b_gate_up: Tensor | None,
-        b_down: Tensor | None,
-        order: Tensor,
-        inverse: Tensor,
-        offsets: Tensor,
-        settings: tuple[int, str, bool, bool],
-        backend: str,
-    ) -> Tensor:
-        out, pre = ops.backend_module(backend).experts_forward(
-            x, scores, order, inverse, offsets, w_gate_up, w_down, b_gate_up, b_down, *settings, True
-        )  # fmt: skip
+    def forward(ctx: Ctx, *args: Any) -> Tensor:  # type: ignore[override]
+        *floating, (plan, weights, ctx.form, ctx.backend_name) = args
+        x, scores = floating[:2]
+        out, pre = ops.backend_module(ctx.backend_name).experts_forward(x, scores, plan, weights, ctx.form, True)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, scores, w_gate_up, w_down, b_gate_up, b_down, order, inverse, offsets, pre)
-        ctx.settings = (*settings, backend)
+        ctx.save_for_backward(*floating, *plan, pre)
         return out  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Ctx, dout: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        if dout is None:
-            return (None,) * 11
-        return (*_gradients(ctx, dout), None, None, None, None, None)
+        return _gradients(ctx, dout)
 
 
-def _gradients(ctx: Ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
-    """The six gradients of the experts, None where not wanted."""
-    *inputs, pre = ctx.saved_tensors
-    needs = list(ctx.needs_input_grad[:6])
+def _gradients(ctx: Ctx, dout: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What either Function's backward returns: None for every input where no gradient is wanted."""
+    if dout is None:
+        return (None,) * len(ctx.needs_input_grad)
+    *tensors, pre = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:_FLOATING])
     dout = dout.contiguous()
     direct.refuse_batched_graph("experts")
+    grads: Sequence[Tensor | None]
     if forward_mode():
-        return tuple(_gradients_of_expression(inputs, needs, dout, *ctx.settings))
-    if direct.transformed() or (torch.is_grad_enabled() and not torch.compiler.is_compiling()):
-        grads = _ExpertsGrad.apply(dout, *inputs, pre, needs, *ctx.settings)
-    elif direct.undisturbed() and direct.plain(dout, *inputs, pre) and not direct.batched_gradients():
-        (x, scores, *weights), (order, inverse, offsets) = inputs[:6], inputs[6:]
-        *settings, backend = ctx.settings
-        grads = ops.backend_module(backend).experts_backward(
-            dout, x, pre, scores, order, inverse, offsets, *weights, *settings, needs
-        )  # fmt: skip
+        grads = _gradients_of_expression(tensors, needs, dout, ctx.form, ctx.backend_name)
+    elif direct.transformed() or (torch.is_grad_enabled() and not torch.compiler.is_compiling()):
+        grads = _ExpertsGrad.apply(dout, *tensors, pre, needs, ctx.form, ctx.backend_name)
+    elif direct.undisturbed() and direct.plain(dout, *tensors, pre) and not direct.batched_gradients():
+        x, scores, plan, weights = _unflatten(tensors)
+        backend = ops.backend_module(ctx.backend_name)
+        grads = backend.experts_backward(dout, x, pre, scores, plan, weights, ctx.form, needs)
     else:
-        grads = _ExpertsGrad.forward(dout, *inputs, pre, needs, *ctx.settings)
-    return tuple(g if wanted else None for g, wanted in zip(grads, needs, strict=True))
+        grads = _ExpertsGrad.forward(dout, *tensors, pre, needs, ctx.form, ctx.backend_name)
+    wanted = (g if need else None for g, need in zip(grads, needs, strict=True))
+    return (*wanted, *(None,) * (len(ctx.needs_input_grad) - _FLOATING))
 
 
-def _expression(x: Tensor, scores: Tensor | None, *others: Any) -> Tensor:
-    """The experts' output by torch's own operators around grouped products: every transform has its rule for these.
-
-    Arguments: x, scores, w_gate_up, w_down, b_gate_up, b_down, order, inverse, offsets, *settings, backend.
-    """
-    *weights, order, inverse, offsets, top_k, activation, transposed, interleaved, backend = others
+def _expression(
+    x: Tensor, scores: Tensor | None, plan: PlanTensors, weights: Weights, form: Form, backend: str
+) -> Tensor:
+    """The experts' output by torch's own operators around grouped products: every transform has its rule for these."""
 
     def multiply(a: Tensor, b: Tensor, offsets: Tensor, kind: str) -> Tensor:
         return grouped_mm(a.contiguous(), b.contiguous(), offsets, kind, backend)
 
-    return reference.experts(
-        x, scores, order, inverse, offsets, *weights, top_k, activation, transposed, interleaved, multiply
-    )
+    return reference.experts(x, scores, plan, weights, form, multiply)
 
 
 def _gradients_of_expression(
-    inputs: list[Tensor | None], needs: list[bool], dout: Tensor, *settings: Any
+    tensors: Sequence[Tensor | None], needs: list[bool], dout: Tensor, form: Form, backend: str
 ) -> list[Tensor | None]:
-    """The six gradients of :func:`_expression`, itself an expression; None where not wanted."""
-    wanted = [i for i in range(6) if needs[i]]
+    """The gradients of :func:`_expression`, itself an expression; None where not wanted."""
+    wanted = [i for i, need in enumerate(needs) if need]
 
     def output(*chosen: Tensor) -> Tensor:
-        args = list(inputs)
+        args = list(tensors)
         for i, value in zip(wanted, chosen, strict=True):
             args[i] = value
-        return _expression(*args, *settings)  # type: ignore[arg-type]
+        return _expression(*_unflatten(args), form, backend)
 
-    found = torch.func.vjp(output, *(inputs[i] for i in wanted))[1](dout)
-    grads: list[Tensor | None] = [None] * 6
+    found = torch.func.vjp(output, *(tensors[i] for i in wanted))[1](dout)
+    grads: list[Tensor | None] = [None] * _FLOATING
     for i, gradient in zip(wanted, found, strict=True):
         grads[i] = gradient
     return grads
 
 
 class _ExpertsGrad(Sliced):
-    """The gradient as a function of its own, so that it can be differentiated again."""
+    """The gradient as a function of its own, so that it can be differentiated again.
+
+    Arguments: dout, x, scores, *weights, *plan, pre, needs, form, backend.
+    """
 
     @staticmethod
-    def forward(
-        dout: Tensor,
-        x: Tensor,
-        scores: Tensor | None,
-        w_gate_up: Tensor,
-        w_down: Tensor,
-        b_gate_up: Tensor | None,
-        b_down: Tensor | None,
-        order: Tensor,
-        inverse: Tensor,
-        offsets: Tensor,
-        pre: Tensor,
-        needs: list[bool],
-        *settings: Any,
-    ) -> tuple[Tensor, ...]:
-        top_k, activation, transposed, interleaved, backend = settings
+    def forward(dout: Tensor, *args: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
+        *tensors, pre, needs, form, backend = args
+        x, scores, plan, weights = _unflatten(tensors)
         return ops.experts_backward(  # type: ignore[no-any-return]
-            dout, x, pre, scores, order, inverse, offsets, w_gate_up, w_down, b_gate_up, b_down,
-            top_k, activation, transposed, interleaved, needs, backend,
-        )  # fmt: skip
+            dout, x, pre, scores, plan, weights, *form, needs, backend
+        )
 
     @staticmethod
     def setup_context(ctx: Ctx, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, _pre, ctx.needs, ctx.form, ctx.backend_name = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[:10])
-        ctx.needs = inputs[11]
-        ctx.settings = inputs[12:]
-        ctx.tail = len(inputs) - 7
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Ctx, *ggrads: Tensor | None) -> tuple[Any, ...]:
         """Differentiate :func:`_expression` twice: the gradient it gives, along ``ggrads``."""
-        dout, *inputs = ctx.saved_tensors
-        arguments = (dout, *inputs[:6])
+        dout, *tensors = ctx.saved_tensors
+        arguments = (dout, *tensors[:_FLOATING])
         present = [i for i, t in enumerate(arguments) if t is not None]
-        wanted = [ctx.needs[i] and ggrads[i] is not None for i in range(6)]
+        wanted = [need and g is not None for need, g in zip(ctx.needs, ggrads, strict=True)]
+        tail = (None,) * (len(ctx.needs_input_grad) - len(arguments))
         if not any(wanted):
-            return (None,) * (7 + ctx.tail)  # type: ignore[no-any-return]
+            return (None,) * len(arguments) + tail
 
         def fill(values: tuple[Tensor, ...]) -> list[Tensor | None]:
-            filled: list[Tensor | None] = [None] * 7
+            filled: list[Tensor | None] = [None] * len(arguments)
             for i, value in zip(present, values, strict=True):
                 filled[i] = value
             return filled
@@ -212,12 +175,13 @@ class _ExpertsGrad(Sliced):
         def gradient(*values: Tensor) -> tuple[Tensor | None, ...]:
             upstream, *leaves = fill(values)
             assert upstream is not None
-            grads = _gradients_of_expression([*leaves, *inputs[6:]], wanted, upstream, *ctx.settings)
+            every = [*leaves, *tensors[_FLOATING:]]
+            grads = _gradients_of_expression(every, wanted, upstream, ctx.form, ctx.backend_name)
             return tuple(g for g in grads if g is not None)
 
         pullback = torch.func.vjp(gradient, *(arguments[i] for i in present))[1]
         second = pullback(tuple(g for g, want in zip(ggrads, wanted, strict=True) if want))
-        return (*fill(second), *(None,) * ctx.tail)
+        return (*fill(second), *tail)
 
 
 class _GroupedMM(Sliced):
@@ -276,33 +240,21 @@ def total(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     return second if first is None else first if second is None else first + second
 
 
-def experts(
-    x: Tensor,
-    scores: Tensor | None,
-    plan: tuple[Tensor, Tensor, Tensor],
-    w_gate_up: Tensor,
-    w_down: Tensor,
-    b_gate_up: Tensor | None,
-    b_down: Tensor | None,
-    settings: tuple[int, str, bool, bool],
-    backend: str,
-) -> Tensor:
+def experts(x: Tensor, scores: Tensor | None, plan: PlanTensors, weights: Weights, form: Form, backend: str) -> Tensor:
     """The experts' output, differentiable in everything floating; saves nothing when no gradient can be asked for."""
-    floating = (x, scores, w_gate_up, w_down, b_gate_up, b_down)
     if forward_mode():
-        return _expression(*floating, *plan, *settings, backend)  # type: ignore[arg-type]
+        return _expression(x, scores, plan, weights, form, backend)
+    floating = (x, scores, *weights)
     if direct.transformed() or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in floating)):
-        return _Experts.apply(*floating, *plan, *settings, backend)[0]  # type: ignore[no-any-return]
-    out, _ = ops.experts_forward(x, scores, *plan, w_gate_up, w_down, b_gate_up, b_down, *settings, False, backend)
-    return out  # type: ignore[no-any-return]
+        return _Experts.apply(*floating, *plan, form, backend)[0]  # type: ignore[no-any-return]
+    return ops.experts_forward(x, scores, plan, weights, *form, False, backend)[0]  # type: ignore[no-any-return]
 
 
-def experts_eagerly(*arguments: Any) -> Tensor:
-    """The experts' output for tensors that nothing observes (direct.py), some of which want a gradient.
-
-    Arguments: x, scores, w_gate_up, w_down, b_gate_up, b_down, order, inverse, offsets, settings, backend.
-    """
-    return _EagerExperts.apply(*arguments)  # type: ignore[no-any-return]
+def experts_eagerly(
+    x: Tensor, scores: Tensor | None, plan: PlanTensors, weights: Weights, form: Form, backend: str
+) -> Tensor:
+    """The experts' output for tensors that nothing observes (direct.py), some of which want a gradient."""
+    return _EagerExperts.apply(x, scores, *weights, (plan, weights, form, backend))  # type: ignore[no-any-return]
 
 
 def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor, kind: str, backend: str) -> Tensor:

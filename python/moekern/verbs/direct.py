@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad, profiler
 
+from moekern.backends.call import Weights
 from moekern.verbs.backend import in_eager_call
 
 PLAIN = frozenset((Tensor, torch.nn.Parameter))  # no subclass: those see operators
@@ -80,10 +81,7 @@ def signature(
     x: Tensor,
     topk_ids: Tensor | None,
     topk_weights: Tensor | None,
-    w_gate_up: Tensor,
-    w_down: Tensor,
-    b_gate_up: Tensor | None,
-    b_down: Tensor | None,
+    weights: Weights,
     activation: str,
     transposed: object,
     interleaved: object,
@@ -97,6 +95,7 @@ def signature(
         return None
     if type(transposed) is not bool or type(interleaved) is not bool:  # 1 == True has the same hash
         return None
+    w_gate_up, w_down, b_gate_up, b_down = weights
     try:
         if not (
             type(x) in PLAIN and type(w_gate_up) in PLAIN and type(w_down) in PLAIN

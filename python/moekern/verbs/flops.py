@@ -18,29 +18,30 @@ from moekern.verbs import ops
 Shape = Sequence[int]
 
 
-def _products(order: Shape, w_gate_up: Shape, w_down: Shape, transposed: bool) -> tuple[int, int]:
+def _products(plan: Sequence[Shape], weights: Sequence[Shape | None], transposed: bool) -> tuple[int, int]:
     """FLOPs of the up and of the down projection over all slots."""
-    slots = order[0]
+    (slots,), (w_gate_up, w_down) = plan[0], weights[:2]
+    assert w_gate_up is not None
+    assert w_down is not None
     hidden, up = (w_gate_up[1], w_gate_up[2]) if transposed else (w_gate_up[2], w_gate_up[1])
     inter = w_down[1 if transposed else 2]
     return 2 * slots * hidden * up, 2 * slots * hidden * inter
 
 
 def experts_forward(
-    x: Shape, scores: Shape | None, order: Shape, inverse: Shape, offsets: Shape, w_gate_up: Shape, w_down: Shape,
-    b_gate_up: Shape | None, b_down: Shape | None, top_k: int, activation: str, transposed: bool, *_: Any, **__: Any,
+    x: Shape, scores: Shape | None, plan: Sequence[Shape], weights: Sequence[Shape | None], activation: str,
+    transposed: bool, *_: Any, **__: Any,
 ) -> int:  # fmt: skip
     """The up and the down projection."""
-    return sum(_products(order, w_gate_up, w_down, transposed))
+    return sum(_products(plan, weights, transposed))
 
 
 def experts_backward(
-    dout: Shape, x: Shape, pre: Shape, scores: Shape | None, order: Shape, inverse: Shape, offsets: Shape,
-    w_gate_up: Shape, w_down: Shape, b_gate_up: Shape | None, b_down: Shape | None, top_k: int, activation: str,
-    transposed: bool, interleaved: bool, needs: Sequence[bool], *_: Any, **__: Any,
+    dout: Shape, x: Shape, pre: Shape, scores: Shape | None, plan: Sequence[Shape], weights: Sequence[Shape | None],
+    activation: str, transposed: bool, interleaved: bool, top_k: int, needs: Sequence[bool], *_: Any, **__: Any,
 ) -> int:  # fmt: skip
     """The products that the wanted gradients need; `needs` is in the order x, scores, both weights, both biases."""
-    up, down = _products(order, w_gate_up, w_down, transposed)
+    up, down = _products(plan, weights, transposed)
     wants_x, wants_scores, wants_up, wants_down, wants_up_bias, _wants_down_bias = needs
     through_down = wants_x or wants_scores or wants_up or wants_up_bias
     return up * (wants_x + wants_up) + down * (through_down + wants_down)

@@ -9,24 +9,26 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from functools import partial
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+
+from moekern.backends.call import Form, PlanTensors, Weights, sizes_of
 
 _PLAN = "plan(Tensor topk_ids, int num_experts, str backend) -> (Tensor, Tensor, Tensor)"
 _PLAN_ON_HOST = "plan_on_host(Tensor topk_ids, int num_experts) -> (Tensor, Tensor, Tensor)"
+# The order of moekern.backends.call, with the fields of `form` one by one.
 _FORWARD = (
-    "experts_forward(Tensor x, Tensor? scores, Tensor order, Tensor inverse, Tensor offsets, Tensor w_gate_up, "
-    "Tensor w_down, Tensor? b_gate_up, Tensor? b_down, int top_k, str activation, bool transposed, bool interleaved, "
-    "bool save, str backend) -> (Tensor, Tensor)"
+    "experts_forward(Tensor x, Tensor? scores, Tensor[] plan, Tensor?[] weights, str activation, bool transposed, "
+    "bool interleaved, int top_k, bool save, str backend) -> (Tensor, Tensor)"
 )
 _BACKWARD = (
-    "experts_backward(Tensor dout, Tensor x, Tensor pre, Tensor? scores, Tensor order, Tensor inverse, "
-    "Tensor offsets, Tensor w_gate_up, Tensor w_down, Tensor? b_gate_up, Tensor? b_down, int top_k, str activation, "
-    "bool transposed, bool interleaved, bool[] needs, str backend) "
+    "experts_backward(Tensor dout, Tensor x, Tensor pre, Tensor? scores, Tensor[] plan, Tensor?[] weights, "
+    "str activation, bool transposed, bool interleaved, int top_k, bool[] needs, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _GROUPED_MM = "grouped_mm(Tensor a, Tensor b, Tensor offsets, str kind, str backend) -> Tensor"
@@ -52,7 +54,8 @@ _modules: dict[str, ModuleType] = {}
 
 # Private to torch, but there is no public way to ask.
 _forward_mode_enabled = getattr(torch._C, "_is_fwd_grad_enabled", lambda: True)
-_below_autograd = torch._C._after_autograd_keyset
+_below_autograd = torch._C._after_ADInplaceOrView_keyset
+_DEVICES = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
 
 
 def backend_module(name: str) -> ModuleType:
@@ -71,12 +74,22 @@ def _plan_on_host(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, T
     return backend_module("cuda").plan_on_host(topk_ids, num_experts)  # type: ignore[no-any-return]
 
 
-def _experts_forward(*args) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
-    return backend_module(args[-1]).experts_forward(*args[:-1])  # type: ignore[no-any-return]
+def _experts_forward(
+    x: Tensor, scores: Tensor | None, plan: list[Tensor], weights: list[Any], *rest: Any
+) -> tuple[Tensor, Tensor]:
+    *form, save, backend = rest
+    return backend_module(backend).experts_forward(  # type: ignore[no-any-return]
+        x, scores, PlanTensors(*plan), Weights(*weights), Form(*form), save
+    )
 
 
-def _experts_backward(*args) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
-    return backend_module(args[-1]).experts_backward(*args[:-1])  # type: ignore[no-any-return]
+def _experts_backward(
+    dout: Tensor, x: Tensor, pre: Tensor, scores: Tensor | None, plan: list[Tensor], weights: list[Any], *rest: Any
+) -> tuple[Tensor, ...]:
+    *form, needs, backend = rest
+    return backend_module(backend).experts_backward(  # type: ignore[no-any-return]
+        dout, x, pre, scores, PlanTensors(*plan), Weights(*weights), Form(*form), needs
+    )
 
 
 def _grouped_mm(a: Tensor, b: Tensor, offsets: Tensor, kind: str, backend: str) -> Tensor:
@@ -119,49 +132,20 @@ def _plan_shape(topk_ids: Tensor, num_experts: int, backend: str = "") -> tuple[
 
 
 def _experts_forward_shape(
-    x: Tensor,
-    scores: Tensor | None,
-    order: Tensor,
-    inverse: Tensor,
-    offsets: Tensor,
-    w_gate_up: Tensor,
-    w_down: Tensor,
-    b_gate_up: Tensor | None,
-    b_down: Tensor | None,
-    top_k: int,
-    activation: str,
-    transposed: bool,
-    interleaved: bool,
-    save: bool,
-    backend: str,
+    x: Tensor, scores: Tensor | None, plan: list[Tensor], weights: list[Any], *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    pre = x.new_empty(order.shape[0], w_gate_up.shape[2 if transposed else 1]) if save else x.new_empty(0)
-    return x.new_empty(x.shape), pre
+    *form, save, _backend = rest
+    features = sizes_of(Weights(*weights), Form(*form))[3]
+    return x.new_empty(x.shape), x.new_empty(plan[0].shape[0], features) if save else x.new_empty(0)
 
 
 def _experts_backward_shape(
-    dout: Tensor,
-    x: Tensor,
-    pre: Tensor,
-    scores: Tensor | None,
-    order: Tensor,
-    inverse: Tensor,
-    offsets: Tensor,
-    w_gate_up: Tensor,
-    w_down: Tensor,
-    b_gate_up: Tensor | None,
-    b_down: Tensor | None,
-    top_k: int,
-    activation: str,
-    transposed: bool,
-    interleaved: bool,
-    needs: list[bool],
-    backend: str,
+    dout: Tensor, x: Tensor, pre: Tensor, scores: Tensor | None, plan: list[Tensor], weights: list[Any], *rest: Any
 ) -> tuple[Tensor, ...]:
-    of = (x, scores, w_gate_up, w_down, b_gate_up, b_down)
+    *_form, needs, _backend = rest
     return tuple(
         t.new_empty(t.shape) if wanted and t is not None else x.new_empty(0)
-        for t, wanted in zip(of, needs, strict=True)
+        for t, wanted in zip((x, scores, *weights), needs, strict=True)
     )
 
 
@@ -200,25 +184,50 @@ def slice_by_slice(function: Callable[..., Any], info: Any, in_dims: tuple[Any, 
     if info.batch_size == 0:
         raise ValueError("moekern: got a vmapped dimension of size 0, expected at least 1")
 
-    def slice_of(i: int) -> list[Any]:
-        return [
-            a.select(dim, i).contiguous() if isinstance(a, Tensor) and dim is not None else a
-            for a, dim in zip(args, in_dims, strict=True)
-        ]
+    def slice_of(arg: Any, dim: Any, i: int) -> Any:
+        if isinstance(dim, (list, tuple)) and any(d is not None for d in dim):  # of a list of tensors
+            return [slice_of(*pair, i) for pair in zip(arg, dim, strict=True)]
+        return arg.select(dim, i).contiguous() if isinstance(arg, Tensor) and dim is not None else arg
 
-    results = [function(*slice_of(i)) for i in range(info.batch_size)]
+    results = [function(*slice_of(args, in_dims, i)) for i in range(info.batch_size)]
     if isinstance(results[0], Tensor):
         return torch.stack(results), 0
     parts = tuple(None if part[0] is None else torch.stack(part) for part in zip(*results, strict=True))
     return parts, tuple(None if part is None else 0 for part in parts)
 
 
+def _under_the_older_vmap(operator: Callable[..., Any], level: int, *args: Any) -> Any:
+    """The rule of the ``vmap`` of ``is_grads_batched`` and ``vectorize=True``: its own takes no lists of tensors.
+
+    `level` is how many such ``vmap`` are around the call; a tensor has a hidden dimension of some of them.
+    """
+    if level == 0:
+        return operator(*args)
+
+    def physical(size: int) -> Any:  # a tensor without the level's dimension is given one of this size
+        return tree_map_only(Tensor, lambda t: torch._remove_batch_dim(t, level, size, 0), args)
+
+    size = max(t.shape[0] for t in tree_leaves(physical(1)) if isinstance(t, Tensor))
+    in_dims = tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, args)
+    inner = partial(_under_the_older_vmap, operator, level - 1)
+    out, _ = slice_by_slice(inner, SimpleNamespace(batch_size=size), in_dims, *physical(size))
+    return tree_map_only(Tensor, lambda t: torch._add_batch_dim(t, 0, level), out)
+
+
+def _vmap_level() -> int:
+    level: int = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    return level
+
+
 def _has_tangent(arg: Any) -> bool:
+    if isinstance(arg, list):
+        return any(map(_has_tangent, arg))
     return isinstance(arg, Tensor) and arg.is_floating_point() and forward_ad.unpack_dual(arg).tangent is not None
 
 
 def register(library: Any, name: str, kernel: Callable[..., Any], shape: Callable[..., Any]) -> None:
-    """Give an operator its kernel and all its rules: shapes, ``vmap``, and no silence about tangents.
+    """Give an operator its kernel and all its rules: shapes, both kinds of ``vmap``, and no silence about tangents.
 
     An operator is no place for derivatives here; what differentiates goes around it. One that is reached with a
     tangent all the same, as inside torch.compile, would drop it and so give a derivative of zero: it raises.
@@ -231,10 +240,14 @@ def register(library: Any, name: str, kernel: Callable[..., Any], shape: Callabl
                 f"moekern::{name}: got a tensor with a tangent, expected none: forward-mode differentiation works "
                 "through moekern's functions and modules, outside torch.compile"
             )
-        return operator.redispatch(keys & _below_autograd, *args)
+        below = keys & _below_autograd
+        if below.highestPriorityTypeId() in _DEVICES:  # the kernel is next: to say so to torch converts all twice more
+            return kernel(*args)
+        return operator.redispatch(below, *args)
 
     library.impl(name, kernel, "CompositeExplicitAutograd")
     library.impl(name, refuse_tangents, "Autograd", with_keyset=True)
+    library.impl(name, lambda *args: _under_the_older_vmap(operator, _vmap_level(), *args), "Batched")
     torch.library.register_fake(f"moekern::{name}", shape, lib=library)
     torch.library.register_vmap(f"moekern::{name}", partial(slice_by_slice, operator), lib=library)
 

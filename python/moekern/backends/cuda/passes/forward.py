@@ -8,16 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moekern.backends.activations import ACTIVATIONS
+from moekern.backends.call import Form, PlanTensors, Weights
 from moekern.backends.cuda.build.sources import KernelSource
 from moekern.backends.cuda.configuration import Configuration
 from moekern.backends.cuda.kernels import grouped
 from moekern.backends.cuda.launch.device import on_device, round_up, stream_of
 from moekern.backends.cuda.launch.program import PROGRAMS, Placeholder, record
+from moekern.backends.cuda.passes.sizes import Sizes
 from moekern.backends.pointers import address
 
 # Places of the addresses in a replay.
-X, SCORES, ORDER, INVERSE, OFFSETS, W_UP, W_DOWN, B_UP, B_DOWN, OUT, PRE, WORK = range(12)
+X, SCORES, ORDER, INVERSE, OFFSETS, *WEIGHTS, OUT, PRE, WORK = range(12)
 
 
 @lru_cache(maxsize=PROGRAMS)
@@ -34,7 +35,7 @@ def _plan_program(device: int, dtype: torch.dtype, slots: int, experts: int) -> 
     )
 
 
-def plan(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+def plan(topk_ids: Tensor, num_experts: int) -> PlanTensors:
     """Order, inverse and offsets of the slots; see :func:`moekern.backends.reference.plan`."""
     device, slots = topk_ids.get_device(), topk_ids.numel()
     order = torch.empty(slots, dtype=torch.int32, device=topk_ids.device)
@@ -45,118 +46,83 @@ def plan(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     with on_device(device):
         program = _plan_program(device, topk_ids.dtype, slots, num_experts)
         program.replay(stream_of(device), [t.data_ptr() for t in (topk_ids, order, inverse, offsets, counts)])
-    return order, inverse, offsets
+    return PlanTensors(order, inverse, offsets)
 
 
-def work_bytes(slots: int, hidden: int, inter: int, experts: int) -> int:
+def work_bytes(sizes: Sizes) -> int:
     """Bytes the verb works in: the tile table, the activation ``[S, I]``, the rows ``[S, H]``."""
-    return round_up(grouped.Tables.size(slots, experts)) + round_up(2 * slots * inter) + 2 * slots * hidden
+    table_bytes = grouped.Tables.size(sizes.slots, sizes.experts)
+    return round_up(table_bytes) + round_up(2 * sizes.slots * sizes.inter) + 2 * sizes.slots * sizes.hidden
 
 
 def launch_all(
-    x: Any, scores: Any, order: Any, inverse: Any, offsets: Any, w_up: Any, w_down: Any, b_up: Any, b_down: Any,
-    out: Any, pre: Any, work: Any, top_k: int, activation: str, transposed: bool, interleaved: bool,
-    chosen: Configuration,
-) -> None:  # fmt: skip
+    sizes: Sizes, x: Any, scores: Any, plan: PlanTensors, weights: Weights, out: Any, pre: Any, work: Any
+) -> None:
     """Every launch of the verb, on placeholders; `work` has :func:`work_bytes`."""
-    hidden, slots, experts = x.shape[1], order.numel(), w_up.shape[0]
-    inter = w_down.shape[1 if transposed else 2]
-    table_bytes = grouped.Tables.size(slots, experts)
+    order, inverse, offsets = plan
+    w_gate_up, w_down, b_gate_up, b_down = sizes.given(weights)
+    activation, transposed, interleaved, top_k = sizes.form
+    configuration, slots = sizes.configuration, sizes.slots
+    table_bytes = grouped.Tables.size(slots, sizes.experts)
     tables = grouped.Tables(offsets, slots, work.part((table_bytes,), torch.uint8), ordered=False)
-    activated = work.part((slots, inter), x.dtype, round_up(table_bytes))
-    rows = work.part((slots, hidden), x.dtype, round_up(table_bytes) + round_up(2 * slots * inter))
-    few_rows = chosen.few_rows if pre is None else chosen.few_saved
+    activated = work.part((slots, sizes.inter), sizes.dtype, round_up(table_bytes))
+    before = round_up(table_bytes) + round_up(2 * slots * sizes.inter)
+    rows = work.part((slots, sizes.hidden), sizes.dtype, before)
+    few_rows = configuration.few_rows if pre is None else configuration.few_saved
     grouped.up(
-        x, order, w_up, b_up, activated, pre, tables, top_k, activation, transposed, interleaved, few_rows,
-        chosen.one_tile,
+        x, order, w_gate_up, b_gate_up, activated, pre, tables, top_k, activation, transposed, interleaved, few_rows,
+        configuration.one_tile,
     )  # fmt: skip
-    grouped.grouped_product(activated, w_down, b_down, rows, tables, transposed, chosen)
+    grouped.grouped_product(activated, w_down, b_down, rows, tables, transposed, configuration)
     grouped.combine(rows, scores, inverse, offsets, out, top_k)
 
 
 @lru_cache(maxsize=PROGRAMS)
-def _forward_program(
-    device: int,
-    dtype: torch.dtype,
-    tokens: int,
-    hidden: int,
-    inter: int,
-    experts: int,
-    top_k: int,
-    activation: str,
-    transposed: bool,
-    interleaved: bool,
-    save: bool,
-    has_scores: bool,
-    has_up_bias: bool,
-    has_down_bias: bool,
-    chosen: Configuration,
-) -> tuple[Any, int]:
+def _forward_program(sizes: Sizes, save: bool) -> tuple[Any, int]:
     """The program, and the bytes it works in."""
-    slots, columns = tokens * top_k, inter * (2 if ACTIVATIONS[activation].gated else 1)
-    size = work_bytes(slots, hidden, inter, experts)
-
-    def place(index: int, shape: tuple[int, ...], kind: torch.dtype = dtype) -> Any:
-        return Placeholder(index, shape, kind, device)
+    tokens, hidden, slots, place = sizes.tokens, sizes.hidden, sizes.slots, sizes.place
+    size = work_bytes(sizes)
 
     def verb() -> None:
         launch_all(
+            sizes,
             place(X, (tokens, hidden)),
-            place(SCORES, (tokens, top_k), torch.float32) if has_scores else None,
-            place(ORDER, (slots,), torch.int32),
-            place(INVERSE, (slots,), torch.int32),
-            place(OFFSETS, (experts + 1,), torch.int32),
-            place(W_UP, (experts, hidden, columns) if transposed else (experts, columns, hidden)),
-            place(W_DOWN, (experts, inter, hidden) if transposed else (experts, hidden, inter)),
-            place(B_UP, (experts, columns)) if has_up_bias else None,
-            place(B_DOWN, (experts, hidden)) if has_down_bias else None,
+            place(SCORES, (tokens, sizes.form.top_k), torch.float32) if sizes.has_scores else None,
+            PlanTensors(
+                place(ORDER, (slots,), torch.int32),
+                place(INVERSE, (slots,), torch.int32),
+                place(OFFSETS, (sizes.experts + 1,), torch.int32),
+            ),
+            sizes.weights(WEIGHTS),
             place(OUT, (tokens, hidden)),
-            place(PRE, (slots, columns)) if save else None,
-            Placeholder(WORK, (size,), torch.uint8, device),
-            top_k, activation, transposed, interleaved, chosen,
-        )  # fmt: skip
+            place(PRE, (slots, sizes.columns)) if save else None,
+            place(WORK, (size,), torch.uint8),
+        )
 
     def of_the_backward_pass() -> list[KernelSource]:
         from moekern.backends.cuda.passes import backward
 
-        return backward.sources(
-            device, dtype, tokens, hidden, inter, experts, top_k, activation, transposed, interleaved,
-            has_scores, has_up_bias, has_down_bias, chosen,
-        )  # fmt: skip
+        return backward.sources(sizes)
 
-    return record(device, verb, of_the_backward_pass if save else None), size
+    return record(sizes.device, verb, of_the_backward_pass if save else None), size
 
 
 def experts_forward(
     x: Tensor,
     scores: Tensor | None,
-    order: Tensor,
-    inverse: Tensor,
-    offsets: Tensor,
-    w_gate_up: Tensor,
-    w_down: Tensor,
-    b_gate_up: Tensor | None,
-    b_down: Tensor | None,
-    top_k: int,
-    activation: str,
-    transposed: bool,
-    interleaved: bool,
+    plan: PlanTensors,
+    weights: Weights,
+    form: Form,
     save: bool,
-    chosen: Configuration,
+    configuration: Configuration,
 ) -> tuple[Tensor, Tensor]:
     """Arguments of :func:`moekern.backends.reference.experts_forward`, none of them empty, and the configuration."""
-    slots, experts = order.shape[0], w_gate_up.shape[0]
-    (tokens, hidden), columns = x.shape, w_gate_up.shape[2 if transposed else 1]
-    inter = columns // 2 if ACTIVATIONS[activation].gated else columns
+    sizes = Sizes.of(x, scores is not None, weights, form, configuration)
     out = torch.empty_like(x)
-    pre = x.new_empty((slots, columns) if save else 0)
-    device = x.get_device()
-    with on_device(device):
-        program, size = _forward_program(
-            device, x.dtype, tokens, hidden, inter, experts, top_k, activation, transposed, interleaved, save,
-            scores is not None, b_gate_up is not None, b_down is not None, chosen,
-        )  # fmt: skip
+    pre = x.new_empty((sizes.slots, sizes.columns) if save else 0)
+    with on_device(sizes.device):
+        program, size = _forward_program(sizes, save)
         work = torch.empty(size, dtype=torch.uint8, device=x.device)
-        tensors = (x, scores, order, inverse, offsets, w_gate_up, w_down, b_gate_up, b_down, out, pre, work)
-        program.replay(stream_of(device), [address(t) for t in tensors])
+        tensors = (x, scores, *plan, *weights, out, pre, work)
+        program.replay(stream_of(sizes.device), [address(t) for t in tensors])
     return out, pre

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moekern import _core
+from moekern.backends.call import PlanTensors
 from moekern.backends.cuda.kernels import grouped
 from moekern.backends.cuda.launch.device import on_device, stream_of
 
@@ -79,7 +80,7 @@ def _memory(staging: OrderedDict[int, _Staging], device: int, stream: int, slots
     return staging[stream]
 
 
-def plan(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+def plan(topk_ids: Tensor, num_experts: int) -> PlanTensors:
     """Order, inverse and offsets on the device of the ids, which are contiguous and not empty."""
     device, slots = topk_ids.get_device(), topk_ids.numel()
     made: list[Tensor] = []
@@ -107,5 +108,4 @@ def plan(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
                 topk_ids.data_ptr(), grouped.ID_TYPE[topk_ids.dtype], slots, num_experts, torch.get_num_threads(),
                 allocate,
             )  # fmt: skip
-    order, inverse, offsets = made
-    return order, inverse, offsets
+    return PlanTensors(*made)

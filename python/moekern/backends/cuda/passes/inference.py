@@ -12,16 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moekern.backends.activations import ACTIVATIONS
+from moekern.backends.call import Form, PlanTensors, Weights
 from moekern.backends.cuda.configuration import Configuration
 from moekern.backends.cuda.kernels import grouped, router
 from moekern.backends.cuda.launch.device import current_device, on_device, round_up, stream_of
-from moekern.backends.cuda.launch.program import Placeholder, record
+from moekern.backends.cuda.launch.program import record
 from moekern.backends.cuda.passes import forward
+from moekern.backends.cuda.passes.sizes import Sizes
 from moekern.backends.cuda.torch_path import ALIGNMENT
 
 # Places of the addresses in a replay.
-X, ROUTED_BY, SCORES, W_UP, W_DOWN, B_UP, B_DOWN, OUT, WORK, ROUTER_BIAS = range(10)
+X, ROUTED_BY, SCORES, *WEIGHTS, OUT, WORK, ROUTER_BIAS = range(10)
 Inference = Callable[..., Tensor | None]
 
 
@@ -29,31 +30,24 @@ def make(
     x: Tensor,
     routed_by: Tensor,
     topk_weights: Tensor | None,
-    w_gate_up: Tensor,
-    w_down: Tensor,
-    b_gate_up: Tensor | None,
-    b_down: Tensor | None,
-    top_k: int,
-    activation: str,
-    transposed: bool,
-    interleaved: bool,
+    weights: Weights,
+    form: Form,
     formula: router.Formula | None,
-    chosen: Configuration,
+    configuration: Configuration,
     makes_logits: bool = False,
 ) -> Inference:
-    """A function of the first seven arguments for all calls with tensors of these sizes, none of them empty.
+    """A function of the first four arguments for all calls with tensors of these sizes, none of them empty.
 
     `routed_by` are the chosen experts ``[T, K]``; or, with a formula, the router's logits float32 ``[T, E]``, and there
-    are no weights; or, with `makes_logits`, the router's weight ``[E, H]``, and an eighth argument is its bias or None.
+    are no weights; or, with `makes_logits`, the router's weight ``[E, H]``, and a fifth argument is its bias or None.
     The function returns None where a tensor's memory is not as the kernels need it: the long way copies it, or says why
     not.
     """
-    device, dtype = x.get_device(), x.dtype
-    (tokens, hidden), experts = x.shape, w_gate_up.shape[0]
-    slots = tokens * top_k
-    columns = w_gate_up.shape[2 if transposed else 1]
-    inter = columns // 2 if ACTIVATIONS[activation].gated else columns
-    sizes = {
+    has_scores = formula is not None or topk_weights is not None
+    sizes = Sizes.of(x, has_scores, weights, form, configuration)
+    device, place = sizes.device, sizes.place
+    tokens, hidden, experts, slots, top_k = sizes.tokens, sizes.hidden, sizes.experts, sizes.slots, form.top_k
+    parts = {
         "order": 4 * slots,
         "inverse": 4 * slots,
         "offsets": 4 * (experts + 1),
@@ -61,15 +55,12 @@ def make(
         "ids": 4 * slots if formula is not None else 0,
         "scores": 4 * slots if formula is not None else 0,
         "logits": 4 * tokens * experts if makes_logits else 0,
-        "verb": forward.work_bytes(slots, hidden, inter, experts),
+        "verb": forward.work_bytes(sizes),
     }
     offset, size = {}, 0
-    for name, part in sizes.items():
+    for name, part in parts.items():
         offset[name] = size
         size += round_up(part)
-
-    def place(index: int, shape: tuple[int, ...], kind: torch.dtype = dtype, byte: int = 0) -> Any:
-        return Placeholder(index, shape, kind, device, byte)
 
     def buffer(name: str, words: int) -> Any:
         return place(WORK, (words,), torch.int32, offset[name])
@@ -87,18 +78,11 @@ def make(
                 weight, bias = place(ROUTED_BY, (experts, hidden)), place(ROUTER_BIAS, (experts,))
                 router.logits(place(X, (tokens, hidden)), weight, bias, logits)
             router.route(logits, ids, scores, formula)
-        order, inverse, offsets = buffer("order", slots), buffer("inverse", slots), buffer("offsets", experts + 1)
-        grouped.plan(ids, order, inverse, offsets, buffer("counts", sizes["counts"] // 4))
-        forward.launch_all(
-            place(X, (tokens, hidden)),
-            scores,
-            order, inverse, offsets,
-            place(W_UP, w_gate_up.shape), place(W_DOWN, w_down.shape),
-            None if b_gate_up is None else place(B_UP, b_gate_up.shape),
-            None if b_down is None else place(B_DOWN, b_down.shape),
-            place(OUT, (tokens, hidden)), None, place(WORK, (sizes["verb"],), torch.uint8, offset["verb"]),
-            top_k, activation, transposed, interleaved, chosen,
-        )  # fmt: skip
+        plan = PlanTensors(buffer("order", slots), buffer("inverse", slots), buffer("offsets", experts + 1))
+        grouped.plan(ids, *plan, buffer("counts", parts["counts"] // 4))
+        work = place(WORK, (parts["verb"],), torch.uint8, offset["verb"])
+        rows, out = place(X, (tokens, hidden)), place(OUT, (tokens, hidden))
+        forward.launch_all(sizes, rows, scores, plan, sizes.weights(WEIGHTS), out, None, work)
 
     with on_device(device):
         replay = record(device, verb).replay
@@ -108,18 +92,16 @@ def make(
         x: Tensor,
         routed_by: Tensor,
         topk_weights: Tensor | None,
-        w_gate_up: Tensor,
-        w_down: Tensor,
-        b_gate_up: Tensor | None,
-        b_down: Tensor | None,
+        weights: Weights,
         router_bias: Tensor | None = None,
     ) -> Tensor | None:
+        w_gate_up, w_down, b_gate_up, b_down = weights
         a, b, c, r = x.data_ptr(), w_gate_up.data_ptr(), w_down.data_ptr(), routed_by.data_ptr()
         if (a | b | c | (r if makes_logits else 0)) % ALIGNMENT or not routed_by.is_contiguous():
             return None
         if current_device() != device:
             with torch.cuda.device(device):
-                return run(x, routed_by, topk_weights, w_gate_up, w_down, b_gate_up, b_down, router_bias)
+                return run(x, routed_by, topk_weights, weights, router_bias)
         out = torch.empty_like(x)
         work = allocate(size)
         replay(
