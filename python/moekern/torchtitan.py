@@ -2,10 +2,9 @@
 
     torchtitan's command … --override.imports moekern.torchtitan.grouped_experts
 
-It takes the place of ``torchtitan.models.common.moe.GroupedExperts``, whatever dispatches the tokens: torchtitan sorts
-them by expert and counts them on the device, and there the counts stay. Checkpoints keep the names and shapes of the
-stock class. Written for torchtitan 0.3, whose experts are SwiGLU; a configuration that names another activation is
-refused.
+It replaces ``torchtitan.models.common.moe.GroupedExperts``, with any dispatch of the tokens: torchtitan sorts them by
+expert and counts them on the device, where the counts stay. Checkpoints keep the names and shapes of the original
+class. Written for torchtitan 0.3, whose experts are SwiGLU; a configuration that names another activation is refused.
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ except ImportError as missing:
 class MoekernGroupedExperts(FusedGroupedExperts):
     """Experts whose gate and up projections torchtitan keeps as one parameter, ``w13`` ``[E, I, 2, H]``.
 
-    Read as ``[E, 2I, H]`` its gate and up rows alternate, a layout that moekern takes: no weight is copied.
+    Read as ``[E, 2I, H]``, its gate and up rows alternate, a layout that moekern accepts: no weight is copied.
     """
 
     @dataclass(kw_only=True, slots=True)
     class Config(FusedGroupedExperts.Config):
-        """As the parent's."""
+        """The options of the parent class."""
 
     def forward(self, x_RD: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
         """Run rows that are sorted by expert.
@@ -54,7 +53,7 @@ class MoekernGroupedExperts(FusedGroupedExperts):
 
 @override(target=GroupedExperts.Config, exact=True, description="Routed experts by moekern's kernels.")
 def grouped_experts(cfg: GroupedExperts.Config) -> GroupedExperts.Config:
-    """A configuration of torchtitan's experts, with moekern's in their place; initialisers and shardings stay.
+    """A configuration of torchtitan's experts with moekern's experts instead; initialisers and shardings stay.
 
     Raises:
         ValueError: The configuration names an activation other than silu.

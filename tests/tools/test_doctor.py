@@ -257,5 +257,5 @@ def test_misspelt_and_misleading_variables(monkeypatch: pytest.MonkeyPatch, tmp_
     diagnosis = Diagnosis()
     doctor.examine_environment(diagnosis)
     assert "set MOEKERN_CUDA_DIR to a directory that holds hopper.cuh" in diagnosis.problems[0][0]
-    assert "MOEKERN_BACKED is none that moekern reads" in diagnosis.problems[1][0]
+    assert "moekern reads no environment variable MOEKERN_BACKED" in diagnosis.problems[1][0]
     assert "did you mean MOEKERN_BACKEND?" in diagnosis.problems[1][1]

@@ -81,7 +81,7 @@ def legend(record: Record, colours: dict[str, str]) -> str:
 
 
 def rooflines(record: Record, colours: dict[str, str]) -> list[str]:
-    """One drawing per device and dtype, whose ceilings differ; another without decode where decode stretches the first."""
+    """One drawing per device and dtype, whose ceilings differ; one more without decode if that stretches the first."""
     rows = [row for row in summary.singles(record) if row.status == OK and row.tflops and row.flops and row.bytes]
     kinds = dict.fromkeys((row.device, row.dtype) for row in rows if row.implementation != CEILING)
     if not kinds:

@@ -1,4 +1,4 @@
-"""The `moekern` command: finds the sub-commands and turns user errors into one line.
+"""The `moekern` command: runs the sub-commands and turns user errors into one line.
 
 A sub-command is a module with `add_parser(subparsers)`. It sets `run=function` as a default of its parser, where
 `function(args) -> int` returns the exit code. To add a command, add its module to COMMANDS.
@@ -42,7 +42,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class HelpFormat(argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of the examples and says the default of every option that has one."""
+    """Keeps the line breaks of the examples and adds the default of every option that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text = action.help
@@ -79,23 +79,23 @@ def one_line(error: BaseException) -> str:
 
 
 def open_closed_streams() -> None:
-    """Give what a caller closed (`>&-`) a place to go: Python has None for it, and the next file would get its number.
+    """Open a stream that the caller closed (`>&-`) on the null device.
 
-    A program without a console has None too.
+    Python has None for it, as in a program without a console, and the next file would get its number.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, this one
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  until the process ends
 
 
 def discard_output() -> None:
-    """What stdout still holds cannot be written: without this the interpreter would try again at its end."""
-    with contextlib.suppress(OSError, ValueError):  # a stream of no file
+    """Drop the text that stdout still holds and cannot write: the interpreter would try again at its end."""
+    with contextlib.suppress(OSError, ValueError):  # a stream without a file
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         result: int = args.run(args)
         sys.stdout.flush()
         return result
-    except BrokenPipeError:  # `moekern doctor | head`: the reader is gone, and so is the place to complain
+    except BrokenPipeError:  # `moekern doctor | head`: the reader is gone; an error message would reach nobody
         discard_output()
         return 0
     except (ValueError, TypeError, OSError, KernelError) as error:

@@ -1,4 +1,4 @@
-"""`moekern bench`: how fast the layer is here, against its peers and against what the machine could do at best."""
+"""`moekern bench`: the speed of the layer here, against its peers and against the best that the machine could do."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="one small shape unless you name others, short timing and "
                         "three sizes per series")  # fmt: skip
-    parser.add_argument("--minutes", type=positive, metavar="M", help="start no case after so many minutes "
+    parser.add_argument("--minutes", type=positive, metavar="M", help="start no case after this many minutes "
                         f"(default: {MINUTES['cuda']:g} on a GPU, {MINUTES['cpu']:g} on a CPU)")  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="write the figures, for --compare and for programs")
     parser.add_argument("--report", metavar="FILE.html", help="write one page with charts")
@@ -98,13 +98,13 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def peer_list() -> str:
-    """A line for each peer: its name, and what it is."""
+    """One line per peer: its name and description."""
     width = max(map(len, PEERS))
     return "\n".join(f"  {name:{width}}  {peer.about}" for name, peer in PEERS.items())
 
 
 def names(text: str) -> list[str]:
-    """A list with commas, without empty items."""
+    """The items of a list with commas, without empty ones."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
@@ -152,10 +152,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def options_of(args: argparse.Namespace, old: Record | None = None) -> Options:
-    """What to measure; with an old record, what is not said is taken from there.
+    """The choices of the run; an old record supplies those that are not given.
 
     Raises:
-        ValueError: An argument is wrong; the message names it and what is accepted.
+        ValueError: An argument is wrong; the message names it and says what is accepted.
     """
     from moekern.bench.cases import Options
 
@@ -194,7 +194,7 @@ def options_of(args: argparse.Namespace, old: Record | None = None) -> Options:
 
 
 def flat(lists: Sequence[Sequence[str]] | None) -> list[str]:
-    """What was given by one option, however often and with however many commas."""
+    """The values of one option, which may be repeated and may have commas."""
     return [name for each in lists or () for name in each]
 
 
@@ -212,19 +212,19 @@ def device_of(name: str) -> str:
 
 
 def usual_dtype(device: str) -> str:
-    """bf16, except on CPUs without bfloat16 units, where all but moekern would be slow in it."""
+    """bf16, but fp32 on CPUs without bfloat16 units, where all peers would be slow in bf16."""
     from moekern import _core
 
     return "bf16" if device == "cuda" or _core.cpu_isa() == "avx512bf16" else "fp32"
 
 
 def command_line() -> str:
-    """As it was typed, with the program's name in place of its path."""
+    """The command as it was typed, with the program's name in place of its path."""
     return shlex.join(["moekern", *sys.argv[1:]])
 
 
 def measured(options: Options, console: Console, command: str, path: str | None) -> Record:
-    """Measure, show each table as soon as it is there, and write what there is to `path`."""
+    """Measure, show each table as soon as it is complete, and write the record to `path` after each case."""
     from moekern.bench.apart import session_of
     from moekern.bench.cases import cases
 
@@ -241,17 +241,17 @@ def measured(options: Options, console: Console, command: str, path: str | None)
         for rows in session.run():
             record.rows += rows
             show(rows, console)
-            if path:  # now, since a long run may be cut short
+            if path:  # after each case, since a long run may be cut short
                 save(record, path)
     console.print(LEGEND, soft_wrap=True)
     return record
 
 
 def of_file(args: argparse.Namespace, console: Console) -> Record:
-    """The record that --from names, shown as if it had just been measured.
+    """Show the record that --from names as if it had just been measured.
 
     Raises:
-        OSError, ValueError: The file cannot be read, or an option says what to measure; the message names it.
+        OSError, ValueError: The file cannot be read, or an option that chooses measurements is given.
     """
     measuring = ("shape", "thiek", "peers", "routing", "dtype", "verbs", "threads", "sweep", "quick", "minutes")
     for option in measuring:
@@ -272,7 +272,7 @@ def show(rows: list[Row], console: Console) -> None:
 
 @contextmanager
 def progress_of(console: Console, steps: int) -> Iterator[Callable[[str], None]]:
-    """A bar that goes on one step with every call, which says what is being done."""
+    """A bar that advances one step per call; the call names the work."""
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=steps)

@@ -1,4 +1,4 @@
-"""`moekern compile`: bring the CUDA kernels into the cache ahead of time, with or without a GPU."""
+"""`moekern compile`: compile the CUDA kernels into the cache ahead of time, with or without a GPU."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def add_parser(subparsers: Subparsers) -> None:
         "--set", dest="which", choices=("usual", "covering", "all"), default="usual",
         help="usual: for today's models (default); covering: few variants that use every line; all: every variant",
     )  # fmt: skip
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilations at once (default: cores)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilations at a time (default: cores)")
     parser.set_defaults(run=run)
 
 
 @contextmanager
 def _given_up_on_error(pool: ThreadPoolExecutor, abandon: Callable[[], None]) -> Iterator[None]:
-    """On Ctrl-C too, what has not begun is cancelled and what has is given up: the pool's end would wait for all."""
+    """On errors and Ctrl-C, cancel waiting compilations and abandon the running ones: the pool would wait for all."""
     try:
         yield
     except BaseException:
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     gone = sum(not done.result().exists() for done in pending if done.exception() is None)
     if gone:
         print(
-            f"moekern compile: {gone} of them had to go again: {kernel_cache.LIMIT} allows {most} bytes for all",
+            f"moekern compile: {gone} of them were deleted again: {kernel_cache.LIMIT} allows {most} bytes for all",
             file=sys.stderr,
         )
     return 1 if failed else 0

@@ -1,4 +1,4 @@
-"""`moekern demo`: the dense and the MoE model trained side by side on real text. Options, progress, table, report."""
+"""`moekern demo`: trains a dense and an MoE model side by side on real text. Options, progress, table, report."""
 
 import argparse
 import json
@@ -40,8 +40,8 @@ examples:
   moekern demo --experts 64 --top-k 4            more and smaller experts; the active compute stays the same
   moekern demo --device cuda --width 512 --layers 8 --context 512 --batch 32 --steps 3000
 
-Both models see the same batches. An expert is dense width / top-k wide, so a token costs the same in both; what the MoE
-model adds is its router and the parameters that a token does not use. All numbers in the table and in the report come
+Both models see the same batches. An expert is dense width / top-k wide, so a token costs the same in both. The MoE
+model adds its router, and the parameters that a token does not use. All numbers in the table and in the report come
 from the run itself.
 """
 LARGEST_SEED = 2**63 - 1
@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def checked_options(args: argparse.Namespace) -> Options:
-    """The options, once everything about them that can be wrong has been checked."""
+    """The options, after all checks."""
     if args.top_k > args.experts:
         raise ValueError(f"--top-k: got {args.top_k}, expected at most --experts ({args.experts})")
     if args.width % HEAD_WIDTH:
@@ -143,7 +143,7 @@ def checked_device(name: str) -> str:
 
 
 def check_writable(option: str, path: Path) -> None:
-    """Better now than after minutes of training. Leaves no file behind."""
+    """Check that the file can be written, before minutes of training. Leaves no file behind."""
     folder = path.parent
     if path.is_dir():
         raise ValueError(f"{option}: got {path}, a folder; expected a file to write")
@@ -154,7 +154,7 @@ def check_writable(option: str, path: Path) -> None:
 
 
 def describe(corpus: Corpus, options: Options) -> dict[str, str]:
-    """The head of the output and the report's box about the run."""
+    """The settings for the head of the output and for the report's box about the run."""
     shape = options.shape
     sizes = f"{shape.layers} layers, width {shape.width}, context {shape.context}"
     return {
@@ -177,15 +177,15 @@ def counted(number: int, noun: str) -> str:
 
 
 def experiment(corpus: Corpus, options: Options, console: Console) -> Result:
-    """Train with a progress bar on a terminal, and with a line per evaluation everywhere."""
+    """Train with a progress bar on a terminal, and with one line per evaluation everywhere."""
     steps = options.steps
     if steps is None:
         with console.status("measuring the time of a step"):
             steps = steps_that_fit(corpus, options)
         if steps < EXPECTED_STEPS:
             console.print(
-                f"[yellow]note:[/] {steps} steps in place of {EXPECTED_STEPS}: what this machine, as busy as it is, "
-                f"does in about {options.seconds / 60:.1f} minutes; --steps sets another number",
+                f"[yellow]note:[/] {steps} steps instead of {EXPECTED_STEPS}, as many as this machine, under its "
+                f"present load, does in about {options.seconds / 60:.1f} minutes; --steps sets another number",
                 soft_wrap=True,
             )
     latest: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""`moekern doctor`: what this machine can run, whether it computes correctly, and how to mend what it lacks."""
+"""`moekern doctor`: what this machine can run, whether it computes correctly, and how to fix each problem."""
 
 import argparse
 import difflib
@@ -34,7 +34,7 @@ The exit code is 0 if the CPU backend works, no self-test fails and no environme
 otherwise. A missing optional package is not a
 failure: it is listed with the command that adds it.
 """
-USUAL_SIZES = (65536, 64, 2048, 1024)  # slots, experts, hidden, inter: the answer holds for all that are multiples of 8
+USUAL_SIZES = (65536, 64, 2048, 1024)  # slots, experts, hidden, intermediate: the answer holds for all multiples of 8
 VARIABLES = {
     "MOEKERN_BACKEND", "MOEKERN_CPU_ISA", "MOEKERN_CUDA_DIR", "MOEKERN_DEBUG", "MOEKERN_COMMIT",
     cache.FOLDER, cache.LIMIT, cache.TRUSTED, "MOEKERN_FUZZ_CASES",
@@ -43,7 +43,7 @@ VARIABLES = {
 
 @dataclass
 class Diagnosis:
-    """What doctor found: facts by section, self-tests, and problems with their fixes."""
+    """The findings of doctor: facts by section, self-tests, and problems with their fixes."""
 
     facts: dict[str, dict[str, str]] = field(default_factory=dict)
     self_tests: list[SelfTest] = field(default_factory=list)
@@ -101,7 +101,7 @@ def diagnose() -> Diagnosis:
 
 
 def complain_about(diagnosis: Diagnosis) -> None:
-    """One problem for all dtypes in which a backend fails alike."""
+    """One problem for all dtypes in which a backend fails with the same message."""
     failures: dict[tuple[str, str], list[str]] = {}
     for test in diagnosis.self_tests:
         if not test.passed:
@@ -122,7 +122,7 @@ def examine_packages(diagnosis: Diagnosis) -> None:
 
 
 def examine_environment(diagnosis: Diagnosis) -> None:
-    """Environment variables that make calls fail, or that nobody reads."""
+    """Environment variables that make calls fail, or that moekern does not read."""
     devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
     refusals = []
     for device in devices:
@@ -144,7 +144,7 @@ def examine_environment(diagnosis: Diagnosis) -> None:
         if name.startswith("MOEKERN_") and name not in VARIABLES:
             near = difflib.get_close_matches(name, VARIABLES, n=1)
             diagnosis.problem(
-                f"environment variable {name} is none that moekern reads",
+                f"moekern reads no environment variable {name}",
                 f"{f'did you mean {near[0]}? ' if near else ''}it reads {', '.join(sorted(VARIABLES))}",
             )
 
@@ -197,7 +197,7 @@ def examine_gpu(diagnosis: Diagnosis) -> None:
 
 
 def examine_cupy(diagnosis: Diagnosis) -> None:
-    """CuPy and the compiler it finds. Without a GPU their absence is a fact, not a problem."""
+    """CuPy and the compiler that it finds. Without a GPU their absence is a fact, not a problem."""
     wanted = f"cuda{(torch.version.cuda or '13').split('.')[0]}"
     report = diagnosis.problem if torch.cuda.is_available() else lambda what, fix: None
     if not machine.is_importable("cupy"):
@@ -216,7 +216,7 @@ def examine_cupy(diagnosis: Diagnosis) -> None:
     for name, version, fix in attempts:
         try:
             diagnosis.fact("GPU", name, version())
-        except Exception as error:  # a broken CuPy fails in many ways, and all of them mean: not usable
+        except Exception as error:  # a broken CuPy fails in many ways; all mean that it is not usable
             diagnosis.fact("GPU", name, "not usable")
             report(f"{name} is not usable: {' '.join(str(error).split())}", fix)
 
@@ -264,7 +264,7 @@ def examine_cache_folder(diagnosis: Diagnosis, name: str, folder: Path, most: st
     diagnosis.fact("GPU", name, f"{folder} ({access}, {trust}): {held}")
     if found.distrust:
         diagnosis.problem(
-            f"compiled kernels in {folder} are not used, for others could have written them: {found.distrust}",
+            f"compiled kernels in {folder} are not used, since others could have written them: {found.distrust}",
             cache.how_to_trust(folder),
         )
     elif not found.writable:
@@ -276,7 +276,7 @@ def examine_cache_folder(diagnosis: Diagnosis, name: str, folder: Path, most: st
         more = f" and {len(found.unusable) - 1} more" if len(found.unusable) > 1 else ""
         diagnosis.problem(
             f"bad files among the compiled kernels in {folder}: {found.unusable[0]}{more}",
-            "none is needed: they are compiled anew when they are wanted; deleting them saves the notice",
+            "no fix is needed: they are compiled again on demand; delete them to silence this notice",
         )
 
 
@@ -293,7 +293,7 @@ def fix_of_backend(backend: str) -> str:
     if backend == "cuda":
         return "see the GPU lines above; until then MOEKERN_BACKEND=reference uses plain PyTorch"
     if backend == "cpu":
-        return "pip install --force-reinstall --no-deps moekern; if it stays, report it with moekern doctor --json"
+        return "pip install --force-reinstall --no-deps moekern; then, if needed, report it with moekern doctor --json"
     return "report it with the output of moekern doctor --json"
 
 

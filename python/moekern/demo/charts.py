@@ -1,4 +1,4 @@
-"""What only the demo draws: the load of the experts."""
+"""The demo's own drawing: the load of the experts."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ def heat_map(load: Sequence[Sequence[float]]) -> str:
     """Layers down, experts across: each cell is an expert's share of its layer's tokens, in per cent.
 
     Colour runs from the page's background at share 0 over the middle tone at the mean share to full at twice the mean.
-    Cells too many for numbers stay without; hovering shows every value.
+    Cells too small for numbers have none; hovering shows every value.
     """
     experts = len(load[0])
     cell = max(8.0, min(56.0, 960 / experts))

@@ -1,6 +1,6 @@
 """The demo's language model: a small pre-norm transformer over bytes whose MLP is a parameter.
 
-The two models of the demo differ in nothing but this MLP: a dense SwiGLU of width `mlp_width`, or an `mk.MoE` of which
+The two models of the demo differ only in this MLP: a dense SwiGLU of width `mlp_width`, or an `mk.MoE` of which
 each token uses `top_k` experts of width `mlp_width / top_k`. Both do the same multiplications per token, the MoE also
 those of its router.
 """
@@ -104,7 +104,7 @@ class ByteModel(nn.Module):
         self.blocks = nn.ModuleList(Block(shape, make_mlp()) for _ in range(shape.layers))
         self.norm = nn.RMSNorm(shape.width)
         self.head = nn.Linear(shape.width, BYTES, bias=False)
-        # As large as what a block adds: with the usual 0.02 the blocks drown the bytes, and 200 steps of learning are
+        # As large as a block's output: with the usual 0.02 the blocks drown the bytes, and 200 steps of learning are
         # worth 0.1 bits per byte less.
         nn.init.normal_(self.embedding.weight, std=0.3)
         nn.init.normal_(self.head.weight, std=0.02)
@@ -137,7 +137,7 @@ def build_moe(shape: Shape, seed: int) -> ByteModel:
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
-    """(all parameters, those one token uses). Of an MoE layer's expert weights a token uses top_k / num_experts."""
+    """(all parameters, those that one token uses). A token uses top_k / num_experts of a layer's expert weights."""
     total = sum(p.numel() for p in model.parameters())
     idle = 0
     for layer in model.modules():

@@ -1,12 +1,12 @@
-"""The demo's result in words: the rows of the table and the sentences under it, for console and report alike."""
+"""The demo's result in words: rows of the table and sentences under it, for the console and the report."""
 
 from moekern.demo.train import ModelResult, Result
 
-CERTAIN = 2.0  # standard errors from which on a difference is called one
+CERTAIN = 2.0  # standard errors; a smaller difference is not called one
 
 
 def table_rows(result: Result) -> list[tuple[str, str, str]]:
-    """(what, dense, MoE) for each line of the table."""
+    """(name, dense, MoE) for each line of the table."""
     models = (result.dense, result.moe)
 
     def row(what: str, *cells: str) -> tuple[str, str, str]:
@@ -28,7 +28,7 @@ def worst_load(result: Result) -> list[float]:
 
 
 def headline(result: Result) -> str:
-    """The outcome in one sentence. It takes no side: which model is ahead is read from the numbers."""
+    """The outcome in one sentence; the numbers decide which model is ahead."""
     size, error = abs(result.difference), result.difference_error
     after = f"after {result.steps} steps on the same batches"
     if size < CERTAIN * error:
@@ -39,7 +39,7 @@ def headline(result: Result) -> str:
 
 
 def details(result: Result) -> list[str]:
-    """What a careful reader wants to know next."""
+    """Speed, size and the error bars, in sentences."""
     speed = result.moe.tokens_per_second / result.dense.tokens_per_second
     return [
         f"The MoE model trains at {speed:.2f} times the dense model's tokens per second, "
@@ -52,7 +52,7 @@ def details(result: Result) -> list[str]:
 
 
 def catch_up(result: Result) -> str:
-    """When the better model passed the final value of the other one."""
+    """The step and time at which the better model passed the other's final value."""
     better, other = sorted((result.moe, result.dense), key=lambda model: model.bits_per_byte)
     steps, seconds = first_reached(better, other.bits_per_byte)
     return (

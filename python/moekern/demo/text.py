@@ -23,7 +23,7 @@ SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Two byte streams (uint8, one dimension) and where they come from."""
+    """Two byte streams (uint8, one dimension) and their source."""
 
     source: str
     train: Tensor
@@ -38,7 +38,7 @@ class Corpus:
         return windows(self.train, starts, context)
 
     def validation_windows(self, count: int, context: int) -> tuple[Tensor, Tensor]:
-        """The same evenly spaced validation windows every time: at most `count`, none overlapping another."""
+        """At most `count` evenly spaced validation windows without overlap, the same every time."""
         count = min(count, (len(self.validation) - 1) // context)
         starts = torch.linspace(0, len(self.validation) - context - 1, count, dtype=torch.float64).long()
         return windows(self.validation, starts, context)
@@ -81,7 +81,7 @@ def load_corpus(path: str | None, context: int) -> Corpus:
 
 
 def read_file(path: Path) -> bytes:
-    """One file the user named: everything wrong with it is an error."""
+    """One file that the user named: any problem with it is an error."""
     if path.exists() and not path.is_file():  # a device or a pipe could be read forever
         raise ValueError(f"--text: {path} is neither a regular file nor a folder")
     with path.open("rb") as file:
@@ -98,7 +98,7 @@ def is_binary(data: bytes) -> bool:
 
 
 def read_folder(root: Path, suffix: str, skipped_folders: frozenset[str], notes: list[str]) -> list[bytes]:
-    """The distinct text files under `root`, in the order of their names. What is left out is told in `notes`."""
+    """The distinct text files under `root`, in the order of their names. `notes` tells which files are left out."""
     texts: dict[bytes, bytes] = {}
     unreadable = binary = total = 0
     for path in walk(root, suffix, skipped_folders):
@@ -143,7 +143,7 @@ def split_by_file(files: list[bytes]) -> tuple[list[bytes], list[bytes]]:
     validation: list[bytes] = []
     used = 0
     for data in ordered:
-        # The search for a file that fits ends near the budget: going on would collect only small files.
+        # The search for a file that fits ends near the budget: continuing would collect only small files.
         if used < 0.9 * budget and used + len(data) <= budget:
             validation.append(data)
             used += len(data)

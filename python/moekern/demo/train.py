@@ -1,7 +1,7 @@
-"""The demo's experiment: train the dense and the MoE model in turns, on the same batches, and measure both.
+"""The demo's experiment: train the dense and the MoE model alternately, on the same batches, and measure both.
 
-The models take turns between two evaluations, so a machine that slows down for a while slows down both. Training
-seconds hold forward, backward and optimizer, not the evaluations.
+The models alternate between two evaluations, so a machine that slows down for a while slows down both. Training
+seconds include forward, backward and optimizer, not the evaluations.
 """
 
 import math
@@ -26,7 +26,7 @@ GRADIENT_NORM = 1.0
 AUX_COEFFICIENT = 0.01  # of the mean over layers, scaled so that an even load has loss 1
 EVALUATIONS = 10
 FEWEST_STEPS_BETWEEN = 5  # two evaluations
-EVALUATION_WINDOWS = 256  # the same ones every time, so that points of a curve can be compared
+EVALUATION_WINDOWS = 256  # the same ones every time, so that the points of a curve can be compared
 EVALUATION_BATCH = 32
 EXPECTED_STEPS = 400
 CALIBRATION_STEPS = 6
@@ -35,7 +35,7 @@ CALIBRATION_WARMUP = 2
 
 @dataclass(frozen=True)
 class Options:
-    """What one run of the demo is asked to do. steps None: EXPECTED_STEPS, or fewer if they would not fit `seconds`."""
+    """The options of one run of the demo. steps None: EXPECTED_STEPS, or fewer if they would not fit `seconds`."""
 
     shape: Shape = field(default_factory=Shape)
     batch: int = 16
@@ -79,7 +79,7 @@ class Balance:
 
 @dataclass(frozen=True)
 class Result:
-    """Everything the table, the report and the JSON show. load[layer][expert] is a share; a layer sums to 1."""
+    """Everything that the table, the report and the JSON show. load[layer][expert] is a share; a layer sums to 1."""
 
     steps: int
     tokens_per_step: int
@@ -180,7 +180,7 @@ def make_trainers(corpus: Corpus, options: Options, steps: int) -> tuple[Trainer
 
 
 def steps_that_fit(corpus: Corpus, options: Options) -> int:
-    """How many steps of both models fit into `options.seconds`: tried on models that are thrown away.
+    """The number of steps of both models that fit into `options.seconds`, measured on models that are then dropped.
 
     A multiple of 50 where possible, between 20 and EXPECTED_STEPS.
     """

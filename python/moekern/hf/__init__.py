@@ -3,8 +3,8 @@
     import moekern.hf
     model = AutoModelForCausalLM.from_pretrained(name, experts_implementation="moekern")
 
-Models of transformers 5 that use its experts interface need no more than that. Those that keep a block of their own,
-Llama 4, DBRX, and Granite in releases before its experts came under the interface, are served by :func:`replace`.
+That is enough for the models of transformers 5 that use its experts interface. Models with a block of their own need
+:func:`replace`: Llama 4, DBRX, and Granite in the releases before its experts used the interface.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _GPT_OSS_GATE = ("transformers.models.gpt_oss.modeling_gpt_oss", "GptOssExperts.
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The experts of a transformers model, called with the experts module as ``self``.
 
-    The activation runs inside the kernels where the module's gate is the default one and its activation known, or the
-    gate is that of gpt-oss; else the module's own gate runs between two grouped products.
+    The activation runs inside the kernels if the module's gate is the default one and its activation known, or if the
+    gate is that of gpt-oss. Otherwise the module's own gate runs between two grouped products.
 
     Args:
         hidden_states: ``[T, H]``.
@@ -63,7 +63,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     if x.dtype != w_up.dtype and not torch.is_autocast_enabled(x.device.type):
         x = x.to(w_up.dtype)
     if top_k_weights.shape != top_k_index.shape and top_k_weights.shape[-1] == w_up.shape[0]:
-        top_k_weights = top_k_weights.gather(1, top_k_index)  # some routers of transformers 5.0 give all of them
+        top_k_weights = top_k_weights.gather(1, top_k_index)  # some routers of transformers 5.0 give all weights
     activation, interleaved = _fused_activation(self, gated)
     if activation is not None and not getattr(self, "has_post_expert_norm", False):
         out = experts(
@@ -92,13 +92,13 @@ def _tell_once(experts_class: type, what: str) -> None:
 
 
 def _fused_activation(module: Any, gated: bool) -> tuple[str | None, bool]:
-    """The activation's name for the kernels, None if only the module knows it; and whether gate and up alternate."""
+    """The activation's name for the kernels, None if only the module has it; and whether gate and up rows alternate."""
     if not gated:
         return known_activation(getattr(module, "act_fn", None), gated=False), False
-    gate = getattr(module, "_apply_gate", None)  # of the instance: it may have one of its own
+    gate = getattr(module, "_apply_gate", None)  # of the instance, which may replace it
     gate = getattr(gate, "__func__", gate)
     if gate is None or gate is getattr(_interface, "_default_apply_gate", None):
-        # The default gate halves its input whatever is_concatenated says.
+        # The default gate halves its input for either value of is_concatenated.
         return known_activation(getattr(module, "act_fn", None), gated=True), False
     if (getattr(gate, "__module__", None), getattr(gate, "__qualname__", None)) == _GPT_OSS_GATE:
         constants = (getattr(module, "alpha", None), getattr(module, "limit", None))
@@ -138,29 +138,29 @@ def _with_own_gate(
 
 
 def replace(model: Any) -> list[str]:
-    """Let moekern run the experts of a model, in place, whether or not it uses transformers' experts interface.
+    """Let moekern run the experts of a model, in place, with or without transformers' experts interface.
 
-    Models with the interface are switched to it. The blocks of Llama 4, of DBRX and of an older release's Granite get
-    classes of moekern's and keep their modules and hooks: DBRX's three matrices are rewritten as two, the others keep
-    their parameters. State dicts keep the names and shapes that transformers knows, so that ``save_pretrained`` and
-    ``load_state_dict`` work as before. Before or after ``peft.get_peft_model``, except that LoRA on DBRX's matrices
-    must come after.
+    Models with the interface are switched to it. The blocks of Llama 4, of DBRX and of Granite in
+    older releases get classes of moekern's and keep their modules and hooks. DBRX's three matrices become two; the
+    others keep their parameters. State dicts keep the names and shapes that transformers knows, so that
+    ``save_pretrained`` and ``load_state_dict`` work as before. Call it before or after ``peft.get_peft_model``, but
+    before LoRA on DBRX's matrices.
 
     Args:
         model: A transformers model, or any module that contains such blocks.
 
     Returns:
-        Names of the modules that moekern runs now.
+        Names of the modules that moekern now runs.
 
     Raises:
         TypeError: ``model`` is not an nn.Module.
-        ValueError: Nothing in it can be replaced (the message names the MoE modules found, if any), or something has
-            hold of a block that moekern would take away from it.
+        ValueError: Nothing in it can be replaced (the message names the MoE modules found, if any), or something else
+            has changed a block, and moekern would undo that change.
     """
     if not issubclass(type(model), nn.Module):  # isinstance would narrow Any to a class without configuration
         raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
     blocks = [(name, module, block) for name, module in model.named_modules() if (block := block_for(module))]
-    for name, module, block in blocks:  # all of them first: a refusal leaves the model as it was
+    for name, module, block in blocks:  # all checks come first: a refusal leaves the model as it was
         if not name:
             raise ValueError(f"model: got a bare {type(module).__name__}, expected a model that contains it")
         block.check(module)
@@ -185,12 +185,12 @@ def replace(model: Any) -> list[str]:
 
 
 def _uses_interface(module: nn.Module) -> bool:
-    """Whether the class's forward is the one that transformers' decorator puts in place of it."""
+    """Whether the class's forward is the one that transformers' decorator installs."""
     return getattr(type(module).forward, "__globals__", None) is vars(_interface)
 
 
 def _register() -> None:
-    """Make the implementation known; transformers 5.0 has a fixed list of names besides its registry."""
+    """Register the implementation; transformers 5.0 has a fixed list of names as well as a registry."""
     from transformers import PreTrainedModel
 
     _interface.ExpertsInterface.register(NAME, experts_forward)

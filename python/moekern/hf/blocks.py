@@ -2,7 +2,7 @@
 
 A block is changed in place: the module gets a class of moekern's, and keeps its parameters, submodules, hooks and
 wrappers. Router, experts and shared expert are called as transformers calls them, because peft, accelerate, FSDP and
-those who record outputs hook onto these calls.
+recorders of outputs hook onto these calls.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _activation(module: nn.Module) -> str:
     function = next((found for name in names if (found := getattr(module, name, None)) is not None), None)
     name = known_activation(function, gated=True)
     if name is None:
-        raise ValueError(f"model: the experts' activation {type(function).__name__} is not one that moekern has")
+        raise ValueError(f"model: the experts' activation {type(function).__name__} is unknown to moekern")
     return name
 
 
@@ -51,7 +51,7 @@ class Llama4Experts(nn.Module):
 
 
 class Llama4Block(nn.Module):
-    """``Llama4TextMoe``: the sigmoid of the chosen logits scales the experts' input; a shared expert runs beside."""
+    """``Llama4TextMoe``: the sigmoid of the chosen logits scales the experts' input; a shared expert is added."""
 
     @staticmethod
     def check(original: Any) -> None:
@@ -77,7 +77,7 @@ class Llama4Block(nn.Module):
         """Output ``[T, H]`` and router logits ``[T, E]``."""
         x = hidden_states.reshape(-1, self.hidden_dim)
         scores, logits = self._route(x)
-        weights, ids = scores.topk(self.top_k, dim=-1)  # those of all other experts are zero
+        weights, ids = scores.topk(self.top_k, dim=-1)  # the scores of all other experts are zero
         scaled = (x.unsqueeze(1) * weights.to(x.dtype).unsqueeze(2)).flatten(0, 1)
         routed = self.experts(scaled, ids.reshape(-1, 1))
         return self.shared_expert(x) + routed.unflatten(0, (-1, self.top_k)).sum(1), logits
@@ -96,15 +96,15 @@ class Llama4Block(nn.Module):
 
 
 def _experts_in(block: Any) -> Iterator[nn.Module]:
-    """The experts, also within wrappers; there are several where peft keeps the original next to what is trained."""
+    """The experts, also within wrappers; there are several if peft keeps the original next to the trained copy."""
     return (module for module in block.experts.modules() if _known_class(module, _EXPERTS) is not None)
 
 
 class GraniteBlock(nn.Module):
-    """``GraniteMoeMoE`` of the releases in which it has experts of its own: softmax over the K largest logits.
+    """``GraniteMoeMoE`` of the releases in which it has its own experts: softmax over the K largest logits.
 
-    Its weights lie as moekern reads them. Router and projections are read rather than called, so if anything hooks onto
-    their calls, or wraps them, the block runs as transformers wrote it.
+    Its weights have a layout that moekern reads. Router and projections are read and not called; so if anything hooks
+    onto their calls, or wraps them, the block runs as transformers wrote it.
     """
 
     @staticmethod
@@ -186,7 +186,7 @@ _DBRX_NAMES = ("mlp.w1", "mlp.v1", "mlp.w2")
 def _write_dbrx(experts: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     joined = [prefix + "gate_up_proj", prefix + "down_proj"]
     if not all(name in state for name in joined):
-        return  # pruned or parametrized: the names are no longer transformers'
+        return  # pruned or parametrized: the names differ from transformers'
     gate_up, down = (state.pop(name) for name in joined)
     gate, up = gate_up.chunk(2, dim=1)
     for name, value in zip(_DBRX_NAMES, (gate, up, down.mT), strict=True):
@@ -202,22 +202,22 @@ def _read_dbrx(experts: Any, state: dict[str, Any], prefix: str, *_: Any) -> Non
 
 
 def _has_no_own_forward(module: nn.Module) -> None:
-    """accelerate keeps the forward that it replaces, and so it can be exchanged; nobody else's can."""
+    """Raise if something replaced the module's forward; accelerate may, since it keeps the original."""
     forward: Any = vars(module).get("forward")
     if forward is not None and not _is_of_its_class(forward, module) and "_old_forward" not in vars(module):
         raise ValueError(
-            f"model: a {type(module).__name__} has a forward of its own, which moekern would have to take away: "
+            f"model: a {type(module).__name__} has a forward of its own, which moekern would have to remove: "
             "call replace first, then change the module"
         )
 
 
 def _is_of_its_class(forward: Any, module: nn.Module) -> bool:
-    """transformers 5.0 leaves the class's own forward on an instance whose outputs it recorded."""
+    """transformers 5.0 leaves the class's own forward on an instance after recording its outputs."""
     return getattr(forward, "__func__", None) is type(module).forward
 
 
 def _become(module: Any, ours: Any) -> None:
-    """Give a module our class in place."""
+    """Give a module our class, in place."""
     original = _known_class(module, (*_BLOCKS, *_EXPERTS))
     assert original is not None
     if _is_of_its_class(vars(module).get("forward"), module):
@@ -228,7 +228,7 @@ def _become(module: Any, ours: Any) -> None:
 
 
 def _on_ours(kind: Any, original: Any, ours: Any) -> Any:
-    """Ours; of a class that FSDP or a parametrization derived from the original, the same derived from ours."""
+    """Our class; if FSDP or a parametrization derived a class from the original, the same derived from ours."""
     if kind is original:
         return ours
     if not issubclass(kind, original):
@@ -242,7 +242,7 @@ def _qualified_name(kind: type) -> str:
 
 
 def _known_class(module: nn.Module, names: Any) -> Any:
-    """That of the module's classes which is among the names, unless a class derived from it has another forward."""
+    """The one of the module's classes whose name is given, unless a class derived from it has another forward."""
     found: Any = next((kind for kind in type(module).__mro__ if _qualified_name(kind) in names), None)
     forward: Any = type(module).forward
     return found if found is not None and forward is found.forward else None

@@ -48,7 +48,7 @@ def round_step(rough: float) -> float:
 
 @dataclass(frozen=True)
 class LogAxis(Axis):
-    """The same for values that are compared by their ratios; `low` is above 0."""
+    """A logarithmic map, for values that are compared by their ratios; `low` is above 0."""
 
     def __call__(self, value: float) -> float:
         return self.start + math.log(value / self.low) / math.log(self.high / self.low) * (self.end - self.start)
@@ -103,7 +103,7 @@ def line_chart(
 
 
 def apart(x: Axis, values: Sequence[float]) -> list[float]:
-    """Those of ascending values whose numbers fit under the axis beside each other."""
+    """The ascending values whose numbers fit under the axis next to each other."""
     kept: list[float] = []
     for value in values:
         if not kept or x(value) - x(kept[-1]) >= 8 + 3.6 * (len(f"{value:g}") + len(f"{kept[-1]:g}")):

@@ -1,4 +1,4 @@
-"""Facts about the machine at hand, for `moekern doctor` and for the head of reports."""
+"""Facts about this machine, for `moekern doctor` and for the head of reports."""
 
 import importlib.util
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-# What decides which CPU kernels run, or would matter to the next ones.
+# The features that decide which CPU kernels run, and those that future kernels could use.
 CPU_FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_fp16", "amx_bf16")
 
 
@@ -18,7 +18,7 @@ def cpu_name() -> str:
 
 
 def cpu_features() -> list[str]:
-    """Those of CPU_FEATURES that the processor has; empty where the system has no /proc/cpuinfo."""
+    """The CPU_FEATURES that the processor has; empty where the system has no /proc/cpuinfo."""
     flags = set(cpuinfo("flags").split())
     return [feature for feature in CPU_FEATURES if feature in flags]
 
@@ -32,7 +32,7 @@ def cpuinfo(field: str) -> str:
 
 
 def usable_cores() -> int:
-    """Cores this process may run on: fewer than the machine has in many containers."""
+    """The number of cores that this process may run on: in many containers fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
@@ -48,14 +48,14 @@ def is_importable(name: str) -> bool:
 
 
 def device_name(device: str) -> str:
-    """What computes: the GPU's name, or the CPU's with the threads PyTorch uses."""
+    """The GPU's name, or the CPU's with the number of threads that PyTorch uses."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{cpu_name()}, {torch.get_num_threads()} threads"
 
 
 def driver_version() -> str | None:
-    """Version of the NVIDIA kernel driver as Linux tells it, or of the CUDA API that torch reports elsewhere."""
+    """Version of the NVIDIA kernel driver on Linux; elsewhere of the CUDA API, as torch reports it."""
     try:
         words = Path("/proc/driver/nvidia/version").read_text().split()
     except OSError:

@@ -1,4 +1,4 @@
-"""The frame of the reports: one HTML file that needs nothing else, neither network nor scripts."""
+"""The frame of the reports: one HTML file that needs no other files, no network and no scripts."""
 
 import json
 from collections.abc import Mapping
@@ -60,7 +60,7 @@ def figure(caption: str, drawing: str) -> str:
 
 
 def settings_table(settings: Mapping[str, str]) -> str:
-    """Names and values, one pair a line; that of "command" is set as code."""
+    """Names and values, one pair per line; the value of "command" is set as code."""
     cells = {name: escape(value) for name, value in settings.items()}
     if "command" in cells:
         cells["command"] = f"<code>{cells['command']}</code>"
