@@ -11,7 +11,7 @@ import torch
 
 import moekern
 from moekern import cli
-from moekern.backends.cuda.build import loader
+from moekern.backends.cuda.build import sources
 from moekern.cli import bench, demo
 
 Call = Callable[..., tuple[int, str, str]]
@@ -219,7 +219,7 @@ def test_cuda_sources_that_are_nowhere(
     """As on a GPU, where the first kernel is compiled in the middle of the run."""
 
     def look(*_: object) -> None:
-        loader.cuda_directory()
+        sources.cuda_directory()
 
     monkeypatch.setenv("MOEKERN_CUDA_DIR", str(tmp_path))
     monkeypatch.setattr(*{"demo": (demo, "load_corpus"), "bench": (bench, "measured")}[command], look)
