@@ -6,7 +6,7 @@
 
 use moekern_core::experts::{ExpertsBackward, ExpertsForward, experts_backward, experts_forward};
 use moekern_core::gemm::Activation;
-use moekern_core::permute::{Combine, Layout};
+use moekern_core::permute::{Combine, TokenMap};
 use moekern_core::plan::plan;
 use moekern_core::vector::{DType, Isa, IsaError};
 use std::process::exit;
@@ -75,7 +75,7 @@ impl Case {
     }
 
     fn combine(self) {
-        let layout = Layout {
+        let map = TokenMap {
             isa: self.isa,
             threads: 1,
             dtype: self.dtype,
@@ -88,7 +88,7 @@ impl Case {
         let mut out = self.x;
         let weights = self.scores.as_ptr().cast();
         // Safety: the arrays have the documented sizes, and the plan is one.
-        unsafe { Combine { layout, y: self.rows.as_ptr(), weights, out: out.as_mut_ptr() }.run() };
+        unsafe { Combine { map, y: self.rows.as_ptr(), weights, out: out.as_mut_ptr() }.run() };
     }
 
     fn forward(mut self) {

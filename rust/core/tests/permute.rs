@@ -1,7 +1,7 @@
 //! Permute, combine and their gradients on every instruction set of the CPU, against loops in fp64.
 
 use half::{bf16, f16};
-use moekern_core::permute::{Combine, CombineBackward, Layout, Permute};
+use moekern_core::permute::{Combine, CombineBackward, Permute, TokenMap};
 use moekern_core::plan::plan;
 use moekern_core::vector::{DType, Isa};
 use proptest::prelude::*;
@@ -73,8 +73,8 @@ impl Problem {
         Self { dtype, tokens, top_k, hidden, inverse, used, x, y, weights }
     }
 
-    fn layout(&self, isa: Isa, threads: usize) -> Layout {
-        Layout {
+    fn map(&self, isa: Isa, threads: usize) -> TokenMap {
+        TokenMap {
             isa,
             threads,
             dtype: self.dtype,
@@ -88,7 +88,7 @@ impl Problem {
 
     /// Rows, combined rows, gradient of the rows, gradient of the weights, as memory.
     fn results(&self, isa: Isa, threads: usize) -> [Vec<u8>; 4] {
-        let layout = self.layout(isa, threads);
+        let map = self.map(isa, threads);
         let (slots, dtype) = (self.tokens * self.top_k, self.dtype);
         let (x, y) = (encode(&self.x, dtype), encode(&self.y, dtype));
         let weights = self.weights.as_ref().map(|w| encode(w, weight_type(dtype)));
@@ -97,12 +97,12 @@ impl Problem {
         let mut out = poison(self.tokens * self.hidden, dtype);
         let mut dy = poison(slots * self.hidden, dtype);
         let mut dweights = poison(slots, weight_type(dtype));
-        // Safety: all sizes are those of the layout.
+        // Safety: all sizes are those of the map.
         unsafe {
-            Permute { layout, x: x.as_ptr(), out: rows.as_mut_ptr() }.run();
-            Combine { layout, y: y.as_ptr(), weights, out: out.as_mut_ptr() }.run();
+            Permute { map, x: x.as_ptr(), out: rows.as_mut_ptr() }.run();
+            Combine { map, y: y.as_ptr(), weights, out: out.as_mut_ptr() }.run();
             CombineBackward {
-                layout,
+                map,
                 dout: x.as_ptr(),
                 y: y.as_ptr(),
                 weights,
@@ -202,14 +202,14 @@ fn the_same_bits_for_any_number_of_threads() {
 #[test]
 fn gradients_not_wanted_are_not_written() {
     let problem = Problem::new(DType::F32, 5, 2, 9, true, 1);
-    let layout = problem.layout(Isa::best(), 1);
+    let map = problem.map(Isa::best(), 1);
     let [_, _, dy, dweights] = problem.results(Isa::best(), 1);
     let (x, y) = (encode(&problem.x, DType::F32), encode(&problem.y, DType::F32));
     let weights = encode(problem.weights.as_ref().unwrap(), DType::F32);
     let null = std::ptr::null_mut();
     let (mut only_dy, mut only_dweights) = (poison(90, DType::F32), poison(10, DType::F32));
     let job = CombineBackward {
-        layout,
+        map,
         dout: x.as_ptr(),
         y: std::ptr::null(),
         weights: weights.as_ptr(),

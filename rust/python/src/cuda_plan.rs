@@ -35,7 +35,7 @@ pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
 }
 
 /// Where in pinned memory the host's side of a plan lies.
-struct Layout {
+struct PinnedLayout {
     chunks: Chunks,
     /// Bytes of an id: the narrowest that can name every expert, and none.
     width: usize,
@@ -44,8 +44,8 @@ struct Layout {
     bytes: usize,
 }
 
-impl Layout {
-    fn new(slots: usize, experts: usize) -> PyResult<Layout> {
+impl PinnedLayout {
+    fn new(slots: usize, experts: usize) -> PyResult<PinnedLayout> {
         let chunks = Chunks::new(slots, experts).map_err(|error| PyValueError::new_err(error.to_string()))?;
         let width = if experts < 1 << 8 {
             1
@@ -56,7 +56,7 @@ impl Layout {
         };
         let ranks = (slots * width).next_multiple_of(64);
         let table = ranks + (2 * slots).next_multiple_of(64);
-        Ok(Layout { chunks, width, ranks, table, bytes: table + 4 * chunks.table_len() })
+        Ok(PinnedLayout { chunks, width, ranks, table, bytes: table + 4 * chunks.table_len() })
     }
 
     /// Blocks of the first kernel that bring the first slots.
@@ -68,7 +68,7 @@ impl Layout {
 /// See `python/moekern/_core.pyi`.
 #[pyfunction]
 fn cuda_plan_memory(slots: usize, experts: usize) -> PyResult<(usize, usize)> {
-    let layout = Layout::new(slots, experts)?;
+    let layout = PinnedLayout::new(slots, experts)?;
     Ok((layout.blocks(slots) * MARK_WORDS, layout.bytes))
 }
 
@@ -162,7 +162,7 @@ fn cuda_plan(
     threads: usize,
     allocate: Py<PyAny>,
 ) -> PyResult<()> {
-    let layout = Layout::new(slots, experts)?;
+    let layout = PinnedLayout::new(slots, experts)?;
     if slots == 0 || marks == 0 || !marks.is_multiple_of(4) || memory == 0 || !memory.is_multiple_of(16) {
         return Err(PyValueError::new_err("slots, marks, memory: got 0 or an address that is not aligned"));
     }
@@ -207,7 +207,7 @@ fn cuda_plan(
         if !done {
             return Err(arrivals.error());
         }
-        let Layout { chunks, ranks, table, .. } = &layout;
+        let PinnedLayout { chunks, ranks, table, .. } = &layout;
         let params = Params::pointers(&[ids, memory + ranks, memory + table, order, inverse, offsets]).ints(&[
             slots,
             experts,
@@ -220,7 +220,7 @@ fn cuda_plan(
 
 /// What [`rank`] is called with.
 struct Ranking<'a> {
-    layout: &'a Layout,
+    layout: &'a PinnedLayout,
     memory: usize,
     threads: usize,
     arrivals: &'a Arrivals<'a>,
@@ -243,7 +243,7 @@ impl Ranking<'_> {
     }
 
     unsafe fn run_with<I: Id>(&self, meanwhile: impl FnOnce() -> bool) -> bool {
-        let Layout { chunks, width, ranks, table, .. } = self.layout;
+        let PinnedLayout { chunks, width, ranks, table, .. } = self.layout;
         let arrived = |slots: Range<usize>| {
             self.arrivals.wait(slots.start * width / BLOCK_BYTES..(slots.end * width).div_ceil(BLOCK_BYTES))
         };

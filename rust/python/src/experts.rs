@@ -168,26 +168,26 @@ pub fn grouped_mm(
         let bytes = experts * k * n * dtype.size();
         let (gather_a, gather_b) = (Gather::NONE, Gather::NONE);
         let stream = larger_than_cache(bytes);
-        let job = GroupedTn { isa, threads, dtype, experts, offsets, p: k, n, a, gather_a, b, gather_b, out, stream };
+        let args = GroupedTn { isa, threads, dtype, experts, offsets, p: k, n, a, gather_a, b, gather_b, out, stream };
         py.detach(|| unsafe {
-            let job = &job;
-            advise_huge_pages(job.out, bytes);
-            grouped_tn(job);
+            let args = &args;
+            advise_huge_pages(args.out, bytes);
+            grouped_tn(args);
         });
         return Ok(());
     }
     let gather = Gather::NONE;
     let bias = std::ptr::null();
-    let job = Grouped { isa, threads, dtype, experts, offsets, k, n, a, gather, b, bias, out };
+    let args = Grouped { isa, threads, dtype, experts, offsets, k, n, a, gather, b, bias, out };
     py.detach(|| unsafe {
-        let job = &job;
-        advise_huge_pages(job.out, rows * n * dtype.size());
+        let args = &args;
+        advise_huge_pages(args.out, rows * n * dtype.size());
         if kind == 0 {
-            grouped_nt(job, &Epilogue::NONE)
+            grouped_nt(args, &Epilogue::NONE)
         } else {
-            grouped_nn(job)
+            grouped_nn(args)
         }
-        clear_unused(job, rows);
+        clear_unused(args, rows);
     });
     Ok(())
 }
@@ -195,13 +195,13 @@ pub fn grouped_mm(
 /// Zeroes the rows that belong to no expert.
 ///
 /// # Safety
-/// `job.out` has `rows` rows and `job.offsets` is as documented.
-unsafe fn clear_unused(job: &Grouped, rows: usize) {
-    let row_bytes = job.n * job.dtype.size();
+/// `args.out` has `rows` rows and `args.offsets` is as documented.
+unsafe fn clear_unused(args: &Grouped, rows: usize) {
+    let row_bytes = args.n * args.dtype.size();
     unsafe {
-        let used = *job.offsets.add(job.experts) as usize;
+        let used = *args.offsets.add(args.experts) as usize;
         if used < rows {
-            job.out.add(used * row_bytes).write_bytes(0, (rows - used) * row_bytes);
+            args.out.add(used * row_bytes).write_bytes(0, (rows - used) * row_bytes);
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Permutation and combine, forward and backward.
 
-use moekern_core::permute::{Combine, CombineBackward, Layout, Permute};
+use moekern_core::permute::{Combine, CombineBackward, Permute, TokenMap};
 use moekern_core::vector::{DType, Isa};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -28,7 +28,7 @@ struct Shapes {
 
 impl Shapes {
     /// Checks sizes and that the plan and the `required` tensors are there. None if there is nothing to do.
-    fn layout(self, required: &[(&str, usize)]) -> PyResult<Option<Layout>> {
+    fn map(self, required: &[(&str, usize)]) -> PyResult<Option<TokenMap>> {
         let error = |message| Err(PyValueError::new_err(message));
         let Some(dtype) = DType::from_code(self.dtype) else {
             return error(format!("dtype: got code {}, expected 0 to 3", self.dtype));
@@ -50,7 +50,7 @@ impl Shapes {
             return error(format!("{name}: null pointer"));
         }
         let offsets: *const i32 = address(self.offsets);
-        Ok(Some(Layout {
+        Ok(Some(TokenMap {
             isa: Isa::current().map_err(|error| PyValueError::new_err(error.to_string()))?,
             threads: self.threads.max(1),
             dtype,
@@ -69,13 +69,13 @@ fn address<T>(address: usize) -> *const T {
 }
 
 /// Runs the work, without the interpreter if it takes long. Python vouches for the tensors behind the addresses.
-fn run<T: Sync>(py: Python<'_>, layout: &Layout, job: T, work: unsafe fn(&T)) {
-    let bytes = layout.tokens * (layout.top_k + 1) * layout.hidden * layout.dtype.size();
+fn run<T: Sync>(py: Python<'_>, map: &TokenMap, args: T, work: unsafe fn(&T)) {
+    let bytes = map.tokens * (map.top_k + 1) * map.hidden * map.dtype.size();
     if bytes < BYTES_WORTH_RELEASING {
-        unsafe { work(&job) }
+        unsafe { work(&args) }
     } else {
-        let job = &job;
-        py.detach(|| unsafe { work(job) });
+        let args = &args;
+        py.detach(|| unsafe { work(args) });
     }
 }
 
@@ -97,8 +97,8 @@ fn permute(
     out: usize,
 ) -> PyResult<()> {
     let shapes = Shapes { dtype, threads, tokens, hidden, top_k, experts, inverse, offsets };
-    if let Some(layout) = shapes.layout(&[("x", x), ("out", out)])? {
-        run(py, &layout, Permute { layout, x: address(x), out: out as *mut u8 }, Permute::run);
+    if let Some(map) = shapes.map(&[("x", x), ("out", out)])? {
+        run(py, &map, Permute { map, x: address(x), out: out as *mut u8 }, Permute::run);
     }
     Ok(())
 }
@@ -122,9 +122,9 @@ fn combine(
     out: usize,
 ) -> PyResult<()> {
     let shapes = Shapes { dtype, threads, tokens, hidden, top_k, experts, inverse, offsets };
-    if let Some(layout) = shapes.layout(&[("y", y), ("out", out)])? {
-        let job = Combine { layout, y: address(y), weights: address(weights), out: out as *mut u8 };
-        run(py, &layout, job, Combine::run);
+    if let Some(map) = shapes.map(&[("y", y), ("out", out)])? {
+        let args = Combine { map, y: address(y), weights: address(weights), out: out as *mut u8 };
+        run(py, &map, args, Combine::run);
     }
     Ok(())
 }
@@ -151,16 +151,16 @@ fn combine_backward(
 ) -> PyResult<()> {
     let shapes = Shapes { dtype, threads, tokens, hidden, top_k, experts, inverse, offsets };
     let required = [("dout", dout), ("y", if dweights == 0 { dout } else { y })];
-    if let Some(layout) = shapes.layout(&required)? {
-        let job = CombineBackward {
-            layout,
+    if let Some(map) = shapes.map(&required)? {
+        let args = CombineBackward {
+            map,
             dout: address(dout),
             y: address(y),
             weights: address(weights),
             dy: dy as *mut u8,
             dweights: dweights as *mut u8,
         };
-        run(py, &layout, job, CombineBackward::run);
+        run(py, &map, args, CombineBackward::run);
     }
     Ok(())
 }

@@ -3,7 +3,7 @@
 #![allow(unsafe_op_in_unsafe_fn)]
 
 use crate::gemm::activation::{Activate, Activation};
-use crate::threads::jobs::{Job, Worker};
+use crate::threads::jobs::{Job, ThreadState};
 use crate::vector::format::Format;
 use crate::vector::round::{round_row, widen_row};
 use crate::vector::simd::{Kernel, Simd};
@@ -33,10 +33,10 @@ impl<S: Simd, F: Format> Job for ActivateRows<S, F> {
         self.rows.div_ceil(ROWS)
     }
 
-    fn run(&self, ticket: usize, worker: &mut Worker) {
+    fn run(&self, ticket: usize, thread: &mut ThreadState) {
         // Whole vectors of every part stay within it.
         let part = self.columns.next_multiple_of(16);
-        let gate = worker.scratch.results.words(5 * part);
+        let gate = thread.scratch.results.words(5 * part);
         for row in ticket * ROWS..self.rows.min((ticket + 1) * ROWS) {
             // Whoever made this vouches for the pointers.
             unsafe {

@@ -7,7 +7,7 @@
 #![allow(unsafe_op_in_unsafe_fn)]
 
 use crate::gemm::activation::{Activation, GELU_CUBIC, GELU_SCALE, OAI_ALPHA, OAI_LIMIT, tail};
-use crate::gemm::nn::pass::{Block, COLUMN_BLOCK, Finish};
+use crate::gemm::nn::pass::{COLUMN_BLOCK, Finish, FinishedSums};
 use crate::vector::format::Format;
 use crate::vector::math::{erf, exp, sigmoid};
 use crate::vector::round::{load_values_up_to, round_row, widen_row};
@@ -43,15 +43,15 @@ pub struct HiddenGradient<F> {
 unsafe impl<F> Sync for HiddenGradient<F> {}
 
 impl<F: Format> Finish for HiddenGradient<F> {
-    unsafe fn finish<S: Simd>(&self, block: &Block) {
-        for column in (0..block.columns).step_by(COLUMN_BLOCK) {
-            let part = Block {
-                column: block.column + column,
-                columns: COLUMN_BLOCK.min(block.columns - column),
-                sums: block.sums.add(column),
-                ..*block
+    unsafe fn finish<S: Simd>(&self, sums: &FinishedSums) {
+        for column in (0..sums.columns).step_by(COLUMN_BLOCK) {
+            let part = FinishedSums {
+                column: sums.column + column,
+                columns: COLUMN_BLOCK.min(sums.columns - column),
+                values: sums.values.add(column),
+                ..*sums
             };
-            S::enter(Differentiate { of: self, block: part });
+            S::enter(Differentiate { of: self, sums: part });
         }
     }
 }
@@ -66,7 +66,7 @@ impl<F> HiddenGradient<F> {
 /// [`HiddenGradient::finish`] for at most [`COLUMN_BLOCK`] columns.
 struct Differentiate<'a, F> {
     of: &'a HiddenGradient<F>,
-    block: Block,
+    sums: FinishedSums,
 }
 
 /// fp32 values of one row of a block.
@@ -84,16 +84,16 @@ impl<F: Format> Kernel for Differentiate<'_, F> {
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let Self { of, block } = &self;
-        let (gated, n) = (of.activation.gated(), block.columns);
+        let Self { of, sums } = &self;
+        let (gated, n) = (of.activation.gated(), sums.columns);
         let width = of.inter * of.activation.columns();
         let mut row = Row { gate: [0.0; COLUMN_BLOCK], up: [0.0; COLUMN_BLOCK], scaled: [0.0; COLUMN_BLOCK] };
         let mut mixed = [0f32; 2 * COLUMN_BLOCK];
         let alternate = gated && of.interleaved;
-        for r in 0..block.rows {
-            let index = block.row + r;
+        for r in 0..sums.rows {
+            let index = sums.row + r;
             // Where this block's features start in a row of `pre`, and the up features if they are apart.
-            let first = (index * width + if alternate { 2 * block.column } else { block.column }) * F::BYTES;
+            let first = (index * width + if alternate { 2 * sums.column } else { sums.column }) * F::BYTES;
             let second = first + of.inter * F::BYTES;
             let pre = of.pre.add(first);
             if alternate {
@@ -108,12 +108,12 @@ impl<F: Format> Kernel for Differentiate<'_, F> {
                     widen_row::<S, F>(of.pre.add(second), row.up.as_mut_ptr(), n);
                 }
             }
-            let share = row.differentiate::<S>(of.activation, of.score(index), block.sums.add(r * block.stride), n);
+            let share = row.differentiate::<S>(of.activation, of.score(index), sums.values.add(r * sums.stride), n);
             if !of.shares.is_null() {
-                *of.shares.add(block.column / COLUMN_BLOCK * of.slots + index) = share;
+                *of.shares.add(sums.column / COLUMN_BLOCK * of.slots + index) = share;
             }
             if !of.scaled.is_null() {
-                let to = of.scaled.add((index * of.inter + block.column) * F::BYTES);
+                let to = of.scaled.add((index * of.inter + sums.column) * F::BYTES);
                 round_row::<S, F>(row.scaled.as_ptr(), to, n);
             }
             if of.hidden.is_null() {

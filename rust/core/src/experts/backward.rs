@@ -18,12 +18,12 @@ use super::score_grad::ScoreGradient;
 use crate::gemm::activation::Activation;
 use crate::gemm::grouped::Epilogue;
 use crate::gemm::grouped::{Gather, Grouped};
-use crate::gemm::nn::pass::{Block, COLUMN_BLOCK, Finish, NnJob, StoreRows};
+use crate::gemm::nn::pass::{COLUMN_BLOCK, Finish, FinishedSums, NnJob, StoreSums};
 use crate::gemm::nt::pass::grouped_nt;
 use crate::gemm::tn::{GroupedTn, TnJob, larger_than_cache};
 use crate::memory::scratch::{Buffer, with_workspace};
-use crate::permute::arguments::{Combine, Layout};
-use crate::threads::jobs::{Job, Worker, run_jobs};
+use crate::permute::arguments::{Combine, TokenMap};
+use crate::threads::jobs::{Job, ThreadState, run_jobs};
 use crate::vector::dtype::DType;
 use crate::vector::format::Format;
 use crate::vector::isa::{Isa, with_kernels};
@@ -173,11 +173,11 @@ impl<'a, S: Simd, F: Format> Pass<'a, S, F> {
         if self.hidden.is_null() && self.shares.is_null() {
             // Only the weights' own gradient, which needs the activations but not their gradient.
             if !self.scaled.is_null() {
-                run_jobs(args.threads, &[&self.apart(into_activation)]);
+                run_jobs(args.threads, &[&self.differentiate_rows(into_activation)]);
             }
         } else if args.transposed {
             grouped_nt(&down, &Epilogue::NONE);
-            run_jobs(args.threads, &[&self.apart(into_activation)]);
+            run_jobs(args.threads, &[&self.differentiate_rows(into_activation)]);
         } else {
             run_jobs(args.threads, &[&NnJob::<S, F, _>::new(&down, into_activation)]);
         }
@@ -196,7 +196,7 @@ impl<'a, S: Simd, F: Format> Pass<'a, S, F> {
             if args.transposed {
                 grouped_nt(&up, &Epilogue::NONE);
             } else {
-                let finish = StoreRows::<F> { out: self.rows, bias: null_mut(), n: args.hidden, format: PhantomData };
+                let finish = StoreSums::<F> { out: self.rows, bias: null_mut(), n: args.hidden, format: PhantomData };
                 jobs.push(Box::new(NnJob::<S, F, _>::new(&up, finish)));
             }
         }
@@ -267,12 +267,12 @@ impl<'a, S: Simd, F: Format> Pass<'a, S, F> {
 
     fn token_sums(&self) -> Combine {
         let &ExpertsBackward { isa, threads, dtype, tokens, top_k, inverse, hidden, dx: out, .. } = self.args;
-        let layout = Layout { isa, threads, dtype, tokens, top_k, hidden, inverse, used: self.used };
-        Combine { layout, y: self.rows, weights: std::ptr::null(), out }
+        let map = TokenMap { isa, threads, dtype, tokens, top_k, hidden, inverse, used: self.used };
+        Combine { map, y: self.rows, weights: std::ptr::null(), out }
     }
 
-    fn apart(&self, finish: HiddenGradient<F>) -> DifferentiateApart<S, F> {
-        DifferentiateApart { grad: self.grad, used: self.used, finish, types: PhantomData }
+    fn differentiate_rows(&self, finish: HiddenGradient<F>) -> DifferentiateRows<S, F> {
+        DifferentiateRows { grad: self.grad, used: self.used, finish, types: PhantomData }
     }
 }
 
@@ -280,7 +280,7 @@ impl<'a, S: Simd, F: Format> Pass<'a, S, F> {
 type Operand = (*const u8, Gather, usize);
 
 /// The way back through the activation as a pass of its own.
-struct DifferentiateApart<S, F> {
+struct DifferentiateRows<S, F> {
     /// `g`, `[used, inter]`; null: zeros.
     grad: *const u8,
     used: usize,
@@ -289,44 +289,44 @@ struct DifferentiateApart<S, F> {
 }
 
 // Tickets read shared memory and write disjoint parts.
-unsafe impl<S, F> Sync for DifferentiateApart<S, F> {}
+unsafe impl<S, F> Sync for DifferentiateRows<S, F> {}
 
-impl<S: Simd, F: Format> Job for DifferentiateApart<S, F> {
+impl<S: Simd, F: Format> Job for DifferentiateRows<S, F> {
     fn tickets(&self) -> usize {
         self.used.div_ceil(ROWS)
     }
 
-    fn run(&self, ticket: usize, worker: &mut Worker) {
+    fn run(&self, ticket: usize, thread: &mut ThreadState) {
         let columns = self.finish.inter;
         let stride = columns.next_multiple_of(16);
         let row = ticket * ROWS;
         let rows = ROWS.min(self.used - row);
-        let sums = worker.scratch.results.words(ROWS * stride);
+        let values = thread.scratch.results.words(ROWS * stride);
         // Whoever made this vouches for the pointers.
         unsafe {
             for r in 0..rows {
-                let to = sums.add(r * stride);
+                let to = values.add(r * stride);
                 if self.grad.is_null() {
                     to.write_bytes(0, stride);
                 } else {
                     let from = self.grad.add((row + r) * columns * F::BYTES);
-                    S::enter(Widen::<F> { from, to, len: columns, format: PhantomData });
+                    S::enter(WidenRow::<F> { from, to, len: columns, format: PhantomData });
                 }
             }
-            self.finish.finish::<S>(&Block { expert: 0, row, rows, column: 0, columns, sums, stride });
+            self.finish.finish::<S>(&FinishedSums { expert: 0, row, rows, column: 0, columns, values, stride });
         }
     }
 }
 
 /// A row widened to fp32.
-struct Widen<F> {
+struct WidenRow<F> {
     from: *const u8,
     to: *mut f32,
     len: usize,
     format: PhantomData<F>,
 }
 
-impl<F: Format> Kernel for Widen<F> {
+impl<F: Format> Kernel for WidenRow<F> {
     type Output = ();
 
     #[inline(always)]

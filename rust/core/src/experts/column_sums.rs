@@ -3,7 +3,7 @@
 #![allow(unsafe_op_in_unsafe_fn)]
 
 use crate::gemm::grouped::Gather;
-use crate::threads::jobs::{Job, Worker};
+use crate::threads::jobs::{Job, ThreadState};
 use crate::vector::format::Format;
 use crate::vector::round::{load_up_to, store_up_to};
 use crate::vector::simd::{Kernel, Simd};
@@ -40,7 +40,7 @@ impl<S: Simd, F: Format> Job for ColumnSums<S, F> {
         self.experts * self.n.div_ceil(COLUMNS)
     }
 
-    fn run(&self, ticket: usize, _: &mut Worker) {
+    fn run(&self, ticket: usize, _: &mut ThreadState) {
         let blocks = self.n.div_ceil(COLUMNS);
         // Whoever made this vouches for the pointers.
         unsafe { S::enter(Sum { of: self, expert: ticket / blocks, column: ticket % blocks * COLUMNS }) }

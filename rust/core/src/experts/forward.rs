@@ -17,11 +17,11 @@ use crate::gemm::activation::Activation;
 use crate::gemm::grouped::Epilogue;
 use crate::gemm::grouped::{Gather, Grouped};
 use crate::gemm::nn::pass::grouped_nn;
-use crate::gemm::nt::pass::Forward;
+use crate::gemm::nt::pass::NtPass;
 use crate::gemm::nt::tickets::{Tickets, units};
 use crate::memory::pages::advise_huge_pages;
 use crate::memory::scratch::{with_scratch, with_workspace};
-use crate::permute::arguments::{Combine, Layout};
+use crate::permute::arguments::{Combine, TokenMap};
 use crate::threads::jobs::run_jobs;
 use crate::threads::pool::parallel;
 use crate::vector::dtype::DType;
@@ -123,7 +123,7 @@ pub unsafe fn experts_forward(args: &ExpertsForward) {
             out: rows,
             ..up
         };
-        let layout = Layout {
+        let map = TokenMap {
             isa: args.isa,
             threads: args.threads,
             dtype: args.dtype,
@@ -133,7 +133,7 @@ pub unsafe fn experts_forward(args: &ExpertsForward) {
             inverse: args.inverse,
             used,
         };
-        let combine = Combine { layout, y: rows, weights: args.scores.cast(), out: args.out };
+        let combine = Combine { map, y: rows, weights: args.scores.cast(), out: args.out };
         let mut epilogue = Epilogue { activation: Some(args.activation), interleaved: args.interleaved, pre: args.pre };
         unsafe {
             if args.transposed {
@@ -154,10 +154,10 @@ unsafe fn plain(up: &Grouped, epilogue: &Epilogue, down: &Grouped, combine: &Com
     let columns = epilogue.columns();
     let up_tickets = Tickets::new(&units, up.n / columns, columns, up.threads);
     let down_tickets = Tickets::new(&units, down.n, 1, up.threads);
-    let up = Forward { job: *up, epilogue: *epilogue, tickets: &up_tickets, after: None };
-    let down = Forward { job: *down, epilogue: Epilogue::NONE, tickets: &down_tickets, after: Some(&up_tickets) };
+    let up = NtPass { args: *up, epilogue: *epilogue, tickets: &up_tickets, after: None };
+    let down = NtPass { args: *down, epilogue: Epilogue::NONE, tickets: &down_tickets, after: Some(&up_tickets) };
     let tokens = AtomicUsize::new(0);
-    parallel(down.job.threads, &|_| {
+    parallel(down.args.threads, &|_| {
         with_scratch(|scratch| unsafe {
             up.work(scratch);
             down.work(scratch);

@@ -3,7 +3,7 @@
 #![allow(unsafe_op_in_unsafe_fn)]
 
 use crate::gemm::grouped::Gather;
-use crate::threads::jobs::{Job, Worker};
+use crate::threads::jobs::{Job, ThreadState};
 use crate::vector::format::Format;
 use crate::vector::round::load_up_to;
 use crate::vector::simd::{Kernel, Narrow, Simd};
@@ -44,7 +44,7 @@ impl<S: Simd, F: Format> Job for ScoreGradient<S, F> {
         self.slots.div_ceil(ROWS)
     }
 
-    fn run(&self, ticket: usize, _: &mut Worker) {
+    fn run(&self, ticket: usize, _: &mut ThreadState) {
         // Whoever made this vouches for the pointers.
         unsafe {
             let mut expert = 0;
@@ -59,7 +59,7 @@ impl<S: Simd, F: Format> Job for ScoreGradient<S, F> {
                     }
                     if !self.b_down.is_null() {
                         let row_bytes = self.hidden * F::BYTES;
-                        sum += S::enter(Dot::<F> {
+                        sum += S::enter(RowDot::<F> {
                             a: self.dout.add(self.gather.source(row) * row_bytes),
                             b: self.b_down.add(expert * row_bytes),
                             len: self.hidden,
@@ -74,14 +74,14 @@ impl<S: Simd, F: Format> Job for ScoreGradient<S, F> {
 }
 
 /// The scalar product of two rows.
-struct Dot<F> {
+struct RowDot<F> {
     a: *const u8,
     b: *const u8,
     len: usize,
     format: PhantomData<F>,
 }
 
-impl<F: Format> Kernel for Dot<F> {
+impl<F: Format> Kernel for RowDot<F> {
     type Output = f32;
 
     #[inline(always)]

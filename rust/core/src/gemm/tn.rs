@@ -1,8 +1,8 @@
 //! Grouped "tn" (varlen-K): `out[expert][p, n] = sum over its rows of a[row, p] * b[row, n]`, the form of a
 //! gradient with respect to weights.
 //!
-//! A ticket is an expert and some rows of its result, across all columns. Both operands are packed: `b` once by
-//! each thread for each expert, `a` for each ticket. Finished tiles go past the caches when the results are
+//! A piece is an expert and some rows of its result, across all columns. Both operands are packed: `b` once by
+//! each thread for each expert, `a` for each piece. Finished tiles go past the caches when the results are
 //! larger than those, which saves reading what is about to be overwritten. An expert without rows gets zeros,
 //! by sums over nothing.
 
@@ -12,7 +12,7 @@ use super::grouped::Gather;
 use crate::gemm::tile::panels::{PackBands, PackPanels, PackSplit, band_words};
 use crate::gemm::tile::tiles::{Prefetch, Source, Store, Tiles, tile_rows};
 use crate::memory::pages::advise_huge_pages;
-use crate::threads::jobs::{Job, Worker, run_jobs};
+use crate::threads::jobs::{Job, ThreadState, run_jobs};
 use crate::vector::dtype::DType;
 use crate::vector::format::{Format, Kind};
 use crate::vector::isa::{Isa, with_kernels};
@@ -20,8 +20,8 @@ use crate::vector::round::RoundRows;
 use crate::vector::simd::{Simd, fence};
 use std::marker::PhantomData;
 
-/// About how many rows of the result a ticket has.
-const TICKET_ROWS: usize = 256;
+/// About how many rows of the result a piece has.
+const PIECE_ROWS: usize = 256;
 
 /// Rows of the operands that are packed at a time. Experts with more form their sums in fp32 in memory.
 const DEPTH: usize = 1024;
@@ -89,16 +89,16 @@ pub fn larger_than_cache(bytes: usize) -> bool {
     bytes > last
 }
 
-/// A grouped "tn" as tickets.
+/// A grouped "tn" as a job.
 pub struct TnJob<S, F> {
     args: GroupedTn,
-    /// Rows of the result of a ticket, whole tiles of them.
+    /// Rows of the result of a piece, whole tiles of them.
     rows: usize,
     types: PhantomData<fn() -> (S, F)>,
 }
 
-/// The part of a result that a ticket makes.
-struct Part {
+/// The piece of a result that a ticket makes.
+struct Piece {
     expert: usize,
     /// Its first row of the operands.
     first: usize,
@@ -117,27 +117,27 @@ impl<S: Simd, F: Format> TnJob<S, F> {
     /// The pointers of `args` are as documented there, and stay so while tickets run.
     pub unsafe fn new(args: &GroupedTn) -> Self {
         advise_huge_pages(args.out, args.experts * args.p * args.n * F::BYTES);
-        let tickets = args.p.div_ceil(TICKET_ROWS).max(1);
-        let rows = args.p.div_ceil(tickets).next_multiple_of(tile_rows::<S>()).max(1);
+        let pieces = args.p.div_ceil(PIECE_ROWS).max(1);
+        let rows = args.p.div_ceil(pieces).next_multiple_of(tile_rows::<S>()).max(1);
         Self { args: *args, rows, types: PhantomData }
     }
 
-    fn part(&self, ticket: usize) -> Part {
+    fn piece(&self, ticket: usize) -> Piece {
         let a = &self.args;
         let each = a.p.div_ceil(self.rows);
         let (expert, p) = (ticket / each, ticket % each * self.rows);
         let offset = |e: usize| unsafe { a.offsets.add(e).read() as usize };
         let first = offset(expert);
-        Part { expert, first, depth: offset(expert + 1) - first, p, height: self.rows.min(a.p - p) }
+        Piece { expert, first, depth: offset(expert + 1) - first, p, height: self.rows.min(a.p - p) }
     }
 
     /// Packs all columns of `b` in rows `first..first + depth`, as even and odd ones if `split`.
-    unsafe fn pack_right(&self, first: usize, depth: usize, split: bool, worker: &mut Worker) -> *mut f32 {
+    unsafe fn pack_right(&self, first: usize, depth: usize, split: bool, thread: &mut ThreadState) -> *mut f32 {
         let a = &self.args;
-        let to = worker.scratch.panels.words(F::words(depth) * a.n.next_multiple_of(2 * S::LANES));
+        let to = thread.scratch.panels.words(F::words(depth) * a.n.next_multiple_of(2 * S::LANES));
         // No two experts with rows start at the same one.
-        if depth > 0 && worker.packed != first {
-            let list = &mut worker.scratch.rows;
+        if depth > 0 && thread.packed != first {
+            let list = &mut thread.scratch.rows;
             a.gather_b.addresses(first..first + depth, a.b, a.n * F::BYTES, list);
             if split {
                 S::enter(PackSplit::<F> { rows: list, columns: a.n, to, format: PhantomData });
@@ -145,22 +145,22 @@ impl<S: Simd, F: Format> TnJob<S, F> {
                 let rows = list;
                 S::enter(PackPanels::<F> { rows, column: 0, columns: a.n, in_order: true, to, format: PhantomData });
             }
-            worker.packed = first;
+            thread.packed = first;
         }
         to
     }
 
-    /// Packs the columns of `a` that a part needs, in rows `first..first + depth`.
-    unsafe fn pack_left(&self, part: &Part, first: usize, depth: usize, worker: &mut Worker) -> *const f32 {
+    /// Packs the columns of `a` that a piece needs, in rows `first..first + depth`.
+    unsafe fn pack_left(&self, piece: &Piece, first: usize, depth: usize, thread: &mut ThreadState) -> *const f32 {
         let a = &self.args;
-        let bands = part.height.div_ceil(tile_rows::<S>());
-        let to = worker.scratch.weights.words(bands * band_words::<F>(depth, tile_rows::<S>()));
-        let list = &mut worker.scratch.rows;
+        let bands = piece.height.div_ceil(tile_rows::<S>());
+        let to = thread.scratch.weights.words(bands * band_words::<F>(depth, tile_rows::<S>()));
+        let list = &mut thread.scratch.rows;
         a.gather_a.addresses(first..first + depth, a.a, a.p * F::BYTES, list);
         S::enter(PackBands::<F> {
             rows: list,
-            column: part.p,
-            columns: part.height,
+            column: piece.p,
+            columns: piece.height,
             width: a.p,
             height: tile_rows::<S>(),
             to,
@@ -171,17 +171,17 @@ impl<S: Simd, F: Format> TnJob<S, F> {
 
     /// Multiplies rows `first..first + depth`. Tiles go to `out`, whose rows are `out_stride` bytes apart and
     /// whose panels `out_step`; the last `n % width` columns, if `whole` says so, go to fp32 rows in `rest`.
-    unsafe fn multiply(&self, part: &Part, first: usize, depth: usize, to: &Target, worker: &mut Worker) {
+    unsafe fn multiply(&self, piece: &Piece, first: usize, depth: usize, to: &Target, thread: &mut ThreadState) {
         let split = matches!(to.store, Store::SplitBf16 | Store::StreamSplitBf16);
-        let right = self.pack_right(first, depth, split, worker);
-        let left = self.pack_left(part, first, depth, worker);
+        let right = self.pack_right(first, depth, split, thread);
+        let left = self.pack_left(piece, first, depth, thread);
         let (words, width) = (F::words(depth), 2 * S::LANES);
         let at_once = (PANEL_BYTES / (words * width * 4).max(1)).max(1);
         let mut panel = 0;
         while panel < to.panels {
             let panels = at_once.min(to.panels - panel);
-            for (band, row) in (0..part.height).step_by(tile_rows::<S>()).enumerate() {
-                let rows = tile_rows::<S>().min(part.height - row);
+            for (band, row) in (0..piece.height).step_by(tile_rows::<S>()).enumerate() {
+                let rows = tile_rows::<S>().min(piece.height - row);
                 let left = left.add(band * band_words::<F>(depth, tile_rows::<S>()));
                 let mut from = 0;
                 // Once even for no words: the sums over nothing are zeros that must be stored.
@@ -210,7 +210,7 @@ impl<S: Simd, F: Format> TnJob<S, F> {
             panel += panels;
         }
         if let Some(rest) = to.rest {
-            for (band, row) in (0..part.height).step_by(tile_rows::<S>()).enumerate() {
+            for (band, row) in (0..piece.height).step_by(tile_rows::<S>()).enumerate() {
                 let tiles = Tiles {
                     words,
                     left: left.add(band * band_words::<F>(depth, tile_rows::<S>())),
@@ -222,7 +222,7 @@ impl<S: Simd, F: Format> TnJob<S, F> {
                     out_step: 0,
                     store: Store::Set,
                 };
-                tiles.run::<S, F>(tile_rows::<S>().min(part.height - row), Source::NONE, &mut Prefetch::none());
+                tiles.run::<S, F>(tile_rows::<S>().min(piece.height - row), Source::NONE, &mut Prefetch::none());
             }
         }
     }
@@ -276,14 +276,14 @@ impl<S: Simd, F: Format> Job for TnJob<S, F> {
         if self.args.n == 0 { 0 } else { self.args.experts * self.args.p.div_ceil(self.rows) }
     }
 
-    fn run(&self, ticket: usize, worker: &mut Worker) {
-        let part = self.part(ticket);
+    fn run(&self, ticket: usize, thread: &mut ThreadState) {
+        let piece = self.piece(ticket);
         let (n, width) = (self.args.n, 2 * S::LANES);
         // The caller of `new` vouches for the pointers.
         unsafe {
-            let out = self.args.out.add((part.expert * self.args.p + part.p) * n * F::BYTES);
-            if part.depth <= DEPTH {
-                let rest = worker.scratch.results.words(part.height * width);
+            let out = self.args.out.add((piece.expert * self.args.p + piece.p) * n * F::BYTES);
+            if piece.depth <= DEPTH {
+                let rest = thread.scratch.results.words(piece.height * width);
                 let target = Target {
                     out,
                     stride: n * F::BYTES,
@@ -294,17 +294,17 @@ impl<S: Simd, F: Format> Job for TnJob<S, F> {
                     summed: if matches!(F::KIND, Kind::F32) { SUMMED } else { usize::MAX },
                     rest: (!n.is_multiple_of(width)).then_some(rest),
                 };
-                self.multiply(&part, part.first, part.depth, &target, worker);
+                self.multiply(&piece, piece.first, piece.depth, &target, thread);
                 if target.rest.is_some() {
                     let done = n / width * width;
-                    self.round(rest, width, out.add(done * F::BYTES), part.height, n - done);
+                    self.round(rest, width, out.add(done * F::BYTES), piece.height, n - done);
                 }
             } else {
                 let stride = n.next_multiple_of(width) + 16;
-                let sums = worker.scratch.results.words(part.height * stride);
+                let sums = thread.scratch.results.words(piece.height * stride);
                 let mut done = 0;
-                while done < part.depth {
-                    let depth = DEPTH.min(part.depth - done);
+                while done < piece.depth {
+                    let depth = DEPTH.min(piece.depth - done);
                     let target = Target {
                         out: sums.cast(),
                         stride: stride * 4,
@@ -314,10 +314,10 @@ impl<S: Simd, F: Format> Job for TnJob<S, F> {
                         summed: SUMMED,
                         rest: None,
                     };
-                    self.multiply(&part, part.first + done, depth, &target, worker);
+                    self.multiply(&piece, piece.first + done, depth, &target, thread);
                     done += depth;
                 }
-                self.round(sums, stride, out, part.height, n);
+                self.round(sums, stride, out, piece.height, n);
             }
         }
         fence();

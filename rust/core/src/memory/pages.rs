@@ -5,7 +5,7 @@
 //! So blocks that are given back are kept, marked as free to the kernel (`MADV_FREE`): it takes their pages when it
 //! runs short of memory, and otherwise the next result finds them where they were.
 //!
-//! Small blocks are not marked but simply kept, `MOST_UNMARKED` bytes at most: every core that has written a block
+//! Small blocks are not marked but simply kept, `MOST_UNMARKED` bytes at most: every core that has written a mapping
 //! must forget the old state of its pages, which costs more (70 us for the 2 MiB of a plan) than is gained.
 
 use std::sync::Mutex;
@@ -14,18 +14,18 @@ use std::sync::Mutex;
 pub(crate) const HUGE_PAGE: usize = 2 << 20;
 
 /// Blocks kept at most; their bytes are limited to a quarter of the machine's memory.
-const MOST_BLOCKS: usize = 32;
+const MOST_MAPPINGS: usize = 32;
 
 /// Bytes of blocks that are kept without the kernel being told.
 const MOST_UNMARKED: usize = 32 << 20;
 
 /// Blocks nobody uses, the one given back last at the end.
-static FREE: Mutex<Vec<Block>> = Mutex::new(Vec::new());
+static FREE: Mutex<Vec<Mapping>> = Mutex::new(Vec::new());
 
 /// Uninitialised memory aligned to huge pages. Dropping it keeps it for the next one of the same size.
 pub struct Pages {
     // Empty only while being dropped.
-    block: Option<Block>,
+    mapping: Option<Mapping>,
 }
 
 impl Pages {
@@ -39,34 +39,34 @@ impl Pages {
             .checked_next_multiple_of(HUGE_PAGE)
             .ok_or_else(|| std::io::Error::from(std::io::ErrorKind::OutOfMemory))?;
         let kept = FREE.try_lock().ok().and_then(|mut free| {
-            let found = free.iter().rposition(|block| block.length == length)?;
+            let found = free.iter().rposition(|mapping| mapping.length == length)?;
             Some(free.remove(found))
         });
-        let block = match kept {
-            Some(block) => block,
-            None => Block::map(length)?,
+        let mapping = match kept {
+            Some(mapping) => mapping,
+            None => Mapping::new(length)?,
         };
-        Ok(Self { block: Some(block) })
+        Ok(Self { mapping: Some(mapping) })
     }
 
     /// The first byte.
     pub fn start(&self) -> *mut u8 {
-        self.block.as_ref().map_or(std::ptr::null_mut(), |block| block.start)
+        self.mapping.as_ref().map_or(std::ptr::null_mut(), |mapping| mapping.start)
     }
 }
 
 impl Drop for Pages {
     fn drop(&mut self) {
         // Whoever cannot have the list at once unmaps: nobody waits, not even the child of a fork.
-        if let (Some(mut block), Ok(mut free)) = (self.block.take(), FREE.try_lock()) {
-            let unmarked = free.iter().filter(|block| !block.marked).map(|block| block.length).sum::<usize>();
-            block.marked = unmarked + block.length > MOST_UNMARKED;
-            if block.marked {
-                block.release_lazily();
+        if let (Some(mut mapping), Ok(mut free)) = (self.mapping.take(), FREE.try_lock()) {
+            let unmarked = free.iter().filter(|mapping| !mapping.marked).map(|mapping| mapping.length).sum::<usize>();
+            mapping.marked = unmarked + mapping.length > MOST_UNMARKED;
+            if mapping.marked {
+                mapping.release_lazily();
             }
-            free.push(block);
+            free.push(mapping);
             let limit = memory_bytes() / 4;
-            while free.len() > MOST_BLOCKS || free.iter().map(|block| block.length).sum::<usize>() > limit {
+            while free.len() > MOST_MAPPINGS || free.iter().map(|mapping| mapping.length).sum::<usize>() > limit {
                 free.remove(0);
             }
         }
@@ -74,7 +74,7 @@ impl Drop for Pages {
 }
 
 /// A mapping of its own.
-struct Block {
+struct Mapping {
     start: *mut u8,
     length: usize,
     /// Whether the kernel may take its pages.
@@ -82,13 +82,13 @@ struct Block {
 }
 
 // Plain memory.
-unsafe impl Send for Block {}
+unsafe impl Send for Mapping {}
 // `Pages` hands out the address only.
-unsafe impl Sync for Block {}
+unsafe impl Sync for Mapping {}
 
 #[cfg(unix)]
-impl Block {
-    fn map(length: usize) -> std::io::Result<Self> {
+impl Mapping {
+    fn new(length: usize) -> std::io::Result<Self> {
         // Mappings start anywhere: one huge page more, whose ends are given back.
         let room = length + HUGE_PAGE;
         let access = libc::PROT_READ | libc::PROT_WRITE;
@@ -116,19 +116,19 @@ impl Block {
 }
 
 #[cfg(unix)]
-impl Drop for Block {
+impl Drop for Mapping {
     fn drop(&mut self) {
         unsafe { libc::munmap(self.start.cast(), self.length) };
     }
 }
 
 #[cfg(not(unix))]
-impl Block {
+impl Mapping {
     fn layout(length: usize) -> std::alloc::Layout {
         std::alloc::Layout::from_size_align(length, HUGE_PAGE).expect("size was rounded without overflow")
     }
 
-    fn map(length: usize) -> std::io::Result<Self> {
+    fn new(length: usize) -> std::io::Result<Self> {
         let start = unsafe { std::alloc::alloc(Self::layout(length)) };
         if start.is_null() {
             Err(std::io::ErrorKind::OutOfMemory.into())
@@ -141,7 +141,7 @@ impl Block {
 }
 
 #[cfg(not(unix))]
-impl Drop for Block {
+impl Drop for Mapping {
     fn drop(&mut self) {
         unsafe { std::alloc::dealloc(self.start, Self::layout(self.length)) };
     }

@@ -8,11 +8,11 @@ use crate::vector::dtype::DType;
 use crate::vector::isa::Isa;
 
 /// Bytes of rows that a thread takes at a time.
-const TICKET_BYTES: usize = 64 << 10;
+const BYTES_AT_ONCE: usize = 64 << 10;
 
 /// The shapes of a permutation, and the plan's part in it.
 #[derive(Clone, Copy)]
-pub struct Layout {
+pub struct TokenMap {
     /// Instruction set.
     pub isa: Isa,
     /// Threads at most.
@@ -34,7 +34,7 @@ pub struct Layout {
 /// `out[inverse[t * top_k + k]] = x[t]`, and zeros in the rows of sentinels.
 pub struct Permute {
     /// Shapes.
-    pub layout: Layout,
+    pub map: TokenMap,
     /// `[tokens, hidden]`.
     pub x: *const u8,
     /// `[tokens * top_k, hidden]`, all of it written.
@@ -46,7 +46,7 @@ pub struct Permute {
 /// With `weights` null this is also the gradient of [`Permute`].
 pub struct Combine {
     /// Shapes.
-    pub layout: Layout,
+    pub map: TokenMap,
     /// `[tokens * top_k, hidden]`; the rows of sentinels are not read.
     pub y: *const u8,
     /// `[tokens, top_k]`, fp32 (fp64 with fp64 rows), or null for ones.
@@ -59,7 +59,7 @@ pub struct Combine {
 /// for sentinels.
 pub struct CombineBackward {
     /// Shapes.
-    pub layout: Layout,
+    pub map: TokenMap,
     /// `[tokens, hidden]`.
     pub dout: *const u8,
     /// `[tokens * top_k, hidden]`; not read if `dweights` is null.
@@ -73,12 +73,12 @@ pub struct CombineBackward {
 }
 
 // Safety: threads read shared memory and write that of their own tokens.
-unsafe impl Sync for Layout {}
+unsafe impl Sync for TokenMap {}
 unsafe impl Sync for Permute {}
 unsafe impl Sync for Combine {}
 unsafe impl Sync for CombineBackward {}
 
-impl Layout {
+impl TokenMap {
     pub(super) fn row_bytes(&self) -> usize {
         self.hidden * self.dtype.size()
     }
@@ -106,28 +106,28 @@ impl Layout {
         (row < self.used).then_some(row)
     }
 
-    /// Tokens of a ticket.
-    fn ticket(&self) -> usize {
+    /// Tokens that a thread takes at a time.
+    fn at_once(&self) -> usize {
         let token_bytes = self.row_bytes() * (self.top_k + 1);
-        (TICKET_BYTES / token_bytes.max(1)).clamp(1, self.tokens.max(1))
+        (BYTES_AT_ONCE / token_bytes.max(1)).clamp(1, self.tokens.max(1))
     }
 
     /// Calls `f` on ranges that hold every token once, from several threads if there is work for them.
     pub(super) fn for_tokens(&self, f: impl Fn(Range<usize>) + Sync) {
         let next = AtomicUsize::new(0);
-        let threads = self.threads.min(self.tokens.div_ceil(self.ticket())).max(1);
+        let threads = self.threads.min(self.tokens.div_ceil(self.at_once())).max(1);
         parallel(threads, &|_| self.draw_tokens(&next, &f));
     }
 
     /// Calls `f` on ranges of tokens until none is left.
     pub(super) fn draw_tokens(&self, next: &AtomicUsize, f: &impl Fn(Range<usize>)) {
-        let ticket = self.ticket();
+        let at_once = self.at_once();
         loop {
-            let start = next.fetch_add(ticket, Relaxed);
+            let start = next.fetch_add(at_once, Relaxed);
             if start >= self.tokens {
                 return;
             }
-            f(start..self.tokens.min(start + ticket));
+            f(start..self.tokens.min(start + at_once));
         }
     }
 }

@@ -44,17 +44,17 @@ unsafe fn weight(weights: *const u8, slot: usize) -> f64 {
 ///
 /// # Safety
 /// As for `Combine::run`.
-pub(super) unsafe fn combine(job: &Combine, tokens: Range<usize>) {
-    let len = job.layout.hidden;
+pub(super) unsafe fn combine(args: &Combine, tokens: Range<usize>) {
+    let len = args.map.hidden;
     for token in tokens {
         // Safety: rows of different tokens are different memory.
         unsafe {
-            let out = row_mut(job.out, token, len);
+            let out = row_mut(args.out, token, len);
             out.fill(0f64.to_ne_bytes());
-            for slot in job.layout.slots(token) {
-                let Some(from) = job.layout.used_row(slot) else { continue };
-                let weight = weight(job.weights, slot);
-                for (out, y) in out.iter_mut().zip(row(job.y, from, len)) {
+            for slot in args.map.slots(token) {
+                let Some(from) = args.map.used_row(slot) else { continue };
+                let weight = weight(args.weights, slot);
+                for (out, y) in out.iter_mut().zip(row(args.y, from, len)) {
                     set(out, get(out) + weight * get(y));
                 }
             }
@@ -66,24 +66,24 @@ pub(super) unsafe fn combine(job: &Combine, tokens: Range<usize>) {
 ///
 /// # Safety
 /// As for `CombineBackward::run`.
-pub(super) unsafe fn combine_backward(job: &CombineBackward, tokens: Range<usize>) {
-    let len = job.layout.hidden;
+pub(super) unsafe fn combine_backward(args: &CombineBackward, tokens: Range<usize>) {
+    let len = args.map.hidden;
     for token in tokens {
-        for slot in job.layout.slots(token) {
+        for slot in args.map.slots(token) {
             // Safety: rows of different slots are different memory.
             unsafe {
-                let dout = row(job.dout, token, len);
-                let used = job.layout.used_row(slot);
-                if !job.dy.is_null() {
-                    let weight = if used.is_some() { weight(job.weights, slot) } else { 0.0 };
-                    let dy = row_mut(job.dy, job.layout.row(slot), len);
+                let dout = row(args.dout, token, len);
+                let used = args.map.used_row(slot);
+                if !args.dy.is_null() {
+                    let weight = if used.is_some() { weight(args.weights, slot) } else { 0.0 };
+                    let dy = row_mut(args.dy, args.map.row(slot), len);
                     for (dy, d) in dy.iter_mut().zip(dout) {
                         set(dy, if used.is_some() { weight * get(d) } else { 0.0 });
                     }
                 }
-                if !job.dweights.is_null() {
-                    let dot = |from| dout.iter().zip(row(job.y, from, len)).map(|(d, y)| get(d) * get(y)).sum();
-                    set(&mut *job.dweights.cast::<Value>().add(slot), used.map_or(0.0, dot));
+                if !args.dweights.is_null() {
+                    let dot = |from| dout.iter().zip(row(args.y, from, len)).map(|(d, y)| get(d) * get(y)).sum();
+                    set(&mut *args.dweights.cast::<Value>().add(slot), used.map_or(0.0, dot));
                 }
             }
         }

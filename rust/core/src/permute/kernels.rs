@@ -17,20 +17,20 @@ const UNROLL: usize = 4;
 ///
 /// # Safety
 /// As for `Combine::run`, and the CPU supports `S`.
-pub(super) unsafe fn combine<S: Simd, F: Format>(job: &Combine, tokens: Range<usize>) {
-    let layout = &job.layout;
-    let weights: *const f32 = job.weights.cast();
-    let mut terms = Vec::with_capacity(layout.top_k);
+pub(super) unsafe fn combine<S: Simd, F: Format>(args: &Combine, tokens: Range<usize>) {
+    let map = &args.map;
+    let weights: *const f32 = args.weights.cast();
+    let mut terms = Vec::with_capacity(map.top_k);
     for token in tokens {
         terms.clear();
-        for slot in layout.slots(token) {
-            if let Some(row) = layout.used_row(slot) {
+        for slot in map.slots(token) {
+            if let Some(row) = map.used_row(slot) {
                 let weight = if weights.is_null() { 1.0 } else { *weights.add(slot) };
-                terms.push((job.y.add(row * layout.row_bytes()), weight));
+                terms.push((args.y.add(row * map.row_bytes()), weight));
             }
         }
-        let out = job.out.add(token * layout.row_bytes());
-        S::enter(WeightedSum::<F> { terms: &terms, out, len: layout.hidden, format: PhantomData });
+        let out = args.out.add(token * map.row_bytes());
+        S::enter(WeightedSum::<F> { terms: &terms, out, len: map.hidden, format: PhantomData });
     }
 }
 
@@ -38,28 +38,28 @@ pub(super) unsafe fn combine<S: Simd, F: Format>(job: &Combine, tokens: Range<us
 ///
 /// # Safety
 /// As for `CombineBackward::run`, and the CPU supports `S`.
-pub(super) unsafe fn combine_backward<S: Simd, F: Format>(job: &CombineBackward, tokens: Range<usize>) {
-    let layout = &job.layout;
-    let bytes = layout.row_bytes();
-    let (weights, dweights): (*const f32, *mut f32) = (job.weights.cast(), job.dweights.cast());
+pub(super) unsafe fn combine_backward<S: Simd, F: Format>(args: &CombineBackward, tokens: Range<usize>) {
+    let map = &args.map;
+    let bytes = map.row_bytes();
+    let (weights, dweights): (*const f32, *mut f32) = (args.weights.cast(), args.dweights.cast());
     for token in tokens {
-        let dout = job.dout.add(token * bytes);
-        for slot in layout.slots(token) {
-            let row = layout.row(slot);
-            let used = row < layout.used;
-            if !job.dy.is_null() {
-                let to = job.dy.add(row * bytes);
+        let dout = args.dout.add(token * bytes);
+        for slot in map.slots(token) {
+            let row = map.row(slot);
+            let used = row < map.used;
+            if !args.dy.is_null() {
+                let to = args.dy.add(row * bytes);
                 if used {
                     let weight = if weights.is_null() { 1.0 } else { *weights.add(slot) };
-                    S::enter(Scale::<F> { from: dout, weight, to, len: layout.hidden, format: PhantomData });
+                    S::enter(Scale::<F> { from: dout, weight, to, len: map.hidden, format: PhantomData });
                 } else {
                     to.write_bytes(0, bytes);
                 }
             }
             if !dweights.is_null() {
                 *dweights.add(slot) = if used {
-                    let y = job.y.add(row * bytes);
-                    S::enter(Dot::<F> { a: dout, b: y, len: layout.hidden, format: PhantomData })
+                    let y = args.y.add(row * bytes);
+                    S::enter(RowDot::<F> { a: dout, b: y, len: map.hidden, format: PhantomData })
                 } else {
                     0.0
                 };
@@ -132,14 +132,14 @@ impl<F: Format> Kernel for Scale<F> {
 }
 
 /// The scalar product of two rows.
-struct Dot<F> {
+struct RowDot<F> {
     a: *const u8,
     b: *const u8,
     len: usize,
     format: PhantomData<F>,
 }
 
-impl<F: Format> Kernel for Dot<F> {
+impl<F: Format> Kernel for RowDot<F> {
     type Output = f32;
 
     #[inline(always)]

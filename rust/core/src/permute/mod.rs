@@ -9,4 +9,4 @@ mod double;
 mod kernels;
 mod passes;
 
-pub use arguments::{Combine, CombineBackward, Layout, Permute};
+pub use arguments::{Combine, CombineBackward, Permute, TokenMap};

@@ -15,17 +15,17 @@ impl Permute {
     /// # Safety
     /// The pointers are as documented, and `inverse` is a permutation.
     pub unsafe fn run(&self) {
-        let layout = &self.layout;
-        let bytes = layout.row_bytes();
-        advise_huge_pages(self.out, layout.tokens * layout.top_k * bytes);
-        layout.for_tokens(|tokens| {
+        let map = &self.map;
+        let bytes = map.row_bytes();
+        advise_huge_pages(self.out, map.tokens * map.top_k * bytes);
+        map.for_tokens(|tokens| {
             for token in tokens {
-                for slot in layout.slots(token) {
+                for slot in map.slots(token) {
                     // Safety: the rows exist by contract, and this row is this slot's.
                     unsafe {
-                        let row = layout.row(slot);
+                        let row = map.row(slot);
                         let to = self.out.add(row * bytes);
-                        if row < layout.used {
+                        if row < map.used {
                             to.copy_from_nonoverlapping(self.x.add(token * bytes), bytes);
                         } else {
                             to.write_bytes(0, bytes);
@@ -43,9 +43,9 @@ impl Combine {
     /// # Safety
     /// The pointers are as documented, and `inverse` is a permutation.
     pub unsafe fn run(&self) {
-        advise_huge_pages(self.out, self.layout.tokens * self.layout.row_bytes());
+        advise_huge_pages(self.out, self.map.tokens * self.map.row_bytes());
         // Safety: handed on, and each token is drawn once.
-        self.layout.for_tokens(|tokens| unsafe { self.tokens(tokens) });
+        self.map.for_tokens(|tokens| unsafe { self.tokens(tokens) });
     }
 
     /// Does the tokens that are left to draw from `next`, which starts at 0: one thread's part of a larger job.
@@ -54,14 +54,14 @@ impl Combine {
     /// As for `run`.
     pub(crate) unsafe fn work(&self, next: &AtomicUsize) {
         // Safety: handed on, and each token is drawn once.
-        self.layout.draw_tokens(next, &|tokens| unsafe { self.tokens(tokens) });
+        self.map.draw_tokens(next, &|tokens| unsafe { self.tokens(tokens) });
     }
 
     unsafe fn tokens(&self, tokens: Range<usize>) {
         unsafe {
-            match self.layout.dtype {
+            match self.map.dtype {
                 DType::F64 => double::combine(self, tokens),
-                dtype => with_kernels!(self.layout.isa, dtype, S, F => kernels::combine::<S, F>(self, tokens)),
+                dtype => with_kernels!(self.map.isa, dtype, S, F => kernels::combine::<S, F>(self, tokens)),
             }
         }
     }
@@ -74,13 +74,13 @@ impl CombineBackward {
     /// The pointers are as documented, and `inverse` is a permutation.
     pub unsafe fn run(&self) {
         if !self.dy.is_null() {
-            advise_huge_pages(self.dy, self.layout.tokens * self.layout.top_k * self.layout.row_bytes());
+            advise_huge_pages(self.dy, self.map.tokens * self.map.top_k * self.map.row_bytes());
         }
         // Safety: handed on, and each token is drawn once.
-        self.layout.for_tokens(|tokens| unsafe {
-            match self.layout.dtype {
+        self.map.for_tokens(|tokens| unsafe {
+            match self.map.dtype {
                 DType::F64 => double::combine_backward(self, tokens),
-                dtype => with_kernels!(self.layout.isa, dtype, S, F => kernels::combine_backward::<S, F>(self, tokens)),
+                dtype => with_kernels!(self.map.isa, dtype, S, F => kernels::combine_backward::<S, F>(self, tokens)),
             }
         });
     }

@@ -16,6 +16,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use super::buckets::Id;
 use super::sort::PlanError;
 use crate::threads::pool::parallel_while;
+use crate::vector::simd::fence;
 
 /// The slots of a chunk are a multiple of it, and so those of a half of half of it.
 pub const CHUNK_STEP: usize = 1 << 12;
@@ -98,7 +99,7 @@ pub unsafe fn rank<I: Id>(
     let stride = (chunks.experts + 1).next_multiple_of(OF_LINE);
     let mut counts = Box::<[u16]>::new_uninit_slice(chunks.count() * stride + OF_LINE);
     let skip = counts.as_ptr().align_offset(LINE);
-    let job = Job { ids, chunks, ranks, counts: counts[skip..].as_mut_ptr().cast(), stride };
+    let ranker = Ranker { ids, chunks, ranks, counts: counts[skip..].as_mut_ptr().cast(), stride };
     let (next, lost) = (AtomicUsize::new(0), AtomicUsize::new(0));
     // Threads draw chunks one by one: one that wakes late leaves its share to the others.
     let work = |index| {
@@ -113,7 +114,7 @@ pub unsafe fn rank<I: Id>(
                 break;
             }
             // Safety: nobody else draws this chunk.
-            unsafe { job.rank_chunk(chunk, &mut counters) };
+            unsafe { ranker.rank_chunk(chunk, &mut counters) };
         }
         // The caller does not sleep while another thread waits: it alone may be able to tell that ids are lost.
         if index == 0 && !arrived(0..chunks.slots) {
@@ -125,7 +126,7 @@ pub unsafe fn rank<I: Id>(
     }
     // Safety: the threads are done, and have written every chunk's counts; of the table, the caller's.
     unsafe {
-        let counts = std::slice::from_raw_parts(job.counts, chunks.count() * stride);
+        let counts = std::slice::from_raw_parts(ranker.counts, chunks.count() * stride);
         scan(counts, stride, std::slice::from_raw_parts_mut(table.cast(), chunks.table_len()), chunks.experts + 1);
     }
     true
@@ -149,7 +150,7 @@ impl Counters {
     }
 }
 
-struct Job<'a, I> {
+struct Ranker<'a, I> {
     ids: *const I,
     chunks: &'a Chunks,
     ranks: *mut i16,
@@ -158,9 +159,9 @@ struct Job<'a, I> {
 }
 
 // Safety: threads touch disjoint elements behind the pointers, see `rank`.
-unsafe impl<I: Sync> Sync for Job<'_, I> {}
+unsafe impl<I: Sync> Sync for Ranker<'_, I> {}
 
-impl<I: Id> Job<'_, I> {
+impl<I: Id> Ranker<'_, I> {
     /// Ranks the slots of a chunk, and leaves its counts.
     ///
     /// Both halves are gone through side by side, one forwards, one backwards: the next slot of one may have to wait for
@@ -206,7 +207,7 @@ impl<I: Id> Job<'_, I> {
             for slot in (middle..slots.end - common).rev() {
                 *self.ranks.add(slot) = !next(down, slot) as i16;
             }
-            finish_stores();
+            fence();
             let counts = std::slice::from_raw_parts_mut(self.counts.add(chunk * self.stride), self.chunks.experts + 1);
             for ((count, up), down) in counts.iter_mut().zip(up).zip(down) {
                 *count = (*up + *down) as u16;
@@ -215,7 +216,7 @@ impl<I: Id> Job<'_, I> {
     }
 }
 
-/// Stores a line without fetching what it replaces; [`finish_stores`] must follow before other threads are told of it.
+/// Stores a line without fetching what it replaces; [`fence`] must follow before other threads are told of it.
 ///
 /// # Safety
 /// There is room for the line.
@@ -233,15 +234,6 @@ unsafe fn store_past_caches(to: *mut u64, line: &[u64; OF_LINE / 4]) {
         return;
     }
     unsafe { to.cast::<[u64; OF_LINE / 4]>().write_unaligned(*line) }
-}
-
-#[inline(always)]
-fn finish_stores() {
-    #[cfg(target_arch = "x86_64")]
-    // Safety: part of the architecture.
-    unsafe {
-        std::arch::x86_64::_mm_sfence()
-    };
 }
 
 /// Turns the counts of every chunk, `stride` from one to the next, into the table.

@@ -18,16 +18,17 @@ use super::buckets::{Bucket, Id, narrow};
 use crate::memory::pages::advise_huge_pages;
 use crate::threads::pool::parallel;
 use crate::vector::isa::Isa;
+use crate::vector::simd::prefetch;
 
 /// Fewer slots than this are not worth a thread of their own: waking one costs as much as counting them.
 const MIN_SLOTS_PER_THREAD: usize = 1 << 15;
 
 /// Chunks that one thread goes through side by side. A counter's next increment waits for the last one to reach memory
 /// and come back, so if most slots name one expert a single chunk can be bound by that latency.
-const LANES: usize = 2;
+const CHUNKS_PER_THREAD: usize = 2;
 
 /// Fewer slots than this are counted in one chunk: the scan over more would cost more than it saves.
-const MIN_SLOTS_FOR_LANES: usize = 1 << 12;
+const MIN_SLOTS_TO_SPLIT: usize = 1 << 12;
 
 /// From so many slots on `order` does not fit the caches next to a core: its lines are fetched ahead, and one chunk is
 /// enough for a thread, since more of them are more streams.
@@ -37,7 +38,7 @@ const MIN_SLOTS_FOR_PREFETCH: usize = 1 << 19;
 const AHEAD: usize = 32;
 
 /// Slots that are narrowed before they are counted: their buckets are still in the first cache.
-const BLOCK: usize = 512;
+const SLOTS_AT_ONCE: usize = 512;
 
 /// Why there is no plan.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -121,7 +122,7 @@ fn sort<I: Id, B: Bucket>(
     let experts = offsets.len() - 1;
     let stride = split.stride(experts);
     let mut counters = vec![0u32; split.chunks() * stride];
-    let job = Job::<I, B> {
+    let work = CountingSort::<I, B> {
         ids,
         experts: experts as u32,
         order: order.as_mut_ptr(),
@@ -133,32 +134,33 @@ fn sort<I: Id, B: Bucket>(
         buckets: PhantomData,
     };
     // Safety: each thread writes `inverse` and the counters of its own chunks.
-    parallel(split.threads, &|t| unsafe { job.count(t) });
+    parallel(split.threads, &|t| unsafe { work.count(t) });
     scan(&mut counters, stride, offsets);
     // Safety: the counters hold first rows, so each thread writes the elements of `order` its own slots map to.
-    parallel(split.threads, &|t| unsafe { job.place(t) });
+    parallel(split.threads, &|t| unsafe { work.place(t) });
 }
 
-/// How the slots are cut: `lanes` chunks a thread, equally long but for one slot.
+/// How the slots are cut: `chunks_per_thread` chunks a thread, equally long but for one slot.
 #[derive(Clone, Copy)]
 struct Split {
     slots: usize,
     threads: usize,
-    lanes: usize,
+    chunks_per_thread: usize,
 }
 
 impl Split {
     fn new(slots: usize, experts: usize, threads: usize) -> Self {
         // Counters never outnumber the slots, else clearing and scanning them would be most of the work.
         let most_chunks = (slots / (experts + 1)).max(1);
-        let side_by_side = (MIN_SLOTS_FOR_LANES..MIN_SLOTS_FOR_PREFETCH).contains(&slots) && most_chunks >= LANES;
-        let lanes = if side_by_side { LANES } else { 1 };
-        let threads = threads.min(slots / MIN_SLOTS_PER_THREAD).min(most_chunks / lanes).max(1);
-        Self { slots, threads, lanes }
+        let side_by_side =
+            (MIN_SLOTS_TO_SPLIT..MIN_SLOTS_FOR_PREFETCH).contains(&slots) && most_chunks >= CHUNKS_PER_THREAD;
+        let chunks_per_thread = if side_by_side { CHUNKS_PER_THREAD } else { 1 };
+        let threads = threads.min(slots / MIN_SLOTS_PER_THREAD).min(most_chunks / chunks_per_thread).max(1);
+        Self { slots, threads, chunks_per_thread }
     }
 
     fn chunks(self) -> usize {
-        self.threads * self.lanes
+        self.threads * self.chunks_per_thread
     }
 
     /// From a chunk's counters to the next one's: threads must not write the same cache line.
@@ -173,7 +175,7 @@ impl Split {
     }
 }
 
-struct Job<'a, I, B> {
+struct CountingSort<'a, I, B> {
     ids: &'a [I],
     experts: u32,
     order: *mut i32,
@@ -186,7 +188,7 @@ struct Job<'a, I, B> {
 }
 
 // Safety: threads touch disjoint elements behind the pointers, see `plan`.
-unsafe impl<I: Sync, B> Sync for Job<'_, I, B> {}
+unsafe impl<I: Sync, B> Sync for CountingSort<'_, I, B> {}
 
 /// A piece of the slots, its counters and its buckets.
 #[derive(Clone, Copy)]
@@ -199,7 +201,7 @@ struct Chunk<B> {
     buckets: *mut B,
 }
 
-impl<I: Id, B: Bucket> Job<'_, I, B> {
+impl<I: Id, B: Bucket> CountingSort<'_, I, B> {
     /// The chunks of a thread.
     fn chunks<const N: usize>(&self, thread: usize) -> [Chunk<B>; N] {
         std::array::from_fn(|lane| {
@@ -220,8 +222,8 @@ impl<I: Id, B: Bucket> Job<'_, I, B> {
     /// No other thread runs it for the same `thread`.
     unsafe fn count(&self, thread: usize) {
         unsafe {
-            match self.split.lanes {
-                LANES => self.count_chunks::<LANES>(thread),
+            match self.split.chunks_per_thread {
+                CHUNKS_PER_THREAD => self.count_chunks::<CHUNKS_PER_THREAD>(thread),
                 _ => self.count_chunks::<1>(thread),
             }
         }
@@ -231,15 +233,15 @@ impl<I: Id, B: Bucket> Job<'_, I, B> {
     unsafe fn count_chunks<const N: usize>(&self, thread: usize) {
         let chunks = self.chunks::<N>(thread);
         let longest = chunks.iter().map(|chunk| chunk.len).max().unwrap_or(0);
-        for first in (0..longest).step_by(BLOCK) {
+        for first in (0..longest).step_by(SLOTS_AT_ONCE) {
             for chunk in &chunks {
-                let block = first.min(chunk.len)..(first + BLOCK).min(chunk.len);
+                let block = first.min(chunk.len)..(first + SLOTS_AT_ONCE).min(chunk.len);
                 let ids = &self.ids[chunk.start + block.start..chunk.start + block.end];
                 // Safety: the chunk's part of `inverse` holds a bucket a slot.
                 unsafe { narrow(self.isa, ids, self.experts, chunk.buckets.add(block.start)) };
             }
             // Safety: a bucket is at most `experts`, the last counter of a chunk.
-            side_by_side(&chunks, first..(first + BLOCK).min(longest), |chunk, i| unsafe {
+            side_by_side(&chunks, first..(first + SLOTS_AT_ONCE).min(longest), |chunk, i| unsafe {
                 for slot in i {
                     *chunk.counters.add(chunk.buckets.add(slot).read_unaligned().index()) += 1;
                 }
@@ -253,8 +255,8 @@ impl<I: Id, B: Bucket> Job<'_, I, B> {
     /// `count` has run for every thread and `scan` after it; no other thread runs this for the same `thread`.
     unsafe fn place(&self, thread: usize) {
         unsafe {
-            match (self.split.lanes, self.split.slots >= MIN_SLOTS_FOR_PREFETCH) {
-                (LANES, _) => self.place_chunks::<LANES, false>(thread),
+            match (self.split.chunks_per_thread, self.split.slots >= MIN_SLOTS_FOR_PREFETCH) {
+                (CHUNKS_PER_THREAD, _) => self.place_chunks::<CHUNKS_PER_THREAD, false>(thread),
                 (_, false) => self.place_chunks::<1, false>(thread),
                 (_, true) => self.place_chunks::<1, true>(thread),
             }
@@ -324,19 +326,6 @@ fn side_by_side<B: Copy, const N: usize>(
             visit(chunk, slot..slot + 1);
         }
     }
-}
-
-/// Brings the cache line of an element near, if there is one.
-#[inline(always)]
-fn prefetch(element: *const i32) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-        // Safety: any address will do; nothing is read.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(element.cast()) };
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = element;
 }
 
 /// Turns counts into first rows: an exclusive sum over the experts, and within each over the chunks.

@@ -28,19 +28,19 @@ pub unsafe fn memory_rate(isa: Isa, start: *mut u8, bytes: usize, threads: usize
                 return;
             }
             let start = (address + piece * PIECE) as *mut f32;
-            with_simd!(isa, S => unsafe { S::enter(Pass { start, write }) });
+            with_simd!(isa, S => unsafe { S::enter(Sweep { start, write }) });
         }
     });
     (bytes / PIECE * PIECE) as f64 / began.elapsed().as_secs_f64()
 }
 
 /// One piece.
-struct Pass {
+struct Sweep {
     start: *mut f32,
     write: bool,
 }
 
-impl Kernel for Pass {
+impl Kernel for Sweep {
     type Output = ();
 
     #[inline(always)]

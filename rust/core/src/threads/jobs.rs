@@ -14,21 +14,21 @@ pub trait Job: Sync {
     fn tickets(&self) -> usize;
 
     /// Does piece `ticket`.
-    fn run(&self, ticket: usize, worker: &mut Worker);
+    fn run(&self, ticket: usize, thread: &mut ThreadState);
 }
 
 /// What a thread brings to a ticket.
-pub struct Worker<'a> {
+pub struct ThreadState<'a> {
     /// Its buffers.
     pub scratch: &'a mut Scratch,
-    /// What the job left packed in them, [`Worker::NOTHING`] when the thread comes from another job.
+    /// What the job left packed in them, [`ThreadState::NOTHING`] when the thread comes from another job.
     pub packed: usize,
     next: &'a AtomicUsize,
     /// Where the pieces of the job lie among those of all jobs.
     range: Range<usize>,
 }
 
-impl Worker<'_> {
+impl ThreadState<'_> {
     /// No operand is packed.
     pub const NOTHING: usize = usize::MAX;
 
@@ -48,18 +48,18 @@ pub fn run_jobs(threads: usize, jobs: &[&dyn Job]) {
         with_scratch(|scratch| {
             let mut job = 0;
             let range = 0..jobs[0].tickets();
-            let mut worker = Worker { scratch, packed: Worker::NOTHING, next: &next, range };
+            let mut thread = ThreadState { scratch, packed: ThreadState::NOTHING, next: &next, range };
             loop {
                 let ticket = next.fetch_add(1, Ordering::Relaxed);
                 if ticket >= total {
                     return;
                 }
-                while ticket >= worker.range.end {
+                while ticket >= thread.range.end {
                     job += 1;
-                    worker.range = worker.range.end..worker.range.end + jobs[job].tickets();
-                    worker.packed = Worker::NOTHING;
+                    thread.range = thread.range.end..thread.range.end + jobs[job].tickets();
+                    thread.packed = ThreadState::NOTHING;
                 }
-                jobs[job].run(ticket - worker.range.start, &mut worker);
+                jobs[job].run(ticket - thread.range.start, &mut thread);
             }
         });
     };
@@ -103,8 +103,8 @@ mod tests {
         fn tickets(&self) -> usize {
             self.0.len()
         }
-        fn run(&self, ticket: usize, worker: &mut Worker) {
-            assert!(worker.upcoming().is_none_or(|t| t > ticket && t < self.0.len()));
+        fn run(&self, ticket: usize, thread: &mut ThreadState) {
+            assert!(thread.upcoming().is_none_or(|t| t > ticket && t < self.0.len()));
             self.0[ticket].fetch_add(1, Ordering::Relaxed);
         }
     }

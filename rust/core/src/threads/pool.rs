@@ -1,17 +1,17 @@
 //! A private pool of threads behind one function, [`parallel`], and [`parallel_while`].
 //!
-//! Each worker owns a mailbox, one atomic word. A caller posts a pointer to its job, which lives on the
+//! Each worker owns a mailbox, one atomic word. A caller posts a pointer to its call, which lives on the
 //! caller's stack, into the mailboxes of idle workers; whoever takes part, the caller included, draws indices
-//! from the job's counter until none is left. A worker that is slow to wake therefore delays nobody: the caller
-//! does the work itself and takes the job out of the mailbox again. The same rule makes concurrent callers
+//! from the call's counter until none is left. A worker that is slow to wake therefore delays nobody: the caller
+//! does the work itself and takes the call out of the mailbox again. The same rule makes concurrent callers
 //! safe: each gets the workers that are idle and needs none of them.
 //!
 //! | mailbox     | set by | meaning                                          |
 //! |-------------|--------|--------------------------------------------------|
 //! | `IDLE`      | worker, or a caller that revokes | spinning, or about to wake |
 //! | `PARKED`    | worker | asleep: whoever posts must unpark it             |
-//! | a job       | caller | posted and not taken yet: still revocable        |
-//! | `BUSY`      | worker | running a job, which must outlive the run        |
+//! | a call       | caller | posted and not taken yet: still revocable        |
+//! | `BUSY`      | worker | running a call, which must outlive the run        |
 //!
 //! After a fork only the forking thread exists in the child, so a handler run there forgets the parent's
 //! workers and the child starts its own.
@@ -41,7 +41,7 @@ const IDLE: usize = 0;
 const PARKED: usize = 1;
 const BUSY: usize = 2;
 
-/// Set in [`Job::running`] when the caller sleeps and wants to be woken by the last worker.
+/// Set in [`Call::running`] when the caller sleeps and wants to be woken by the last worker.
 const SLEEPING: usize = 1 << (usize::BITS - 1);
 
 struct Worker {
@@ -59,11 +59,11 @@ thread_local! {
     static INSIDE: Cell<bool> = const { Cell::new(false) };
 }
 
-struct Job<'a> {
+struct Call<'a> {
     f: &'a (dyn Fn(usize) + Sync),
     threads: usize,
     next: AtomicUsize,
-    /// Workers that hold a pointer to this job, and [`SLEEPING`].
+    /// Workers that hold a pointer to this call, and [`SLEEPING`].
     running: AtomicUsize,
     caller: Thread,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
@@ -87,7 +87,7 @@ pub fn parallel_while<R>(threads: usize, f: &(dyn Fn(usize) + Sync), meanwhile: 
         return result;
     }
     start_workers(threads - 1);
-    let job = Job {
+    let call = Call {
         f,
         threads,
         next: AtomicUsize::new(1),
@@ -95,26 +95,26 @@ pub fn parallel_while<R>(threads: usize, f: &(dyn Fn(usize) + Sync), meanwhile: 
         caller: thread::current(),
         panic: Mutex::new(None),
     };
-    job.post();
+    call.post();
     let result = catch_unwind(AssertUnwindSafe(meanwhile));
     if result.is_ok() {
-        job.work(Some(0));
+        call.work(Some(0));
     }
-    job.revoke();
-    job.wait();
+    call.revoke();
+    call.wait();
     let result = result.unwrap_or_else(|panic| resume_unwind(panic));
-    if let Some(panic) = job.panic.into_inner().unwrap_or_else(|e| e.into_inner()) {
+    if let Some(panic) = call.panic.into_inner().unwrap_or_else(|e| e.into_inner()) {
         resume_unwind(panic);
     }
     result
 }
 
-impl Job<'_> {
+impl Call<'_> {
     fn address(&self) -> usize {
         ptr::from_ref(self) as usize
     }
 
-    /// Offers the job to as many idle workers as it has indices for, to those that are awake first.
+    /// Offers the call to as many idle workers as it has indices for, to those that are awake first.
     fn post(&self) {
         let mut wanted = self.threads - 1;
         for state in [IDLE, PARKED] {
@@ -152,7 +152,7 @@ impl Job<'_> {
         INSIDE.set(false);
     }
 
-    /// Takes the job back from workers that have not started on it.
+    /// Takes the call back from workers that have not started on it.
     fn revoke(&self) {
         for worker in workers() {
             if worker.mailbox.compare_exchange(self.address(), IDLE, AcqRel, Relaxed).is_ok() {
@@ -161,7 +161,7 @@ impl Job<'_> {
         }
     }
 
-    /// Returns when no worker holds a pointer to the job.
+    /// Returns when no worker holds a pointer to the call.
     fn wait(&self) {
         if !spin_until(|| self.running.load(Acquire) == 0) {
             self.running.fetch_or(SLEEPING, AcqRel);
@@ -171,9 +171,9 @@ impl Job<'_> {
         }
     }
 
-    /// A worker's last touch of the job.
+    /// A worker's last touch of the call.
     fn leave(&self) {
-        let caller = self.caller.clone(); // the job may be gone as soon as it is counted down
+        let caller = self.caller.clone(); // the call may be gone as soon as it is counted down
         if self.running.fetch_sub(1, AcqRel) == SLEEPING + 1 {
             caller.unpark();
         }
@@ -238,20 +238,20 @@ fn start_worker() -> bool {
 
 fn work_forever(mailbox: &AtomicUsize) {
     loop {
-        let posted = await_job(mailbox);
+        let posted = await_call(mailbox);
         if mailbox.compare_exchange(posted, BUSY, AcqRel, Relaxed).is_err() {
             continue; // revoked
         }
-        // Safety: BUSY keeps the caller in `parallel`, and so the job alive, until `leave`.
-        let job = unsafe { &*(posted as *const Job<'_>) };
-        job.work(None);
+        // Safety: BUSY keeps the caller in `parallel`, and so the call alive, until `leave`.
+        let call = unsafe { &*(posted as *const Call<'_>) };
+        call.work(None);
         // Idle before leaving: the caller's next call, which may follow at once, finds this worker.
         mailbox.store(IDLE, Release);
-        job.leave();
+        call.leave();
     }
 }
 
-fn await_job(mailbox: &AtomicUsize) -> usize {
+fn await_call(mailbox: &AtomicUsize) -> usize {
     loop {
         let posted = || mailbox.load(Acquire) > BUSY;
         if !spin_until(posted) && mailbox.compare_exchange(IDLE, PARKED, AcqRel, Relaxed).is_ok() {
@@ -259,9 +259,9 @@ fn await_job(mailbox: &AtomicUsize) -> usize {
                 thread::park();
             }
         }
-        let job = mailbox.load(Acquire);
-        if job > BUSY {
-            return job;
+        let call = mailbox.load(Acquire);
+        if call > BUSY {
+            return call;
         }
     }
 }

@@ -1,4 +1,4 @@
-//! A grouped "nn" cut into tickets. A ticket is some rows of an expert and some columns. Its sums are formed in fp32 in the
+//! A grouped "nn" cut into pieces. A piece is some rows of an expert and some columns. Its sums are formed in fp32 in the
 //! second-level cache and handed to a [`Finish`], which is where bias, rounding or the gradient of the activation happen.
 //!
 //! | rows of the expert | form                                                                         |
@@ -13,18 +13,18 @@ use crate::gemm::grouped::Grouped;
 use crate::gemm::pack::PackTransposed;
 use crate::gemm::tile::panels::PackPanels;
 use crate::gemm::tile::tiles::{Prefetch, Source, Store, Tiles, tile_rows};
-use crate::threads::jobs::{Job, Worker, even_parts, run_jobs};
+use crate::threads::jobs::{Job, ThreadState, even_parts, run_jobs};
 use crate::vector::format::{Format, Kind};
 use crate::vector::isa::with_kernels;
 use crate::vector::round::RoundRows;
 use crate::vector::simd::Simd;
 use std::marker::PhantomData;
 
-/// Tickets start at multiples of this many columns.
+/// Pieces start at multiples of this many columns.
 pub const COLUMN_BLOCK: usize = 256;
 
-/// Rows of a ticket: their sums, their share of a block of weights and two such blocks share the second-level cache.
-const TICKET_ROWS: usize = 512;
+/// Rows of a piece: their sums, their share of a block of weights and two such blocks share the second-level cache.
+const PIECE_ROWS: usize = 512;
 
 /// Up to so many rows the blocks of weights are wide and shallow.
 const WIDE_ROWS: usize = 64;
@@ -37,14 +37,14 @@ const PACKED_BYTES: usize = 16 << 10;
 /// Weight rows lie a power of two apart, so the lines of a block fall into as few sets of the second-level cache as
 /// a row of it has lines (times the pages that happen to lie differently): shallow blocks leave room there. Deep ones
 /// load and store the sums less often, which counts more where there are many.
-struct BlockShape {
+struct WeightBlock {
     /// Elements of the summed index.
     depth: usize,
     /// Columns, a multiple of [`COLUMN_BLOCK`].
     columns: usize,
 }
 
-impl BlockShape {
+impl WeightBlock {
     const fn new<F: Format>(rows: usize) -> Self {
         if rows <= WIDE_ROWS {
             Self { depth: 128, columns: 1024 / F::BYTES }
@@ -70,7 +70,7 @@ pub(super) const fn few_rows<S: Simd, F: Format>() -> usize {
 }
 
 /// Finished sums of some rows and columns.
-pub struct Block {
+pub struct FinishedSums {
     /// The expert.
     pub expert: usize,
     /// First row, in the order of the plan.
@@ -82,22 +82,22 @@ pub struct Block {
     /// How many columns.
     pub columns: usize,
     /// The sums.
-    pub sums: *mut f32,
+    pub values: *mut f32,
     /// Values from one row to the next; those between `columns` and the next multiple of 16 can be written.
     pub stride: usize,
 }
 
-/// Takes blocks as they are finished, while they are in the cache.
+/// Takes sums as they are finished, while they are in the cache.
 pub trait Finish: Sync {
     /// Consumes the sums.
     ///
     /// # Safety
-    /// The CPU supports `S`, and the block is one of the GEMM that this was made for.
-    unsafe fn finish<S: Simd>(&self, block: &Block);
+    /// The CPU supports `S`, and the sums are some of the GEMM that this was made for.
+    unsafe fn finish<S: Simd>(&self, sums: &FinishedSums);
 }
 
 /// Adds the bias, rounds, stores.
-pub struct StoreRows<F> {
+pub struct StoreSums<F> {
     /// `[rows, n]`.
     pub out: *mut u8,
     /// `[experts, n]` or null.
@@ -107,20 +107,20 @@ pub struct StoreRows<F> {
     pub format: PhantomData<F>,
 }
 
-// Tickets write disjoint parts.
-unsafe impl<F> Sync for StoreRows<F> {}
+// Pieces write disjoint parts.
+unsafe impl<F> Sync for StoreSums<F> {}
 
-impl<F: Format> Finish for StoreRows<F> {
-    unsafe fn finish<S: Simd>(&self, block: &Block) {
-        let at = |row: usize| (row * self.n + block.column) * F::BYTES;
+impl<F: Format> Finish for StoreSums<F> {
+    unsafe fn finish<S: Simd>(&self, sums: &FinishedSums) {
+        let at = |row: usize| (row * self.n + sums.column) * F::BYTES;
         S::enter(RoundRows::<F> {
-            from: block.sums,
-            from_stride: block.stride,
-            bias: if self.bias.is_null() { self.bias } else { self.bias.add(at(block.expert)) },
-            to: self.out.add(at(block.row)),
+            from: sums.values,
+            from_stride: sums.stride,
+            bias: if self.bias.is_null() { self.bias } else { self.bias.add(at(sums.expert)) },
+            to: self.out.add(at(sums.row)),
             to_stride: self.n * F::BYTES,
-            rows: block.rows,
-            columns: block.columns,
+            rows: sums.rows,
+            columns: sums.columns,
             format: PhantomData,
         });
     }
@@ -132,25 +132,26 @@ impl<F: Format> Finish for StoreRows<F> {
 /// The pointers of `args` are as documented there.
 pub unsafe fn grouped_nn(args: &Grouped) {
     with_kernels!(args.isa, args.dtype, S, F => {
-        let finish = StoreRows::<F> { out: args.out, bias: args.bias, n: args.n, format: PhantomData };
+        let finish = StoreSums::<F> { out: args.out, bias: args.bias, n: args.n, format: PhantomData };
         run_jobs(args.threads, &[&NnJob::<S, F, _>::new(args, finish)]);
     });
 }
 
-struct Ticket {
+/// What one ticket stands for.
+struct Piece {
     expert: usize,
     row: usize,
     rows: usize,
     column: usize,
     columns: usize,
-    /// Tickets of a group share their rows.
+    /// Pieces of a group share their rows.
     group: usize,
 }
 
-/// A grouped "nn" as tickets. `out` and `bias` of the arguments are not used.
+/// A grouped "nn" as a job. `out` and `bias` of the arguments are not used.
 pub struct NnJob<S, F, E> {
     args: Grouped,
-    tickets: Vec<Ticket>,
+    pieces: Vec<Piece>,
     finish: E,
     types: PhantomData<fn() -> (S, F)>,
 }
@@ -161,28 +162,28 @@ impl<S: Simd, F: Format, E: Finish> NnJob<S, F, E> {
     /// # Safety
     /// The pointers of `args` are as documented there, and stay so while tickets run.
     pub unsafe fn new(args: &Grouped, finish: E) -> Self {
-        let mut tickets = Vec::new();
+        let mut pieces = Vec::new();
         let busy = (0..args.experts).filter(|&e| !args.rows(e).is_empty()).count();
         for expert in 0..args.experts {
             let range = args.rows(expert);
-            for (start, rows) in even_parts(range.len(), TICKET_ROWS) {
+            for (start, rows) in even_parts(range.len(), PIECE_ROWS) {
                 // Whole weight rows are best for few rows, unless threads would have nothing to do.
                 let width = if Self::in_place(args, rows) {
                     let cuts = (2 * args.threads).div_ceil(busy).min(args.n.div_ceil(2 * COLUMN_BLOCK)).max(1);
                     args.n.div_ceil(cuts).max(1).next_multiple_of(COLUMN_BLOCK)
                 } else {
-                    let columns = BlockShape::new::<F>(rows).columns;
+                    let columns = WeightBlock::new::<F>(rows).columns;
                     // Unless threads would wait for the last ones.
                     if busy * args.n.div_ceil(columns) < 8 * args.threads { COLUMN_BLOCK } else { columns }
                 };
-                let group = tickets.len();
+                let group = pieces.len();
                 for column in (0..args.n).step_by(width) {
                     let columns = width.min(args.n - column);
-                    tickets.push(Ticket { expert, row: range.start + start, rows, column, columns, group });
+                    pieces.push(Piece { expert, row: range.start + start, rows, column, columns, group });
                 }
             }
         }
-        Self { args: *args, tickets, finish, types: PhantomData }
+        Self { args: *args, pieces, finish, types: PhantomData }
     }
 
     /// Whether the weights of `rows` rows are read in place.
@@ -192,14 +193,14 @@ impl<S: Simd, F: Format, E: Finish> NnJob<S, F, E> {
             && args.n.is_multiple_of(axpy_columns::<S, F>())
     }
 
-    /// Packs a ticket's rows, unless the thread has them already: strips `[words][height]` one after the other.
-    unsafe fn pack_rows(&self, ticket: &Ticket, height: usize, worker: &mut Worker) -> *const f32 {
+    /// Packs a piece's rows, unless the thread has them already: strips `[words][height]` one after the other.
+    unsafe fn pack_rows(&self, piece: &Piece, height: usize, thread: &mut ThreadState) -> *const f32 {
         let words = F::words(self.args.k);
-        let to = worker.scratch.panels.words(ticket.rows * words);
-        if worker.packed != ticket.group {
-            let list = &mut worker.scratch.rows;
-            for (start, count) in even_parts(ticket.rows, height) {
-                let first = ticket.row + start;
+        let to = thread.scratch.panels.words(piece.rows * words);
+        if thread.packed != piece.group {
+            let list = &mut thread.scratch.rows;
+            for (start, count) in even_parts(piece.rows, height) {
+                let first = piece.row + start;
                 self.args.gather.addresses(first..first + count, self.args.a, self.args.k * F::BYTES, list);
                 S::enter(PackTransposed::<F> {
                     rows: list,
@@ -209,30 +210,30 @@ impl<S: Simd, F: Format, E: Finish> NnJob<S, F, E> {
                     format: PhantomData,
                 });
             }
-            worker.packed = ticket.group;
+            thread.packed = piece.group;
         }
         to
     }
 
-    unsafe fn weights(&self, ticket: &Ticket) -> *const u8 {
+    unsafe fn weights(&self, piece: &Piece) -> *const u8 {
         let row_bytes = self.args.n * F::BYTES;
-        self.args.b.add(ticket.expert * self.args.k * row_bytes + ticket.column * F::BYTES)
+        self.args.b.add(piece.expert * self.args.k * row_bytes + piece.column * F::BYTES)
     }
 
-    unsafe fn run_in_place(&self, ticket: &Ticket, worker: &mut Worker) {
+    unsafe fn run_in_place(&self, piece: &Piece, thread: &mut ThreadState) {
         let (k, words) = (self.args.k, F::words(self.args.k));
-        let left = self.pack_rows(ticket, axpy_rows::<S>(), worker);
-        let strips = even_parts(ticket.rows, axpy_rows::<S>());
-        let stride = sums_stride(ticket.columns);
-        let values = ticket.rows * stride;
-        let sums = worker.scratch.results.words(2 * values);
+        let left = self.pack_rows(piece, axpy_rows::<S>(), thread);
+        let strips = even_parts(piece.rows, axpy_rows::<S>());
+        let stride = sums_stride(piece.columns);
+        let values = piece.rows * stride;
+        let sums = thread.scratch.results.words(2 * values);
         if k == 0 {
             sums.write_bytes(0, values);
         }
         let weight_stride = self.args.n * F::BYTES;
-        let weights = self.weights(ticket);
+        let weights = self.weights(piece);
         let summed = if matches!(F::KIND, Kind::F32) { SUMMED } else { k };
-        let depth = if ticket.rows <= axpy_rows::<S>() { k } else { AXPY_DEPTH };
+        let depth = if piece.rows <= axpy_rows::<S>() { k } else { AXPY_DEPTH };
         for from in (0..k).step_by(depth.min(summed).max(1)) {
             let first = from / summed * summed;
             let to = if first == 0 { sums } else { sums.add(values) };
@@ -245,7 +246,7 @@ impl<S: Simd, F: Format, E: Finish> NnJob<S, F, E> {
                     weight_stride,
                     sums: to.add(start * stride),
                     sums_stride: stride,
-                    columns: ticket.columns,
+                    columns: piece.columns,
                     fresh: from == first,
                     prefetch: start == 0,
                     format: PhantomData,
@@ -257,40 +258,40 @@ impl<S: Simd, F: Format, E: Finish> NnJob<S, F, E> {
             }
         }
         if matches!(F::KIND, Kind::Bf16Pairs) {
-            S::enter(InOrder { sums, stride, rows: ticket.rows, columns: ticket.columns });
+            S::enter(InOrder { sums, stride, rows: piece.rows, columns: piece.columns });
         }
-        self.finish.finish::<S>(&ticket.block(sums, stride));
+        self.finish.finish::<S>(&piece.finished(sums, stride));
     }
 
-    unsafe fn run_packed(&self, ticket: &Ticket, worker: &mut Worker) {
+    unsafe fn run_packed(&self, piece: &Piece, thread: &mut ThreadState) {
         let (k, words) = (self.args.k, F::words(self.args.k));
-        let left = self.pack_rows(ticket, tile_rows::<S>(), worker);
-        let strips = even_parts(ticket.rows, tile_rows::<S>());
-        let block = BlockShape::new::<F>(ticket.rows).depth;
+        let left = self.pack_rows(piece, tile_rows::<S>(), thread);
+        let strips = even_parts(piece.rows, tile_rows::<S>());
+        let block = WeightBlock::new::<F>(piece.rows).depth;
         let width = 2 * S::LANES;
-        let panels = ticket.columns.div_ceil(width);
+        let panels = piece.columns.div_ceil(width);
         let stride = sums_stride(panels * width);
-        let sums = worker.scratch.results.words(ticket.rows * stride);
+        let sums = thread.scratch.results.words(piece.rows * stride);
         if k == 0 {
-            sums.write_bytes(0, ticket.rows * stride);
+            sums.write_bytes(0, piece.rows * stride);
         }
         // Panels that are packed, and then multiplied with all rows, together.
         let together = (PACKED_BYTES / (F::words(block) * width * 4)).max(1);
-        let packed = worker.scratch.weights.words(F::words(block) * together * width);
+        let packed = thread.scratch.weights.words(F::words(block) * together * width);
         let weight_stride = self.args.n * F::BYTES;
-        let weights = self.weights(ticket);
+        let weights = self.weights(piece);
         for from in (0..k).step_by(block) {
             let depth = block.min(k - from);
             let steps = strips.clone().count() * panels * F::words(depth);
             let mut ahead = if from + depth < k {
                 let next = weights.add((from + depth) * weight_stride);
-                Prefetch::new(next, weight_stride, block.min(k - from - depth), ticket.columns * F::BYTES, steps)
-            } else if let Some(next) = worker.upcoming().map(|i| &self.tickets[i]) {
+                Prefetch::new(next, weight_stride, block.min(k - from - depth), piece.columns * F::BYTES, steps)
+            } else if let Some(next) = thread.upcoming().map(|i| &self.pieces[i]) {
                 // Weights read in place are prefetched as they are read: only their beginning is needed.
                 let rows = if Self::in_place(&self.args, next.rows) {
                     2 * AXPY_ELEMENTS
                 } else {
-                    BlockShape::new::<F>(next.rows).depth.min(k)
+                    WeightBlock::new::<F>(next.rows).depth.min(k)
                 };
                 Prefetch::new(self.weights(next), weight_stride, rows, next.columns * F::BYTES, steps)
             } else {
@@ -298,7 +299,7 @@ impl<S: Simd, F: Format, E: Finish> NnJob<S, F, E> {
             };
             for first in (0..panels).step_by(together) {
                 let (column, panels) = (first * width, together.min(panels - first));
-                let columns = (panels * width).min(ticket.columns - column);
+                let columns = (panels * width).min(piece.columns - column);
                 // The first strip packs what it multiplies with, unless ends of rows or of the sum are ragged.
                 let mut unpacked = Source::NONE;
                 if columns == panels * width && depth.is_multiple_of(F::PER_WORD) {
@@ -307,7 +308,7 @@ impl<S: Simd, F: Format, E: Finish> NnJob<S, F, E> {
                         row_bytes: weight_stride,
                     };
                 } else {
-                    let list = &mut worker.scratch.rows;
+                    let list = &mut thread.scratch.rows;
                     list.clear();
                     list.extend((from..from + depth).map(|row| weights.add(row * weight_stride)));
                     S::enter(PackPanels::<F> {
@@ -336,34 +337,34 @@ impl<S: Simd, F: Format, E: Finish> NnJob<S, F, E> {
             }
         }
         if matches!(F::KIND, Kind::Bf16Pairs) {
-            S::enter(InOrder { sums, stride, rows: ticket.rows, columns: ticket.columns / width * width });
+            S::enter(InOrder { sums, stride, rows: piece.rows, columns: piece.columns / width * width });
         }
-        self.finish.finish::<S>(&ticket.block(sums, stride));
+        self.finish.finish::<S>(&piece.finished(sums, stride));
     }
 }
 
 impl<S: Simd, F: Format, E: Finish> Job for NnJob<S, F, E> {
     fn tickets(&self) -> usize {
-        self.tickets.len()
+        self.pieces.len()
     }
 
-    fn run(&self, ticket: usize, worker: &mut Worker) {
-        let ticket = &self.tickets[ticket];
+    fn run(&self, ticket: usize, thread: &mut ThreadState) {
+        let piece = &self.pieces[ticket];
         // The caller of `new` vouches for the pointers.
         unsafe {
-            if Self::in_place(&self.args, ticket.rows) {
-                self.run_in_place(ticket, worker);
+            if Self::in_place(&self.args, piece.rows) {
+                self.run_in_place(piece, thread);
             } else {
-                self.run_packed(ticket, worker);
+                self.run_packed(piece, thread);
             }
         }
     }
 }
 
-impl Ticket {
-    fn block(&self, sums: *mut f32, stride: usize) -> Block {
+impl Piece {
+    fn finished(&self, values: *mut f32, stride: usize) -> FinishedSums {
         let &Self { expert, row, rows, column, columns, .. } = self;
-        Block { expert, row, rows, column, columns, sums, stride }
+        FinishedSums { expert, row, rows, column, columns, values, stride }
     }
 }
 

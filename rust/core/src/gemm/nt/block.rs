@@ -1,6 +1,6 @@
 //! One block of features for the rows of one unit: the kernels panel by panel, and what becomes of the sums.
 
-use super::kernels::{Form, Product, widens};
+use super::kernels::{PanelKernel, Product, widens};
 use super::panel::Panel;
 use super::store::{StoreRows, StoreTransposed};
 use super::tickets::{BLOCK, Unit};
@@ -35,8 +35,8 @@ impl Segment {
 }
 
 /// Some features of the output for one unit.
-pub struct Block<'a> {
-    pub job: &'a Grouped,
+pub struct FeatureBlock<'a> {
+    pub args: &'a Grouped,
     pub epilogue: &'a Epilogue,
     pub unit: &'a Unit,
     /// Columns of `out`.
@@ -62,7 +62,7 @@ fn copy_stride(k: usize) -> usize {
     k.next_multiple_of(16) + 16
 }
 
-impl Block<'_> {
+impl FeatureBlock<'_> {
     fn segments(&self) -> ([Segment; 2], usize) {
         let (first, count) = (self.features.start, self.features.len());
         let one = Segment { first, count, result: 0 };
@@ -72,7 +72,7 @@ impl Block<'_> {
             let both = Segment { first: 2 * first, count: 2 * count, result: 0 };
             ([both, both], 1)
         } else {
-            let up = Segment { first: self.job.n / 2 + first, count, result: count.next_multiple_of(PAD) };
+            let up = Segment { first: self.args.n / 2 + first, count, result: count.next_multiple_of(PAD) };
             ([one, up], 2)
         }
     }
@@ -80,7 +80,7 @@ impl Block<'_> {
     /// Computes, finishes and stores the block.
     ///
     /// # Safety
-    /// `panels` holds the unit's rows and the job's pointers are as documented.
+    /// `panels` holds the unit's rows and the args's pointers are as documented.
     pub unsafe fn run<S: Simd, F: Format>(&self, panels: &[Panel], scratch: &mut Scratch) {
         let (segments, count) = self.segments();
         let segments = &segments[..count];
@@ -91,13 +91,14 @@ impl Block<'_> {
         unsafe {
             self.load_bias::<F>(segments, &mut bias);
             // The dot kernel widens what it reads.
-            let widened = (widens::<S, F>(self.unit.rows.len()) && panels.iter().any(|panel| panel.form != Form::Dot))
-                .then(|| self.widen::<S, F>(segments, height, scratch));
+            let widened = (widens::<S, F>(self.unit.rows.len())
+                && panels.iter().any(|panel| panel.kernel != PanelKernel::Dot))
+            .then(|| self.widen::<S, F>(segments, height, scratch));
             for (i, panel) in panels.iter().enumerate() {
                 let part = Part { panel, segments, height, bias: &bias, last: i + 1 == panels.len() };
-                match panel.form {
-                    Form::Dot => self.dot::<S, F>(&part, scratch),
-                    Form::Lanes { vectors } => self.lanes::<S, F>(&part, vectors, widened, scratch),
+                match panel.kernel {
+                    PanelKernel::Dot => self.dot::<S, F>(&part, scratch),
+                    PanelKernel::Lanes { vectors } => self.lanes::<S, F>(&part, vectors, widened, scratch),
                 }
             }
         }
@@ -105,7 +106,7 @@ impl Block<'_> {
 
     /// The weights of all segments as fp32: the copy of a segment begins at row `result`.
     unsafe fn widen<S: Simd, F: Format>(&self, segments: &[Segment], height: usize, scratch: &mut Scratch) -> *mut f32 {
-        let k = self.job.k;
+        let k = self.args.k;
         let stride = copy_stride(k);
         let copy = scratch.weights.words(height * stride);
         for segment in segments {
@@ -118,25 +119,25 @@ impl Block<'_> {
     }
 
     unsafe fn load_bias<F: Format>(&self, segments: &[Segment], to: &mut [f32]) {
-        if self.job.bias.is_null() {
+        if self.args.bias.is_null() {
             return;
         }
         for segment in segments {
             for i in 0..segment.count {
-                let at = (self.unit.expert * self.job.n + segment.first + i) * F::BYTES;
-                to[segment.result + i] = unsafe { F::load_one(self.job.bias.add(at)) };
+                let at = (self.unit.expert * self.args.n + segment.first + i) * F::BYTES;
+                to[segment.result + i] = unsafe { F::load_one(self.args.bias.add(at)) };
             }
         }
     }
 
     /// The weights of a segment.
     fn weights<F: Format>(&self, segment: &Segment) -> *const u8 {
-        let row = self.unit.expert * self.job.n + segment.first;
-        self.job.b.wrapping_add(row * self.job.k * F::BYTES)
+        let row = self.unit.expert * self.args.n + segment.first;
+        self.args.b.wrapping_add(row * self.args.k * F::BYTES)
     }
 
     fn bias_of(&self, segment: &Segment, bias: &[f32]) -> *const f32 {
-        if self.job.bias.is_null() { std::ptr::null() } else { bias[segment.result..].as_ptr() }
+        if self.args.bias.is_null() { std::ptr::null() } else { bias[segment.result..].as_ptr() }
     }
 
     /// The product with a segment's weights, without a place for the results.
@@ -144,9 +145,9 @@ impl Block<'_> {
         let segment = &part.segments[index];
         Product {
             panel: part.panel.words,
-            k: self.job.k,
+            k: self.args.k,
             weights: self.weights::<F>(segment),
-            stride: self.job.k * F::BYTES,
+            stride: self.args.k * F::BYTES,
             count: segment.count,
             next: self.following::<F>(part.segments, index, part.last),
             bias: self.bias_of(segment, part.bias),
@@ -170,7 +171,7 @@ impl Block<'_> {
                         rows,
                         features: segment.count,
                         out: self.pre::<F>(row, segment),
-                        out_stride: self.job.n * F::BYTES,
+                        out_stride: self.args.n * F::BYTES,
                         format: PhantomData,
                     });
                 }
@@ -235,9 +236,9 @@ impl Block<'_> {
         widened: Option<*mut f32>,
         scratch: &mut Scratch,
     ) {
-        let width = Form::lanes::<S>(vectors);
+        let width = PanelKernel::lanes::<S>(vectors);
         let sums = scratch.results.words(width * (part.height + PAD));
-        let copy_stride = copy_stride(self.job.k);
+        let copy_stride = copy_stride(self.args.k);
         unsafe {
             for (i, segment) in part.segments.iter().enumerate() {
                 let out = sums.add(segment.result * width);
@@ -266,7 +267,7 @@ impl Block<'_> {
                         rows: panel.rows,
                         features: segment.count,
                         out: self.pre::<F>(panel.row, segment),
-                        out_stride: self.job.n * F::BYTES,
+                        out_stride: self.args.n * F::BYTES,
                         format: PhantomData,
                     });
                 }
@@ -308,18 +309,18 @@ impl Block<'_> {
     }
 
     fn out_stride<F: Format>(&self) -> usize {
-        self.job.n / self.epilogue.columns() * F::BYTES
+        self.args.n / self.epilogue.columns() * F::BYTES
     }
 
     /// `out` at a row of the unit and the block's first feature.
     unsafe fn out<F: Format>(&self, row: usize) -> *mut u8 {
         let at = (self.unit.rows.start + row) * self.out_stride::<F>() + self.features.start * F::BYTES;
-        unsafe { self.job.out.add(at) }
+        unsafe { self.args.out.add(at) }
     }
 
     /// `pre` at a row of the unit and a segment's first column.
     unsafe fn pre<F: Format>(&self, row: usize, segment: &Segment) -> *mut u8 {
-        let at = ((self.unit.rows.start + row) * self.job.n + segment.first) * F::BYTES;
+        let at = ((self.unit.rows.start + row) * self.args.n + segment.first) * F::BYTES;
         unsafe { self.epilogue.pre.add(at) }
     }
 }

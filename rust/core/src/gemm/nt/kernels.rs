@@ -2,7 +2,7 @@
 //! were chosen by measurement on Zen 4.
 
 use super::dot::Dot;
-use super::lanes::{Lanes, Widen};
+use super::lanes::{Lanes, WidenWeights};
 use crate::threads::jobs::even_parts;
 use crate::vector::format::{F32, Format, Kind};
 use crate::vector::simd::Simd;
@@ -10,14 +10,14 @@ use std::marker::PhantomData;
 
 /// The kernel that a panel of rows is packed for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Form {
+pub enum PanelKernel {
     /// [`Dot`]: as many rows as there are, no lane is empty.
     Dot,
     /// [`Lanes`]: rows are the lanes of so many vectors, 0 meaning one of eight lanes.
     Lanes { vectors: usize },
 }
 
-impl Form {
+impl PanelKernel {
     /// Lanes of so many vectors of rows.
     pub const fn lanes<S: Simd>(vectors: usize) -> usize {
         if vectors == 0 { 8 } else { vectors * S::LANES }
@@ -29,7 +29,7 @@ impl Form {
 /// Full vectors of rows come first. While they pass by, the next weights arrive from memory; what follows finds
 /// them in the second-level cache, so that the dot kernel's speed there decides how large a remainder it takes.
 /// A unit without a full vector keeps all its rows together for the same reason.
-pub fn forms<S: Simd, F: Format>(rows: usize) -> Vec<(usize, Form)> {
+pub fn panel_kernels<S: Simd, F: Format>(rows: usize) -> Vec<(usize, PanelKernel)> {
     let rest = rows % S::LANES;
     let dot = if rows <= dot_rows::<F>() {
         rows
@@ -38,20 +38,20 @@ pub fn forms<S: Simd, F: Format>(rows: usize) -> Vec<(usize, Form)> {
     } else {
         0
     };
-    let mut forms = Vec::new();
+    let mut panel_kernels = Vec::new();
     if dot == 0 && rows <= 8 && S::LANES == 16 {
-        forms.push((rows, Form::Lanes { vectors: 0 }));
-        return forms;
+        panel_kernels.push((rows, PanelKernel::Lanes { vectors: 0 }));
+        return panel_kernels;
     }
     let vectors = (rows - dot).div_ceil(S::LANES);
     let mut left = rows - dot;
     for (_, vectors) in even_parts(vectors, max_vectors::<S, F>()) {
         let count = (vectors * S::LANES).min(left);
-        forms.push((count, Form::Lanes { vectors }));
+        panel_kernels.push((count, PanelKernel::Lanes { vectors }));
         left -= count;
     }
-    forms.extend(even_parts(dot, dot_group::<S, F>()).map(|(_, count)| (count, Form::Dot)));
-    forms
+    panel_kernels.extend(even_parts(dot, dot_group::<S, F>()).map(|(_, count)| (count, PanelKernel::Dot)));
+    panel_kernels
 }
 
 /// Units of up to so many rows use the dot kernel only. Widening in the lanes kernel costs more than it does there,
@@ -123,7 +123,7 @@ impl Product {
         self
     }
 
-    /// The lanes kernel on a panel of `vectors` vectors of rows, see [`Form::Lanes`].
+    /// The lanes kernel on a panel of `vectors` vectors of rows, see [`PanelKernel::Lanes`].
     ///
     /// # Safety
     /// The kernel's requirements hold and the CPU supports `S`.
@@ -249,7 +249,7 @@ impl Product {
     /// Copies `rows` weight rows of `k` elements as fp32.
     ///
     /// # Safety
-    /// As for [`Widen`].
+    /// As for [`WidenWeights`].
     pub unsafe fn widen<S: Simd, F: Format>(
         from: *const u8,
         from_stride: usize,
@@ -258,6 +258,6 @@ impl Product {
         to: *mut f32,
         to_stride: usize,
     ) {
-        unsafe { S::enter(Widen::<F> { from, from_stride, rows, k, to, to_stride, format: PhantomData }) };
+        unsafe { S::enter(WidenWeights::<F> { from, from_stride, rows, k, to, to_stride, format: PhantomData }) };
     }
 }

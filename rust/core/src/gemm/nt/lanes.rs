@@ -196,7 +196,7 @@ unsafe fn word<S: Simd, F: Format, const VECTORS: usize, const FEATURES: usize>(
 
 /// Copies weight rows as fp32, for formats whose conversion is too dear to repeat for every panel. The copy
 /// stays in the second-level cache; rows should lie off a power of two apart.
-pub struct Widen<F> {
+pub struct WidenWeights<F> {
     /// The first row.
     pub from: *const u8,
     /// Bytes from one row to the next.
@@ -211,7 +211,7 @@ pub struct Widen<F> {
     pub format: PhantomData<F>,
 }
 
-impl<F: Format> Kernel for Widen<F> {
+impl<F: Format> Kernel for WidenWeights<F> {
     type Output = ();
 
     #[inline(always)]

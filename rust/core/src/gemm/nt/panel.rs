@@ -1,6 +1,6 @@
 //! A unit's rows cut into panels, each packed for the kernel that suits its number of rows.
 
-use super::kernels::{Form, forms};
+use super::kernels::{PanelKernel, panel_kernels};
 use crate::gemm::pack::{PackSteps, PackTransposed, step_words};
 use crate::memory::scratch::Buffer;
 use crate::vector::format::Format;
@@ -15,7 +15,7 @@ pub struct Panel {
     /// How many.
     pub rows: usize,
     /// The kernel they are packed for.
-    pub form: Form,
+    pub kernel: PanelKernel,
     /// The packed words.
     pub words: *const f32,
 }
@@ -25,26 +25,26 @@ pub struct Panel {
 /// # Safety
 /// The rows are readable and the CPU supports `S`.
 pub unsafe fn pack<S: Simd, F: Format>(rows: &[*const u8], k: usize, to: &mut Buffer) -> Vec<Panel> {
-    let words = |form: Form, rows: usize| match form {
-        Form::Dot => rows * step_words::<S, F>(k),
-        Form::Lanes { vectors } => Form::lanes::<S>(vectors) * F::words(k),
+    let words = |kernel: PanelKernel, rows: usize| match kernel {
+        PanelKernel::Dot => rows * step_words::<S, F>(k),
+        PanelKernel::Lanes { vectors } => PanelKernel::lanes::<S>(vectors) * F::words(k),
     };
-    let forms = forms::<S, F>(rows.len());
-    let mut next = to.words(forms.iter().map(|&(rows, form)| words(form, rows)).sum());
+    let panel_kernels = panel_kernels::<S, F>(rows.len());
+    let mut next = to.words(panel_kernels.iter().map(|&(rows, kernel)| words(kernel, rows)).sum());
     let mut row = 0;
-    let mut panels = Vec::with_capacity(forms.len());
-    for (count, form) in forms {
+    let mut panels = Vec::with_capacity(panel_kernels.len());
+    for (count, kernel) in panel_kernels {
         let rows = &rows[row..row + count];
         unsafe {
-            match form {
-                Form::Dot => S::enter(PackSteps::<F> { rows, k, to: next, format: PhantomData }),
-                Form::Lanes { vectors } => {
-                    let width = Form::lanes::<S>(vectors);
+            match kernel {
+                PanelKernel::Dot => S::enter(PackSteps::<F> { rows, k, to: next, format: PhantomData }),
+                PanelKernel::Lanes { vectors } => {
+                    let width = PanelKernel::lanes::<S>(vectors);
                     S::enter(PackTransposed::<F> { rows, width, k, to: next, format: PhantomData });
                 }
             }
-            panels.push(Panel { row, rows: count, form, words: next });
-            next = next.add(words(form, count));
+            panels.push(Panel { row, rows: count, kernel, words: next });
+            next = next.add(words(kernel, count));
         }
         row += count;
     }

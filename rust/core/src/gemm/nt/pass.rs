@@ -4,7 +4,7 @@
 //! Activations are packed, with the gather fused, by every thread for itself; weights are read where they lie.
 //! A block of features is computed into fp32 scratch and leaves it once: bias, activation, rounding.
 
-use super::block::{Block, Segment};
+use super::block::{FeatureBlock, Segment};
 use super::panel::{Panel, pack};
 use super::tickets::{Ticket, Tickets, units};
 use crate::gemm::grouped::{Epilogue, Grouped};
@@ -15,9 +15,9 @@ use crate::vector::isa::with_kernels;
 use crate::vector::simd::Simd;
 
 /// One pass over all experts' rows, shared by the threads of a call.
-pub struct Forward<'a> {
+pub struct NtPass<'a> {
     /// The product; its `n` counts weight rows, `out` has `n / epilogue.columns()` columns.
-    pub job: Grouped,
+    pub args: Grouped,
     pub epilogue: Epilogue,
     pub tickets: &'a Tickets<'a>,
     /// The pass that writes `a`: a unit's rows are waited for.
@@ -27,22 +27,22 @@ pub struct Forward<'a> {
 /// `out[row, :] = a[source(row), :] * b[expert]^T + bias[expert]`, weights `[experts, n, k]`, then the epilogue.
 ///
 /// # Safety
-/// The job's and the epilogue's pointers are as documented there.
-pub unsafe fn grouped_nt(job: &Grouped, epilogue: &Epilogue) {
-    let units = unsafe { units(job) };
-    let tickets = Tickets::new(&units, job.n / epilogue.columns(), epilogue.columns(), job.threads);
-    let pass = Forward { job: *job, epilogue: *epilogue, tickets: &tickets, after: None };
-    parallel(job.threads, &|_| with_scratch(|scratch| unsafe { pass.work(scratch) }));
+/// The args's and the epilogue's pointers are as documented there.
+pub unsafe fn grouped_nt(args: &Grouped, epilogue: &Epilogue) {
+    let units = unsafe { units(args) };
+    let tickets = Tickets::new(&units, args.n / epilogue.columns(), epilogue.columns(), args.threads);
+    let pass = NtPass { args: *args, epilogue: *epilogue, tickets: &tickets, after: None };
+    parallel(args.threads, &|_| with_scratch(|scratch| unsafe { pass.work(scratch) }));
 }
 
-impl Forward<'_> {
+impl NtPass<'_> {
     /// Draws and computes tickets until none is left. Called by every thread.
     ///
     /// # Safety
     /// As for [`grouped_nt`].
     pub unsafe fn work(&self, scratch: &mut Scratch) {
         let _guard = self.tickets.guard();
-        with_kernels!(self.job.isa, self.job.dtype, S, F => unsafe { self.work_with::<S, F>(scratch) });
+        with_kernels!(self.args.isa, self.args.dtype, S, F => unsafe { self.work_with::<S, F>(scratch) });
     }
 
     unsafe fn work_with<S: Simd, F: Format>(&self, scratch: &mut Scratch) {
@@ -64,11 +64,11 @@ impl Forward<'_> {
     }
 
     unsafe fn pack<S: Simd, F: Format>(&self, unit: usize, scratch: &mut Scratch) -> Vec<Panel> {
-        let (job, rows) = (&self.job, self.tickets.units()[unit].rows.clone());
+        let (args, rows) = (&self.args, self.tickets.units()[unit].rows.clone());
         let Scratch { panels, rows: addresses, .. } = scratch;
         unsafe {
-            job.gather.addresses(rows, job.a, job.k * F::BYTES, addresses);
-            pack::<S, F>(addresses, job.k, panels)
+            args.gather.addresses(rows, args.a, args.k * F::BYTES, addresses);
+            pack::<S, F>(addresses, args.k, panels)
         }
     }
 
@@ -86,7 +86,7 @@ impl Forward<'_> {
                 }
             };
             let unit = &self.tickets.units()[ticket.unit];
-            let block = Block { job: &self.job, epilogue: &self.epilogue, unit, features: start..end, next };
+            let block = FeatureBlock { args: &self.args, epilogue: &self.epilogue, unit, features: start..end, next };
             unsafe { block.run::<S, F>(panels, scratch) };
             start = end;
         }
@@ -95,7 +95,7 @@ impl Forward<'_> {
     /// Where the weights of a unit's feature begin.
     fn weights<F: Format>(&self, unit: usize, feature: usize) -> *const u8 {
         let expert = self.tickets.units()[unit].expert;
-        let row = expert * self.job.n + Segment::first_row(&self.epilogue, feature);
-        self.job.b.wrapping_add(row * self.job.k * F::BYTES)
+        let row = expert * self.args.n + Segment::first_row(&self.epilogue, feature);
+        self.args.b.wrapping_add(row * self.args.k * F::BYTES)
     }
 }

@@ -27,11 +27,11 @@ pub struct Unit {
 /// The units of all experts that have rows.
 ///
 /// # Safety
-/// `job.offsets` is as documented.
-pub unsafe fn units(job: &Grouped) -> Vec<Unit> {
+/// `args.offsets` is as documented.
+pub unsafe fn units(args: &Grouped) -> Vec<Unit> {
     let mut units = Vec::new();
-    for expert in 0..job.experts {
-        let rows = unsafe { job.rows(expert) };
+    for expert in 0..args.experts {
+        let rows = unsafe { args.rows(expert) };
         let pieces = rows.len().div_ceil(UNIT_ROWS);
         let mut start = rows.start;
         for piece in 0..pieces {
