@@ -35,6 +35,7 @@ pub trait Format: Copy + Send + Sync + 'static {
     /// The elements are readable.
     #[inline(always)]
     unsafe fn load_words<S: Narrow>(p: *const u8) -> S::V {
+        // SAFETY: the caller's: eight elements, of four bytes or two.
         unsafe {
             match Self::KIND {
                 Kind::F32 | Kind::Bf16Pairs => S::load(p.cast()),
@@ -50,6 +51,7 @@ pub trait Format: Copy + Send + Sync + 'static {
     /// The elements are readable.
     #[inline(always)]
     unsafe fn load_widened<S: Simd>(p: *const u8) -> S::V {
+        // SAFETY: the caller's: `LANES` elements.
         unsafe {
             match Self::KIND {
                 Kind::F32 => S::load(p.cast()),
@@ -65,6 +67,7 @@ pub trait Format: Copy + Send + Sync + 'static {
     /// The elements are writable.
     #[inline(always)]
     unsafe fn store_rounded<S: Simd>(p: *mut u8, a: S::V) {
+        // SAFETY: the caller's: room for `LANES` elements.
         unsafe {
             match Self::KIND {
                 Kind::F32 => S::store(p.cast(), a),
@@ -80,6 +83,7 @@ pub trait Format: Copy + Send + Sync + 'static {
     /// The element is readable.
     #[inline(always)]
     unsafe fn load_one(p: *const u8) -> f32 {
+        // SAFETY: the caller's: one element.
         unsafe {
             match Self::KIND {
                 Kind::F32 => p.cast::<f32>().read_unaligned(),
@@ -95,6 +99,7 @@ pub trait Format: Copy + Send + Sync + 'static {
     /// The elements are readable and there is at least one.
     #[inline(always)]
     unsafe fn load_word(p: *const u8, left: usize) -> f32 {
+        // SAFETY: the caller's: one element, and a second one if `left` says so.
         unsafe {
             match Self::KIND {
                 Kind::Bf16Pairs if left > 1 => p.cast::<f32>().read_unaligned(),

@@ -1,7 +1,5 @@
 //! exp, erf and the logistic function on vectors, to about one unit in the last place of fp32.
 
-#![allow(unsafe_op_in_unsafe_fn)]
-
 use super::simd::Simd;
 
 /// e^x, saturating below at e^-87 and above at e^88; NaN stays NaN.
@@ -9,42 +7,51 @@ use super::simd::Simd;
 /// Cody-Waite reduction by log 2 and the Cephes polynomial.
 #[inline(always)]
 pub unsafe fn exp<S: Simd>(x: S::V) -> S::V {
-    let x = S::max(S::splat(-87.0), S::min(S::splat(88.0), x));
-    let n = S::round(S::mul(x, S::splat(std::f32::consts::LOG2_E)));
-    let r = S::fma(n, S::splat(-0.693_359_4), x);
-    let r = S::fma(n, S::splat(2.121_944_4e-4), r);
-    let mut p = S::splat(1.987_569_1e-4);
-    for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
-        p = S::fma(p, r, S::splat(c));
+    // SAFETY: the CPU supports `S`; no memory is touched.
+    unsafe {
+        let x = S::max(S::splat(-87.0), S::min(S::splat(88.0), x));
+        let n = S::round(S::mul(x, S::splat(std::f32::consts::LOG2_E)));
+        let r = S::fma(n, S::splat(-0.693_359_4), x);
+        let r = S::fma(n, S::splat(2.121_944_4e-4), r);
+        let mut p = S::splat(1.987_569_1e-4);
+        for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
+            p = S::fma(p, r, S::splat(c));
+        }
+        let y = S::add(S::fma(S::mul(r, r), p, r), S::splat(1.0));
+        S::scale_by_power_of_two(y, n)
     }
-    let y = S::add(S::fma(S::mul(r, r), p, r), S::splat(1.0));
-    S::scale_by_power_of_two(y, n)
 }
 
 /// 1 / (1 + e^-x).
 #[inline(always)]
 pub unsafe fn sigmoid<S: Simd>(x: S::V) -> S::V {
-    let e = exp::<S>(S::sub(S::zero(), x));
-    S::div(S::splat(1.0), S::add(S::splat(1.0), e))
+    // SAFETY: the CPU supports `S`; no memory is touched.
+    unsafe {
+        let e = exp::<S>(S::sub(S::zero(), x));
+        S::div(S::splat(1.0), S::add(S::splat(1.0), e))
+    }
 }
 
 /// The error function: an odd rational approximation on the range where it is not 1 in fp32.
 #[inline(always)]
 pub unsafe fn erf<S: Simd>(x: S::V) -> S::V {
-    const LIMIT: f32 = 3.832_507;
-    const ABOVE: [f32; 4] = [3.408_291e-3, 5.095_57e-2, 1.852_083_2e-1, std::f32::consts::FRAC_2_SQRT_PI];
-    const BELOW: [f32; 6] = [2.354_796_6e-5, 1.017_962_5e-3, 1.407_047e-2, 1.109_850_5e-1, 4.974_692_5e-1, 1.0];
-    let x = S::max(S::splat(-LIMIT), S::min(S::splat(LIMIT), x));
-    let x2 = S::mul(x, x);
-    let mut p = S::splat(2.290_506_6e-4);
-    for c in ABOVE {
-        p = S::fma(p, x2, S::splat(c));
+    // SAFETY: the CPU supports `S`; no memory is touched.
+    unsafe {
+        const LIMIT: f32 = 3.832_507;
+        const ABOVE: [f32; 4] = [3.408_291e-3, 5.095_57e-2, 1.852_083_2e-1, std::f32::consts::FRAC_2_SQRT_PI];
+        const BELOW: [f32; 6] = [2.354_796_6e-5, 1.017_962_5e-3, 1.407_047e-2, 1.109_850_5e-1, 4.974_692_5e-1, 1.0];
+        let x = S::max(S::splat(-LIMIT), S::min(S::splat(LIMIT), x));
+        let x2 = S::mul(x, x);
+        let mut p = S::splat(2.290_506_6e-4);
+        for c in ABOVE {
+            p = S::fma(p, x2, S::splat(c));
+        }
+        let mut q = S::splat(-1.179_160_3e-7);
+        for c in BELOW {
+            q = S::fma(q, x2, S::splat(c));
+        }
+        S::div(S::mul(x, p), q)
     }
-    let mut q = S::splat(-1.179_160_3e-7);
-    for c in BELOW {
-        q = S::fma(q, x2, S::splat(c));
-    }
-    S::div(S::mul(x, p), q)
 }
 
 #[cfg(test)]
@@ -63,16 +70,19 @@ mod tests {
         type Output = ();
         #[inline(always)]
         unsafe fn run<S: Simd>(self) {
-            let mut i = 0;
-            while i < self.x.len() {
-                let x = S::load(self.x.as_ptr().add(i));
-                let y = match self.which {
-                    0 => exp::<S>(x),
-                    1 => sigmoid::<S>(x),
-                    _ => erf::<S>(x),
-                };
-                S::store(self.y.as_mut_ptr().add(i), y);
-                i += S::LANES;
+            // SAFETY: lengths are multiples of 16, so of `LANES`, and `y` is as long as `x`.
+            unsafe {
+                let mut i = 0;
+                while i < self.x.len() {
+                    let x = S::load(self.x.as_ptr().add(i));
+                    let y = match self.which {
+                        0 => exp::<S>(x),
+                        1 => sigmoid::<S>(x),
+                        _ => erf::<S>(x),
+                    };
+                    S::store(self.y.as_mut_ptr().add(i), y);
+                    i += S::LANES;
+                }
             }
         }
     }
@@ -93,6 +103,7 @@ mod tests {
         for isa in Isa::ALL.into_iter().filter(|isa| isa.available()) {
             for which in 0..3 {
                 let mut y = vec![f32::NAN; x.len()];
+                // SAFETY: `y` is as long as `x`, a multiple of 16; the CPU has the instruction set.
                 with_simd!(isa, S => unsafe { S::enter(Each { x: &x, y: &mut y, which }) });
                 for (&x, &y) in x.iter().zip(&y) {
                     let x = f64::from(x);
@@ -115,6 +126,7 @@ mod tests {
         for isa in Isa::ALL.into_iter().filter(|isa| isa.available()) {
             for which in 0..3 {
                 let mut y = vec![7.0; x.len()];
+                // SAFETY: `y` is as long as `x`, a multiple of 16; the CPU has the instruction set.
                 with_simd!(isa, S => unsafe { S::enter(Each { x: &x, y: &mut y, which }) });
                 assert!(y[0].is_nan(), "{isa:?} function {which}");
                 let limits = [[1.6e38, 1e-37], [1.0, 0.0], [1.0, -1.0]][which];

@@ -1,8 +1,5 @@
 //! The portable vector unit: arrays of eight values that the compiler vectorises as it can.
 
-// A kernel's requirements are stated once, on the trait.
-#![allow(unsafe_op_in_unsafe_fn)]
-
 use super::simd::{Kernel, Narrow, Simd};
 use half::{bf16, f16};
 
@@ -33,53 +30,66 @@ impl Simd for Scalar {
     unsafe fn enter<K: Kernel>(kernel: K) -> K::Output {
         #[inline(never)]
         unsafe fn outlined<K: Kernel>(kernel: K) -> K::Output {
-            kernel.run::<Scalar>()
+            // SAFETY: the caller's: the kernel's own requirements hold.
+            unsafe { kernel.run::<Scalar>() }
         }
-        outlined(kernel)
+        // SAFETY: as above.
+        unsafe { outlined(kernel) }
     }
 
     #[inline(always)]
     unsafe fn load(p: *const f32) -> V {
-        p.cast::<V>().read_unaligned()
+        // SAFETY: eight values can be read.
+        unsafe { p.cast::<V>().read_unaligned() }
     }
     #[inline(always)]
     unsafe fn load_bf16(p: *const u16) -> V {
-        let bits = p.cast::<[u16; 8]>().read_unaligned();
+        // SAFETY: eight values can be read.
+        let bits = unsafe { p.cast::<[u16; 8]>().read_unaligned() };
         each!(|i| f32::from_bits(u32::from(bits[i]) << 16))
     }
     #[inline(always)]
     unsafe fn load_f16(p: *const u16) -> V {
-        let bits = p.cast::<[u16; 8]>().read_unaligned();
+        // SAFETY: eight values can be read.
+        let bits = unsafe { p.cast::<[u16; 8]>().read_unaligned() };
         each!(|i| f16::from_bits(bits[i]).to_f32())
     }
     #[inline(always)]
     unsafe fn store(p: *mut f32, a: V) {
-        p.cast::<V>().write_unaligned(a);
+        // SAFETY: there is room for eight values.
+        unsafe { p.cast::<V>().write_unaligned(a) };
     }
     #[inline(always)]
     unsafe fn stream(p: *mut f32, a: V) {
-        Self::store(p, a);
+        // SAFETY: the same function.
+        unsafe { Self::store(p, a) };
     }
     #[inline(always)]
     unsafe fn store_bf16(p: *mut u16, a: V) {
         for (i, &x) in a.iter().enumerate() {
-            p.add(i).write_unaligned(bf16::from_f32(x).to_bits());
+            // SAFETY: there is room for eight values.
+            unsafe { p.add(i).write_unaligned(bf16::from_f32(x).to_bits()) };
         }
     }
     #[inline(always)]
     unsafe fn store_f16(p: *mut u16, a: V) {
         for (i, &x) in a.iter().enumerate() {
-            p.add(i).write_unaligned(f16::from_f32(x).to_bits());
+            // SAFETY: there is room for eight values.
+            unsafe { p.add(i).write_unaligned(f16::from_f32(x).to_bits()) };
         }
     }
     #[inline(always)]
     unsafe fn store_bf16_pair(p: *mut u16, a: V, b: V) {
-        Self::store_bf16(p, a);
-        Self::store_bf16(p.add(8), b);
+        // SAFETY: there is room for sixteen values.
+        unsafe {
+            Self::store_bf16(p, a);
+            Self::store_bf16(p.add(8), b);
+        }
     }
     #[inline(always)]
     unsafe fn stream_bf16_pair(p: *mut u16, a: V, b: V) {
-        Self::store_bf16_pair(p, a, b);
+        // SAFETY: the same function.
+        unsafe { Self::store_bf16_pair(p, a, b) };
     }
 
     #[inline(always)]
@@ -147,8 +157,8 @@ impl Simd for Scalar {
     }
     #[inline(always)]
     unsafe fn interleave(a: V, b: V) -> (V, V) {
-        let a = std::mem::transmute::<V, [u16; 16]>(a);
-        let b = std::mem::transmute::<V, [u16; 16]>(b);
+        // SAFETY: arrays of plain bits, equally long.
+        let (a, b) = unsafe { (std::mem::transmute::<V, [u16; 16]>(a), std::mem::transmute::<V, [u16; 16]>(b)) };
         let word = |i: usize| f32::from_bits(u32::from(a[i]) | u32::from(b[i]) << 16);
         (each!(|i| word(i)), each!(|i| word(i + 8)))
     }

@@ -4,6 +4,9 @@
 //! [`Simd`] and always inlined. [`Simd::enter`] wraps it in a function compiled with the instruction set's
 //! target features, so every kernel becomes one out-of-line function an instruction set, and the code around
 //! the kernels stays ordinary Rust. `run` must not use closures: they would not inherit the features.
+//!
+//! That the CPU supports `S` is the contract of every kernel and of every function of vectors: where they say why they are
+//! safe, they speak of memory alone.
 
 /// Work to be compiled for an instruction set.
 pub trait Kernel {
@@ -91,6 +94,7 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// `acc + a.even * b.even + a.odd * b.odd`, the operands being words of two bf16.
     #[inline(always)]
     unsafe fn dot_pairs(acc: Self::V, a: Self::V, b: Self::V) -> Self::V {
+        // SAFETY: no memory is touched.
         unsafe {
             let even = Self::fma(Self::widen_even(a), Self::widen_even(b), acc);
             Self::fma(Self::widen_odd(a), Self::widen_odd(b), even)
@@ -117,12 +121,28 @@ pub trait Narrow: Simd {
     unsafe fn sum_each(a: [Self::V; 8]) -> Self::V;
 }
 
+/// Methods of [`Simd`] and [`Narrow`] that are made of an instruction set's intrinsics.
+#[cfg(target_arch = "x86_64")]
+macro_rules! intrinsics {
+    ($(fn $name:ident($($arg:ident: $type:ty),*) $(-> $out:ty)? $body:block)*) => {$(
+        #[inline(always)]
+        unsafe fn $name($($arg: $type),*) $(-> $out)? {
+            // SAFETY: the trait's contract: the CPU has the instruction set, memory at an address may be read or written.
+            // Vectors that change their type are the same bits, and every bit pattern is one.
+            unsafe { $body }
+        }
+    )*};
+}
+#[cfg(target_arch = "x86_64")]
+pub(super) use intrinsics;
+
 /// Asks for the cache line at `p` in the second-level cache. Any address is allowed.
 ///
 /// Not the first level: weight rows lie 2, 4 or 8 KiB apart, so eight of them already fill all ways of one of
 /// its sets, and prefetching there evicts lines that are still being read.
 #[inline(always)]
 pub fn prefetch<T>(p: *const T) {
+    // SAFETY: a hint: any address will do, and nothing is read.
     #[cfg(target_arch = "x86_64")]
     unsafe {
         use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
@@ -135,6 +155,7 @@ pub fn prefetch<T>(p: *const T) {
 /// Orders non-temporal stores before what follows.
 #[inline(always)]
 pub fn fence() {
+    // SAFETY: SSE is part of the architecture.
     #[cfg(target_arch = "x86_64")]
     unsafe {
         std::arch::x86_64::_mm_sfence();
