@@ -81,9 +81,9 @@ struct Mapping {
     marked: bool,
 }
 
-// Plain memory.
+// SAFETY: plain memory.
 unsafe impl Send for Mapping {}
-// `Pages` hands out the address only.
+// SAFETY: `Pages` hands out the address only.
 unsafe impl Sync for Mapping {}
 
 #[cfg(unix)]
@@ -93,6 +93,7 @@ impl Mapping {
         let room = length + HUGE_PAGE;
         let access = libc::PROT_READ | libc::PROT_WRITE;
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        // SAFETY: a new mapping; only its ends, which nobody knows of, are given back.
         unsafe {
             let mapped = libc::mmap(std::ptr::null_mut(), room, access, flags, -1, 0);
             if mapped == libc::MAP_FAILED {
@@ -111,6 +112,7 @@ impl Mapping {
     }
 
     fn release_lazily(&self) {
+        // SAFETY: the mapping is this value's own, and nobody uses it.
         unsafe { libc::madvise(self.start.cast(), self.length, libc::MADV_FREE) };
     }
 }
@@ -118,6 +120,7 @@ impl Mapping {
 #[cfg(unix)]
 impl Drop for Mapping {
     fn drop(&mut self) {
+        // SAFETY: the mapping is this value's own, and nobody uses it any more.
         unsafe { libc::munmap(self.start.cast(), self.length) };
     }
 }
@@ -156,7 +159,8 @@ pub fn advise_huge_pages(start: *mut u8, bytes: usize) {
         let first = (start as usize).next_multiple_of(HUGE_PAGE);
         let last = (start as usize + bytes) / HUGE_PAGE * HUGE_PAGE;
         if first < last {
-            // Advice only: a kernel without huge pages refuses it and nothing changes.
+            // SAFETY: advice about whole pages within the memory: a kernel without huge pages refuses it and nothing
+            // changes.
             unsafe { libc::madvise(first as *mut libc::c_void, last - first, libc::MADV_HUGEPAGE) };
         }
     }
@@ -168,6 +172,7 @@ pub fn advise_huge_pages(start: *mut u8, bytes: usize) {
 fn memory_bytes() -> usize {
     #[cfg(unix)]
     {
+        // SAFETY: questions about the system.
         let (pages, size) = unsafe { (libc::sysconf(libc::_SC_PHYS_PAGES), libc::sysconf(libc::_SC_PAGESIZE)) };
         if let (Ok(pages), Ok(size)) = (usize::try_from(pages), usize::try_from(size)) {
             return pages.saturating_mul(size);
@@ -187,6 +192,7 @@ mod tests {
         let first = Pages::new(bytes).unwrap();
         let start = first.start();
         assert!((start as usize).is_multiple_of(HUGE_PAGE));
+        // SAFETY: so many bytes were asked for.
         unsafe { start.write_bytes(7, bytes) };
         let second = Pages::new(bytes).unwrap();
         assert_ne!(second.start(), start);

@@ -15,7 +15,7 @@ pub struct Buffer {
     bytes: usize,
 }
 
-// Plain memory.
+// SAFETY: plain memory.
 unsafe impl Send for Buffer {}
 
 impl Buffer {
@@ -36,7 +36,7 @@ impl Buffer {
             self.release();
             let rounded = wanted.next_multiple_of(if wanted >= HUGE_PAGE { HUGE_PAGE } else { 4096 });
             let layout = Self::layout(rounded);
-            // A size of zero is impossible: `wanted` is at least 64.
+            // SAFETY: the size is not zero: `wanted` is at least 64.
             let start = unsafe { alloc(layout) };
             if start.is_null() {
                 handle_alloc_error(layout);
@@ -45,6 +45,7 @@ impl Buffer {
             self.bytes = rounded;
             // Before anything is written: pages keep the size they have.
             advise_huge_pages(start, rounded);
+            // SAFETY: so many bytes were allocated.
             unsafe { start.write_bytes(0, rounded) };
         }
         self.start
@@ -57,6 +58,7 @@ impl Buffer {
 
     fn release(&mut self) {
         if !self.start.is_null() {
+            // SAFETY: allocated by `bytes` with this layout.
             unsafe { dealloc(self.start, Self::layout(self.bytes)) };
             self.start = std::ptr::null_mut();
             self.bytes = 0;

@@ -13,7 +13,7 @@ const BYTES_AT_ONCE: usize = 64 << 10;
 /// The shapes of a permutation, and the plan's part in it.
 #[derive(Clone, Copy)]
 pub struct TokenMap {
-    /// Instruction set.
+    /// Instruction set of the kernels, one that this CPU has.
     pub isa: Isa,
     /// Threads at most.
     pub threads: usize,
@@ -72,10 +72,13 @@ pub struct CombineBackward {
     pub dweights: *mut u8,
 }
 
-// Safety: threads read shared memory and write that of their own tokens.
+// SAFETY: threads read shared memory and write that of their own tokens.
 unsafe impl Sync for TokenMap {}
+// SAFETY: as above.
 unsafe impl Sync for Permute {}
+// SAFETY: as above.
 unsafe impl Sync for Combine {}
+// SAFETY: as above.
 unsafe impl Sync for CombineBackward {}
 
 impl TokenMap {
@@ -93,6 +96,7 @@ impl TokenMap {
     /// The slot exists.
     #[inline(always)]
     pub(super) unsafe fn row(&self, slot: usize) -> usize {
+        // SAFETY: the caller's: the slot exists.
         unsafe { *self.inverse.add(slot) as usize }
     }
 
@@ -102,6 +106,7 @@ impl TokenMap {
     /// The slot exists.
     #[inline(always)]
     pub(super) unsafe fn used_row(&self, slot: usize) -> Option<usize> {
+        // SAFETY: the caller's: the slot exists.
         let row = unsafe { self.row(slot) };
         (row < self.used).then_some(row)
     }

@@ -13,6 +13,7 @@ type Value = [u8; 8];
 /// # Safety
 /// It exists and is not written meanwhile.
 unsafe fn row<'a>(matrix: *const u8, index: usize, len: usize) -> &'a [Value] {
+    // SAFETY: the caller's; a value is bytes, which need no alignment.
     if len == 0 { &[] } else { unsafe { slice::from_raw_parts(matrix.cast::<Value>().add(index * len), len) } }
 }
 
@@ -21,6 +22,7 @@ unsafe fn row<'a>(matrix: *const u8, index: usize, len: usize) -> &'a [Value] {
 /// # Safety
 /// It exists and nobody else uses it meanwhile.
 unsafe fn row_mut<'a>(matrix: *mut u8, index: usize, len: usize) -> &'a mut [Value] {
+    // SAFETY: the caller's; a value is bytes, which need no alignment.
     if len == 0 { &mut [] } else { unsafe { slice::from_raw_parts_mut(matrix.cast::<Value>().add(index * len), len) } }
 }
 
@@ -37,6 +39,7 @@ fn set(to: &mut Value, value: f64) {
 /// # Safety
 /// `weights` is null or has one.
 unsafe fn weight(weights: *const u8, slot: usize) -> f64 {
+    // SAFETY: the caller's: there is a weight of the slot.
     if weights.is_null() { 1.0 } else { unsafe { get(&*weights.cast::<Value>().add(slot)) } }
 }
 
@@ -47,7 +50,7 @@ unsafe fn weight(weights: *const u8, slot: usize) -> f64 {
 pub(super) unsafe fn combine(args: &Combine, tokens: Range<usize>) {
     let len = args.map.hidden;
     for token in tokens {
-        // Safety: rows of different tokens are different memory.
+        // SAFETY: rows of different tokens are different memory.
         unsafe {
             let out = row_mut(args.out, token, len);
             out.fill(0f64.to_ne_bytes());
@@ -70,7 +73,7 @@ pub(super) unsafe fn combine_backward(args: &CombineBackward, tokens: Range<usiz
     let len = args.map.hidden;
     for token in tokens {
         for slot in args.map.slots(token) {
-            // Safety: rows of different slots are different memory.
+            // SAFETY: rows of different slots are different memory.
             unsafe {
                 let dout = row(args.dout, token, len);
                 let used = args.map.used_row(slot);

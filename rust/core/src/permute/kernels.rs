@@ -1,7 +1,5 @@
 //! Weighted sums and their gradients in fp32, on whatever vectors the CPU has.
 
-#![allow(unsafe_op_in_unsafe_fn)]
-
 use std::marker::PhantomData;
 use std::ops::Range;
 
@@ -18,19 +16,23 @@ const UNROLL: usize = 4;
 /// # Safety
 /// As for `Combine::run`, and the CPU supports `S`.
 pub(super) unsafe fn combine<S: Simd, F: Format>(args: &Combine, tokens: Range<usize>) {
-    let map = &args.map;
-    let weights: *const f32 = args.weights.cast();
-    let mut terms = Vec::with_capacity(map.top_k);
-    for token in tokens {
-        terms.clear();
-        for slot in map.slots(token) {
-            if let Some(row) = map.used_row(slot) {
-                let weight = if weights.is_null() { 1.0 } else { *weights.add(slot) };
-                terms.push((args.y.add(row * map.row_bytes()), weight));
+    // SAFETY: slots of a token and rows below `used` exist by the contract of `Combine`, and `terms` holds rows of
+    // `hidden` elements.
+    unsafe {
+        let map = &args.map;
+        let weights: *const f32 = args.weights.cast();
+        let mut terms = Vec::with_capacity(map.top_k);
+        for token in tokens {
+            terms.clear();
+            for slot in map.slots(token) {
+                if let Some(row) = map.used_row(slot) {
+                    let weight = if weights.is_null() { 1.0 } else { *weights.add(slot) };
+                    terms.push((args.y.add(row * map.row_bytes()), weight));
+                }
             }
+            let out = args.out.add(token * map.row_bytes());
+            S::enter(WeightedSum::<F> { terms: &terms, out, len: map.hidden, format: PhantomData });
         }
-        let out = args.out.add(token * map.row_bytes());
-        S::enter(WeightedSum::<F> { terms: &terms, out, len: map.hidden, format: PhantomData });
     }
 }
 
@@ -39,30 +41,34 @@ pub(super) unsafe fn combine<S: Simd, F: Format>(args: &Combine, tokens: Range<u
 /// # Safety
 /// As for `CombineBackward::run`, and the CPU supports `S`.
 pub(super) unsafe fn combine_backward<S: Simd, F: Format>(args: &CombineBackward, tokens: Range<usize>) {
-    let map = &args.map;
-    let bytes = map.row_bytes();
-    let (weights, dweights): (*const f32, *mut f32) = (args.weights.cast(), args.dweights.cast());
-    for token in tokens {
-        let dout = args.dout.add(token * bytes);
-        for slot in map.slots(token) {
-            let row = map.row(slot);
-            let used = row < map.used;
-            if !args.dy.is_null() {
-                let to = args.dy.add(row * bytes);
-                if used {
-                    let weight = if weights.is_null() { 1.0 } else { *weights.add(slot) };
-                    S::enter(Scale::<F> { from: dout, weight, to, len: map.hidden, format: PhantomData });
-                } else {
-                    to.write_bytes(0, bytes);
+    // SAFETY: slots of a token and their rows exist by the contract of `CombineBackward`; a result is written if it
+    // is wanted, and no two slots share a row.
+    unsafe {
+        let map = &args.map;
+        let bytes = map.row_bytes();
+        let (weights, dweights): (*const f32, *mut f32) = (args.weights.cast(), args.dweights.cast());
+        for token in tokens {
+            let dout = args.dout.add(token * bytes);
+            for slot in map.slots(token) {
+                let row = map.row(slot);
+                let used = row < map.used;
+                if !args.dy.is_null() {
+                    let to = args.dy.add(row * bytes);
+                    if used {
+                        let weight = if weights.is_null() { 1.0 } else { *weights.add(slot) };
+                        S::enter(Scale::<F> { from: dout, weight, to, len: map.hidden, format: PhantomData });
+                    } else {
+                        to.write_bytes(0, bytes);
+                    }
                 }
-            }
-            if !dweights.is_null() {
-                *dweights.add(slot) = if used {
-                    let y = args.y.add(row * bytes);
-                    S::enter(RowDot::<F> { a: dout, b: y, len: map.hidden, format: PhantomData })
-                } else {
-                    0.0
-                };
+                if !dweights.is_null() {
+                    *dweights.add(slot) = if used {
+                        let y = args.y.add(row * bytes);
+                        S::enter(RowDot::<F> { a: dout, b: y, len: map.hidden, format: PhantomData })
+                    } else {
+                        0.0
+                    };
+                }
             }
         }
     }
@@ -81,28 +87,32 @@ impl<F: Format> Kernel for WeightedSum<'_, F> {
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let step = UNROLL * S::LANES;
-        let mut i = 0;
-        while i + step <= self.len {
-            let mut sums = [S::zero(); UNROLL];
-            for &(row, weight) in self.terms {
-                let (row, weight) = (row.add(i * F::BYTES), S::splat(weight));
-                for (j, sum) in sums.iter_mut().enumerate() {
-                    *sum = S::fma(weight, F::load_widened::<S>(row.add(j * S::LANES * F::BYTES)), *sum);
+        // SAFETY: all rows have `len` elements: whole vectors end there, and the rest is loaded and stored by its
+        // elements.
+        unsafe {
+            let step = UNROLL * S::LANES;
+            let mut i = 0;
+            while i + step <= self.len {
+                let mut sums = [S::zero(); UNROLL];
+                for &(row, weight) in self.terms {
+                    let (row, weight) = (row.add(i * F::BYTES), S::splat(weight));
+                    for (j, sum) in sums.iter_mut().enumerate() {
+                        *sum = S::fma(weight, F::load_widened::<S>(row.add(j * S::LANES * F::BYTES)), *sum);
+                    }
                 }
+                for (j, sum) in sums.into_iter().enumerate() {
+                    F::store_rounded::<S>(self.out.add((i + j * S::LANES) * F::BYTES), sum);
+                }
+                i += step;
             }
-            for (j, sum) in sums.into_iter().enumerate() {
-                F::store_rounded::<S>(self.out.add((i + j * S::LANES) * F::BYTES), sum);
+            while i < self.len {
+                let mut sum = S::zero();
+                for &(row, weight) in self.terms {
+                    sum = S::fma(S::splat(weight), load_up_to::<S, F>(row.add(i * F::BYTES), self.len - i), sum);
+                }
+                store_up_to::<S, F>(self.out.add(i * F::BYTES), sum, self.len - i);
+                i += S::LANES;
             }
-            i += step;
-        }
-        while i < self.len {
-            let mut sum = S::zero();
-            for &(row, weight) in self.terms {
-                sum = S::fma(S::splat(weight), load_up_to::<S, F>(row.add(i * F::BYTES), self.len - i), sum);
-            }
-            store_up_to::<S, F>(self.out.add(i * F::BYTES), sum, self.len - i);
-            i += S::LANES;
         }
     }
 }
@@ -121,12 +131,15 @@ impl<F: Format> Kernel for Scale<F> {
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let weight = S::splat(self.weight);
-        let mut i = 0;
-        while i < self.len {
-            let value = S::mul(weight, load_up_to::<S, F>(self.from.add(i * F::BYTES), self.len - i));
-            store_up_to::<S, F>(self.to.add(i * F::BYTES), value, self.len - i);
-            i += S::LANES;
+        // SAFETY: both rows have `len` elements, and no more than are left are loaded and stored.
+        unsafe {
+            let weight = S::splat(self.weight);
+            let mut i = 0;
+            while i < self.len {
+                let value = S::mul(weight, load_up_to::<S, F>(self.from.add(i * F::BYTES), self.len - i));
+                store_up_to::<S, F>(self.to.add(i * F::BYTES), value, self.len - i);
+                i += S::LANES;
+            }
         }
     }
 }
@@ -144,27 +157,30 @@ impl<F: Format> Kernel for RowDot<F> {
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) -> f32 {
-        let step = UNROLL * S::LANES;
-        let mut sums = [S::zero(); UNROLL];
-        let mut i = 0;
-        while i + step <= self.len {
-            for (j, sum) in sums.iter_mut().enumerate() {
-                let at = (i + j * S::LANES) * F::BYTES;
-                *sum = S::fma(F::load_widened::<S>(self.a.add(at)), F::load_widened::<S>(self.b.add(at)), *sum);
+        // SAFETY: both rows have `len` elements: whole vectors end there, and the rest is loaded by its elements.
+        unsafe {
+            let step = UNROLL * S::LANES;
+            let mut sums = [S::zero(); UNROLL];
+            let mut i = 0;
+            while i + step <= self.len {
+                for (j, sum) in sums.iter_mut().enumerate() {
+                    let at = (i + j * S::LANES) * F::BYTES;
+                    *sum = S::fma(F::load_widened::<S>(self.a.add(at)), F::load_widened::<S>(self.b.add(at)), *sum);
+                }
+                i += step;
             }
-            i += step;
+            while i < self.len {
+                let a = load_up_to::<S, F>(self.a.add(i * F::BYTES), self.len - i);
+                let b = load_up_to::<S, F>(self.b.add(i * F::BYTES), self.len - i);
+                sums[0] = S::fma(a, b, sums[0]);
+                i += S::LANES;
+            }
+            let sum = S::add(S::add(sums[0], sums[1]), S::add(sums[2], sums[3]));
+            let mut lanes = [<S::Narrow as Simd>::zero(); 8];
+            lanes[0] = S::fold(sum);
+            let mut totals = [0f32; 8];
+            <S::Narrow as Simd>::store(totals.as_mut_ptr(), S::Narrow::sum_each(lanes));
+            totals[0]
         }
-        while i < self.len {
-            let a = load_up_to::<S, F>(self.a.add(i * F::BYTES), self.len - i);
-            let b = load_up_to::<S, F>(self.b.add(i * F::BYTES), self.len - i);
-            sums[0] = S::fma(a, b, sums[0]);
-            i += S::LANES;
-        }
-        let sum = S::add(S::add(sums[0], sums[1]), S::add(sums[2], sums[3]));
-        let mut lanes = [<S::Narrow as Simd>::zero(); 8];
-        lanes[0] = S::fold(sum);
-        let mut totals = [0f32; 8];
-        <S::Narrow as Simd>::store(totals.as_mut_ptr(), S::Narrow::sum_each(lanes));
-        totals[0]
     }
 }

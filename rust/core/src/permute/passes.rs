@@ -21,7 +21,7 @@ impl Permute {
         map.for_tokens(|tokens| {
             for token in tokens {
                 for slot in map.slots(token) {
-                    // Safety: the rows exist by contract, and this row is this slot's.
+                    // SAFETY: the rows exist by contract, and this row is this slot's.
                     unsafe {
                         let row = map.row(slot);
                         let to = self.out.add(row * bytes);
@@ -44,7 +44,7 @@ impl Combine {
     /// The pointers are as documented, and `inverse` is a permutation.
     pub unsafe fn run(&self) {
         advise_huge_pages(self.out, self.map.tokens * self.map.row_bytes());
-        // Safety: handed on, and each token is drawn once.
+        // SAFETY: handed on, and each token is drawn once.
         self.map.for_tokens(|tokens| unsafe { self.tokens(tokens) });
     }
 
@@ -53,11 +53,12 @@ impl Combine {
     /// # Safety
     /// As for `run`.
     pub(crate) unsafe fn work(&self, next: &AtomicUsize) {
-        // Safety: handed on, and each token is drawn once.
+        // SAFETY: handed on, and each token is drawn once.
         self.map.draw_tokens(next, &|tokens| unsafe { self.tokens(tokens) });
     }
 
     unsafe fn tokens(&self, tokens: Range<usize>) {
+        // SAFETY: the caller's, on the vector unit that the instruction set has.
         unsafe {
             match self.map.dtype {
                 DType::F64 => double::combine(self, tokens),
@@ -76,7 +77,7 @@ impl CombineBackward {
         if !self.dy.is_null() {
             advise_huge_pages(self.dy, self.map.tokens * self.map.top_k * self.map.row_bytes());
         }
-        // Safety: handed on, and each token is drawn once.
+        // SAFETY: handed on, and each token is drawn once.
         self.map.for_tokens(|tokens| unsafe {
             match self.map.dtype {
                 DType::F64 => double::combine_backward(self, tokens),

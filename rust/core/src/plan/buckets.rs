@@ -70,7 +70,7 @@ impl Bucket for u32 {
 /// # Safety
 /// `buckets` has room for as many as there are ids; its elements may lie at any address. `isa` is available.
 pub unsafe fn narrow<I: Id, B: Bucket>(isa: Isa, ids: &[I], experts: u32, buckets: *mut B) {
-    // Safety: the caller's.
+    // SAFETY: the caller's.
     unsafe {
         match isa {
             #[cfg(target_arch = "x86_64")]
@@ -87,6 +87,7 @@ pub unsafe fn narrow<I: Id, B: Bucket>(isa: Isa, ids: &[I], experts: u32, bucket
 #[inline(always)]
 unsafe fn narrow_with_any<I: Id, B: Bucket>(ids: &[I], experts: u32, buckets: *mut B) {
     for (i, id) in ids.iter().enumerate() {
+        // SAFETY: the caller's: there is room for a bucket of every id.
         unsafe { buckets.add(i).write_unaligned(B::new(id.bucket(experts))) };
     }
 }
@@ -94,11 +95,13 @@ unsafe fn narrow_with_any<I: Id, B: Bucket>(ids: &[I], experts: u32, buckets: *m
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
 unsafe fn narrow_avx2<I: Id, B: Bucket>(ids: &[I], experts: u32, buckets: *mut B) {
+    // SAFETY: the caller's.
     unsafe { narrow_with_any(ids, experts, buckets) }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
 unsafe fn narrow_avx512<I: Id, B: Bucket>(ids: &[I], experts: u32, buckets: *mut B) {
+    // SAFETY: the caller's.
     unsafe { narrow_with_any(ids, experts, buckets) }
 }

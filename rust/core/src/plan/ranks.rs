@@ -113,7 +113,7 @@ pub unsafe fn rank<I: Id>(
                 lost.store(1, Relaxed);
                 break;
             }
-            // Safety: nobody else draws this chunk.
+            // SAFETY: nobody else draws this chunk.
             unsafe { ranker.rank_chunk(chunk, &mut counters) };
         }
         // The caller does not sleep while another thread waits: it alone may be able to tell that ids are lost.
@@ -124,7 +124,7 @@ pub unsafe fn rank<I: Id>(
     if !parallel_while(threads.min(chunks.count()).max(1), &work, meanwhile) || lost.load(Relaxed) != 0 {
         return false;
     }
-    // Safety: the threads are done, and have written every chunk's counts; of the table, the caller's.
+    // SAFETY: the threads are done, and have written every chunk's counts; of the table, the caller's.
     unsafe {
         let counts = std::slice::from_raw_parts(ranker.counts, chunks.count() * stride);
         scan(counts, stride, std::slice::from_raw_parts_mut(table.cast(), chunks.table_len()), chunks.experts + 1);
@@ -158,7 +158,7 @@ struct Ranker<'a, I> {
     stride: usize,
 }
 
-// Safety: threads touch disjoint elements behind the pointers, see `rank`.
+// SAFETY: threads touch disjoint elements behind the pointers, see `rank`.
 unsafe impl<I: Sync> Sync for Ranker<'_, I> {}
 
 impl<I: Id> Ranker<'_, I> {
@@ -177,7 +177,7 @@ impl<I: Id> Ranker<'_, I> {
         let slots = self.chunks.slots_of(chunk);
         let middle = (slots.start + self.chunks.size / 2).min(slots.end);
         let common = (slots.end - middle).min(middle - slots.start) / OF_LINE * OF_LINE;
-        // Safety: a bucket is one of a half's counters; slots are in bounds.
+        // SAFETY: a bucket is one of a half's counters; slots are in bounds.
         unsafe {
             let next = |counters: &mut [u32], slot: usize| {
                 let counter = counters.get_unchecked_mut((*self.ids.add(slot)).bucket(most) as usize);
@@ -225,7 +225,7 @@ unsafe fn store_past_caches(to: *mut u64, line: &[u64; OF_LINE / 4]) {
     #[cfg(target_arch = "x86_64")]
     if to.cast::<u8>().align_offset(LINE) == 0 {
         use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_stream_si128};
-        // Safety: aligned, and SSE2 is part of the architecture.
+        // SAFETY: aligned, and SSE2 is part of the architecture.
         unsafe {
             for i in 0..LINE / 16 {
                 _mm_stream_si128(to.cast::<__m128i>().add(i), _mm_loadu_si128(line.as_ptr().cast::<__m128i>().add(i)));
@@ -233,6 +233,7 @@ unsafe fn store_past_caches(to: *mut u64, line: &[u64; OF_LINE / 4]) {
         }
         return;
     }
+    // SAFETY: the caller's: there is room for the line.
     unsafe { to.cast::<[u64; OF_LINE / 4]>().write_unaligned(*line) }
 }
 
@@ -240,7 +241,7 @@ unsafe fn store_past_caches(to: *mut u64, line: &[u64; OF_LINE / 4]) {
 fn scan(counts: &[u16], stride: usize, table: &mut [u32], buckets: usize) {
     #[cfg(target_arch = "x86_64")]
     if std::arch::is_x86_feature_detected!("avx2") {
-        // Safety: the CPU has it.
+        // SAFETY: the CPU has it.
         return unsafe { scan_avx2(counts, stride, table, buckets) };
     }
     scan_with_any(counts, stride, table, buckets);
@@ -295,7 +296,7 @@ mod tests {
             seen[slots].iter().for_each(|slot| slot.store(true, Relaxed));
             true
         };
-        // Safety: the lengths are right.
+        // SAFETY: the lengths are right.
         assert!(unsafe {
             rank(ids.as_ptr(), &chunks, ranks.as_mut_ptr(), table.as_mut_ptr(), threads, &arrived, || true)
         });
@@ -335,7 +336,7 @@ mod tests {
         let (ids, mut ranks, mut table) = (vec![0u8; 50_000], vec![0; 50_000], vec![0; chunks.table_len()]);
         let arrived = |slots: Range<usize>| slots.start < 20_000;
         for threads in [1, 3] {
-            // Safety: the lengths are right.
+            // SAFETY: the lengths are right.
             assert!(!unsafe {
                 rank(ids.as_ptr(), &chunks, ranks.as_mut_ptr(), table.as_mut_ptr(), threads, &arrived, || true)
             });

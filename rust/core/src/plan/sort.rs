@@ -133,10 +133,10 @@ fn sort<I: Id, B: Bucket>(
         split,
         buckets: PhantomData,
     };
-    // Safety: each thread writes `inverse` and the counters of its own chunks.
+    // SAFETY: each thread writes `inverse` and the counters of its own chunks.
     parallel(split.threads, &|t| unsafe { work.count(t) });
     scan(&mut counters, stride, offsets);
-    // Safety: the counters hold first rows, so each thread writes the elements of `order` its own slots map to.
+    // SAFETY: the counters hold first rows, so each thread writes the elements of `order` its own slots map to.
     parallel(split.threads, &|t| unsafe { work.place(t) });
 }
 
@@ -187,7 +187,7 @@ struct CountingSort<'a, I, B> {
     buckets: PhantomData<B>,
 }
 
-// Safety: threads touch disjoint elements behind the pointers, see `plan`.
+// SAFETY: threads touch disjoint elements behind the pointers, see `plan`.
 unsafe impl<I: Sync, B> Sync for CountingSort<'_, I, B> {}
 
 /// A piece of the slots, its counters and its buckets.
@@ -221,6 +221,7 @@ impl<I: Id, B: Bucket> CountingSort<'_, I, B> {
     /// # Safety
     /// No other thread runs it for the same `thread`.
     unsafe fn count(&self, thread: usize) {
+        // SAFETY: the caller's: this thread alone has these chunks.
         unsafe {
             match self.split.chunks_per_thread {
                 CHUNKS_PER_THREAD => self.count_chunks::<CHUNKS_PER_THREAD>(thread),
@@ -237,10 +238,10 @@ impl<I: Id, B: Bucket> CountingSort<'_, I, B> {
             for chunk in &chunks {
                 let block = first.min(chunk.len)..(first + SLOTS_AT_ONCE).min(chunk.len);
                 let ids = &self.ids[chunk.start + block.start..chunk.start + block.end];
-                // Safety: the chunk's part of `inverse` holds a bucket a slot.
+                // SAFETY: the chunk's part of `inverse` holds a bucket a slot.
                 unsafe { narrow(self.isa, ids, self.experts, chunk.buckets.add(block.start)) };
             }
-            // Safety: a bucket is at most `experts`, the last counter of a chunk.
+            // SAFETY: a bucket is at most `experts`, the last counter of a chunk.
             side_by_side(&chunks, first..(first + SLOTS_AT_ONCE).min(longest), |chunk, i| unsafe {
                 for slot in i {
                     *chunk.counters.add(chunk.buckets.add(slot).read_unaligned().index()) += 1;
@@ -254,6 +255,7 @@ impl<I: Id, B: Bucket> CountingSort<'_, I, B> {
     /// # Safety
     /// `count` has run for every thread and `scan` after it; no other thread runs this for the same `thread`.
     unsafe fn place(&self, thread: usize) {
+        // SAFETY: the caller's: all chunks are counted, and this thread alone has these.
         unsafe {
             match (self.split.chunks_per_thread, self.split.slots >= MIN_SLOTS_FOR_PREFETCH) {
                 (CHUNKS_PER_THREAD, _) => self.place_chunks::<CHUNKS_PER_THREAD, false>(thread),
@@ -267,14 +269,14 @@ impl<I: Id, B: Bucket> CountingSort<'_, I, B> {
     unsafe fn place_chunks<const N: usize, const PREFETCH: bool>(&self, thread: usize) {
         let chunks = self.chunks::<N>(thread);
         let longest = chunks.iter().map(|chunk| chunk.len).max().unwrap_or(0);
-        // Safety: counters are those of the chunk's buckets.
+        // SAFETY: counters are those of the chunk's buckets.
         let next_row = |chunk: &Chunk<B>, bucket: B| unsafe {
             let counter = chunk.counters.add(bucket.index());
             let row = *counter;
             *counter = row + 1;
             row
         };
-        // Safety: no more rows are handed out than were counted, so all are below the number of slots.
+        // SAFETY: no more rows are handed out than were counted, so all are below the number of slots.
         let put = |row: u32, slot: usize| unsafe {
             if PREFETCH {
                 prefetch(self.order.wrapping_add(row as usize + AHEAD));
@@ -283,7 +285,7 @@ impl<I: Id, B: Bucket> CountingSort<'_, I, B> {
         };
         side_by_side(&chunks, 0..longest, |chunk, i| {
             let slot = chunk.start + i.start;
-            // Safety: `i` are elements of the chunk, whose buckets are read before rows take their place.
+            // SAFETY: `i` are elements of the chunk, whose buckets are read before rows take their place.
             unsafe {
                 let (inverse, bucket) = (self.inverse.add(slot), chunk.buckets.add(i.start));
                 let first = bucket.read_unaligned();

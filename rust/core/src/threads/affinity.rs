@@ -25,6 +25,7 @@ impl Place {
 impl Place {
     /// Says that the calling thread is the one meant.
     pub(crate) fn occupy(&self) {
+        // SAFETY: a question about the calling thread.
         self.thread.store(unsafe { libc::gettid() }, std::sync::atomic::Ordering::Release);
     }
 
@@ -32,13 +33,14 @@ impl Place {
     /// microseconds else. Whatever fails leaves everything as it is: this is about speed alone.
     pub(crate) fn keep_off_callers_core(&self) {
         use std::sync::atomic::Ordering::{Acquire, Relaxed};
+        // SAFETY: a question about the calling thread.
         let core = unsafe { libc::sched_getcpu() };
         let thread = self.thread.load(Acquire);
         if core < 0 || thread == 0 || self.forbidden.load(Relaxed) == core {
             return;
         }
         let size = size_of::<libc::cpu_set_t>();
-        // Safety: a set is plain bits, and within its size whatever the system says.
+        // SAFETY: a set is plain bits, and within its size whatever the system says.
         unsafe {
             let mut cores: libc::cpu_set_t = std::mem::zeroed();
             if core as usize >= 8 * size || libc::sched_getaffinity(0, size, &mut cores) != 0 {
@@ -68,6 +70,7 @@ mod tests {
     use std::sync::mpsc::channel;
 
     fn cores_of(thread: i32) -> libc::cpu_set_t {
+        // SAFETY: a set is plain bits, and within its size whatever the system says.
         unsafe {
             let mut cores: libc::cpu_set_t = std::mem::zeroed();
             assert_eq!(libc::sched_getaffinity(thread, size_of::<libc::cpu_set_t>(), &mut cores), 0);
@@ -90,6 +93,7 @@ mod tests {
         PLACE.keep_off_callers_core();
         let (allowed, left) = (cores_of(0), cores_of(PLACE.thread.load(Relaxed)));
         let core = PLACE.forbidden.load(Relaxed);
+        // SAFETY: the core is one that the system named.
         unsafe {
             if libc::CPU_COUNT(&allowed) > 1 {
                 assert!(!libc::CPU_ISSET(core as usize, &left));

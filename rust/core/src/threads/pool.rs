@@ -183,7 +183,7 @@ impl Call<'_> {
 fn workers() -> impl Iterator<Item = &'static Worker> {
     let mut next = WORKERS.load(Acquire).cast_const();
     std::iter::from_fn(move || {
-        // Safety: linked workers are never freed nor written to, but for their atomics.
+        // SAFETY: linked workers are never freed nor written to, but for their atomics.
         let worker = unsafe { next.as_ref() }?;
         next = worker.next;
         Some(worker)
@@ -212,17 +212,17 @@ fn start_worker() -> bool {
         next: ptr::null(),
     }));
     let address = worker as usize;
-    // Safety: the worker is leaked. Its thread uses the atomics alone, never `next`, which is still written below.
+    // SAFETY: the worker is leaked. Its thread uses the atomics alone, never `next`, which is still written below.
     let main = move || unsafe {
         (*(address as *const Worker)).place.occupy();
         work_forever(&(*(address as *const Worker)).mailbox)
     };
     let Ok(handle) = thread::Builder::new().name("moekern".into()).spawn(main) else {
-        // Safety: no thread was started, so nobody else knows the worker.
+        // SAFETY: no thread was started, so nobody else knows the worker.
         drop(unsafe { Box::from_raw(worker) });
         return false;
     };
-    // Safety: not linked yet, so only this thread reaches these fields.
+    // SAFETY: not linked yet, so only this thread reaches these fields.
     unsafe {
         _ = (*worker).thread.set(handle.thread().clone());
         let mut head = WORKERS.load(Acquire);
@@ -242,7 +242,7 @@ fn work_forever(mailbox: &AtomicUsize) {
         if mailbox.compare_exchange(posted, BUSY, AcqRel, Relaxed).is_err() {
             continue; // revoked
         }
-        // Safety: BUSY keeps the caller in `parallel`, and so the call alive, until `leave`.
+        // SAFETY: BUSY keeps the caller in `parallel`, and so the call alive, until `leave`.
         let call = unsafe { &*(posted as *const Call<'_>) };
         call.work(None);
         // Idle before leaving: the caller's next call, which may follow at once, finds this worker.
@@ -310,7 +310,7 @@ mod fork {
             return false;
         }
         #[cfg(unix)]
-        // Safety: the handler only stores to atomics, which is allowed after a fork.
+        // SAFETY: the handler only stores to atomics, which is allowed after a fork.
         let registered = unsafe { libc::pthread_atfork(None, None, Some(forget_workers)) } == 0;
         #[cfg(not(unix))]
         let registered = true;
