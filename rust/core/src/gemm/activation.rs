@@ -1,7 +1,5 @@
 //! The activations between the two projections, on fp32 values.
 
-#![allow(unsafe_op_in_unsafe_fn)]
-
 use crate::vector::math::{erf, sigmoid};
 use crate::vector::simd::{Kernel, Simd};
 
@@ -124,17 +122,20 @@ impl Kernel for Activate {
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        match self.activation {
-            Activation::Swiglu => each_vector!(self, S, |g, u| S::mul(silu::<S>(g), u)),
-            Activation::Geglu => each_vector!(self, S, |g, u| S::mul(gelu::<S>(g), u)),
-            Activation::GegluTanh => each_vector!(self, S, |g, u| S::mul(gelu_tanh::<S>(g), u)),
-            Activation::Reglu => each_vector!(self, S, |g, u| S::mul(S::max(S::zero(), g), u)),
-            Activation::SwigluOai => each_vector!(self, S, |g, u| swiglu_oai::<S>(g, u)),
-            Activation::Silu => each_vector!(self, S, |g| silu::<S>(g)),
-            Activation::Gelu => each_vector!(self, S, |g| gelu::<S>(g)),
-            Activation::GeluTanh => each_vector!(self, S, |g| gelu_tanh::<S>(g)),
-            Activation::Relu => each_vector!(self, S, |g| S::max(S::zero(), g)),
-            Activation::Relu2 => each_vector!(self, S, |g| square_of_positive::<S>(g)),
+        // SAFETY: rows of `width` values may be read and written up to a whole vector, as the fields say.
+        unsafe {
+            match self.activation {
+                Activation::Swiglu => each_vector!(self, S, |g, u| S::mul(silu::<S>(g), u)),
+                Activation::Geglu => each_vector!(self, S, |g, u| S::mul(gelu::<S>(g), u)),
+                Activation::GegluTanh => each_vector!(self, S, |g, u| S::mul(gelu_tanh::<S>(g), u)),
+                Activation::Reglu => each_vector!(self, S, |g, u| S::mul(S::max(S::zero(), g), u)),
+                Activation::SwigluOai => each_vector!(self, S, |g, u| swiglu_oai::<S>(g, u)),
+                Activation::Silu => each_vector!(self, S, |g| silu::<S>(g)),
+                Activation::Gelu => each_vector!(self, S, |g| gelu::<S>(g)),
+                Activation::GeluTanh => each_vector!(self, S, |g| gelu_tanh::<S>(g)),
+                Activation::Relu => each_vector!(self, S, |g| S::max(S::zero(), g)),
+                Activation::Relu2 => each_vector!(self, S, |g| square_of_positive::<S>(g)),
+            }
         }
     }
 }
@@ -143,38 +144,52 @@ impl Kernel for Activate {
 /// a rounding short of -1), so from there on the argument must not grow. NaN stays NaN.
 #[inline(always)]
 pub(crate) unsafe fn tail<S: Simd>(x: S::V) -> S::V {
-    S::max(S::splat(-100.0), x)
+    // SAFETY: the CPU supports `S`; no memory is touched.
+    unsafe { S::max(S::splat(-100.0), x) }
 }
 
 #[inline(always)]
 unsafe fn silu<S: Simd>(x: S::V) -> S::V {
-    S::mul(tail::<S>(x), sigmoid::<S>(x))
+    // SAFETY: the CPU supports `S`; no memory is touched.
+    unsafe { S::mul(tail::<S>(x), sigmoid::<S>(x)) }
 }
 
 #[inline(always)]
 unsafe fn gelu<S: Simd>(x: S::V) -> S::V {
-    let cdf = S::add(S::splat(1.0), erf::<S>(S::mul(x, S::splat(std::f32::consts::FRAC_1_SQRT_2))));
-    S::mul(S::mul(S::splat(0.5), tail::<S>(x)), cdf)
+    // SAFETY: the CPU supports `S`; no memory is touched.
+    unsafe {
+        let cdf = S::add(S::splat(1.0), erf::<S>(S::mul(x, S::splat(std::f32::consts::FRAC_1_SQRT_2))));
+        S::mul(S::mul(S::splat(0.5), tail::<S>(x)), cdf)
+    }
 }
 
 /// (1 + tanh z) / 2 is sigmoid(2 z).
 #[inline(always)]
 unsafe fn gelu_tanh<S: Simd>(x: S::V) -> S::V {
-    let cubic = S::fma(S::mul(x, x), S::splat(GELU_CUBIC), S::splat(1.0));
-    let z2 = S::mul(S::mul(x, cubic), S::splat(2.0 * GELU_SCALE));
-    S::mul(tail::<S>(x), sigmoid::<S>(z2))
+    // SAFETY: the CPU supports `S`; no memory is touched.
+    unsafe {
+        let cubic = S::fma(S::mul(x, x), S::splat(GELU_CUBIC), S::splat(1.0));
+        let z2 = S::mul(S::mul(x, cubic), S::splat(2.0 * GELU_SCALE));
+        S::mul(tail::<S>(x), sigmoid::<S>(z2))
+    }
 }
 
 #[inline(always)]
 unsafe fn swiglu_oai<S: Simd>(g: S::V, u: S::V) -> S::V {
-    let g = S::min(S::splat(OAI_LIMIT), g);
-    let u = S::max(S::splat(-OAI_LIMIT), S::min(S::splat(OAI_LIMIT), u));
-    let gate = S::mul(tail::<S>(g), sigmoid::<S>(S::mul(g, S::splat(OAI_ALPHA))));
-    S::mul(S::add(u, S::splat(1.0)), gate)
+    // SAFETY: the CPU supports `S`; no memory is touched.
+    unsafe {
+        let g = S::min(S::splat(OAI_LIMIT), g);
+        let u = S::max(S::splat(-OAI_LIMIT), S::min(S::splat(OAI_LIMIT), u));
+        let gate = S::mul(tail::<S>(g), sigmoid::<S>(S::mul(g, S::splat(OAI_ALPHA))));
+        S::mul(S::add(u, S::splat(1.0)), gate)
+    }
 }
 
 #[inline(always)]
 unsafe fn square_of_positive<S: Simd>(x: S::V) -> S::V {
-    let positive = S::max(S::zero(), x);
-    S::mul(positive, positive)
+    // SAFETY: the CPU supports `S`; no memory is touched.
+    unsafe {
+        let positive = S::max(S::zero(), x);
+        S::mul(positive, positive)
+    }
 }

@@ -23,6 +23,7 @@ impl Gather {
     /// `order` is null or holds `row`.
     #[inline]
     pub unsafe fn source(&self, row: usize) -> usize {
+        // SAFETY: the caller's: `order` holds the row.
         if self.order.is_null() { row } else { unsafe { *self.order.add(row) as usize / self.top_k } }
     }
 
@@ -39,6 +40,7 @@ impl Gather {
     ) {
         to.clear();
         for row in rows {
+            // SAFETY: the caller's: `base` has the source of every row.
             to.push(unsafe { base.add(self.source(row) * row_bytes) });
         }
     }
@@ -50,7 +52,7 @@ impl Gather {
 /// function called says. Rows from `offsets[experts]` on are not touched.
 #[derive(Clone, Copy)]
 pub struct Grouped {
-    /// Instruction set of the kernels.
+    /// Instruction set of the kernels, one that this CPU has.
     pub isa: Isa,
     /// Threads to use, at least one.
     pub threads: usize,
@@ -76,8 +78,9 @@ pub struct Grouped {
     pub out: *mut u8,
 }
 
-// The pointers are shared by the threads of a call, which write disjoint parts of `out`.
+// SAFETY: the pointers are shared by the threads of a call, which write disjoint parts of `out`.
 unsafe impl Send for Grouped {}
+// SAFETY: as above.
 unsafe impl Sync for Grouped {}
 
 impl Grouped {
@@ -86,6 +89,7 @@ impl Grouped {
     /// # Safety
     /// `offsets` is as documented and `expert < experts`.
     pub unsafe fn rows(&self, expert: usize) -> std::ops::Range<usize> {
+        // SAFETY: the caller's: there is an offset behind the last expert's too.
         unsafe { *self.offsets.add(expert) as usize..*self.offsets.add(expert + 1) as usize }
     }
 }
@@ -101,8 +105,9 @@ pub struct Epilogue {
     pub pre: *mut u8,
 }
 
-// The pointer is shared by the threads of a call, which write disjoint parts.
+// SAFETY: the pointer is shared by the threads of a call, which write disjoint parts.
 unsafe impl Send for Epilogue {}
+// SAFETY: as above.
 unsafe impl Sync for Epilogue {}
 
 impl Epilogue {

@@ -6,8 +6,6 @@
 //! larger than those, which saves reading what is about to be overwritten. An expert without rows gets zeros,
 //! by sums over nothing.
 
-#![allow(unsafe_op_in_unsafe_fn)]
-
 use super::grouped::Gather;
 use crate::gemm::tile::panels::{PackBands, PackPanels, PackSplit, band_words};
 use crate::gemm::tile::tiles::{Prefetch, Source, Store, Tiles, tile_rows};
@@ -35,7 +33,7 @@ const PANEL_BYTES: usize = 256 << 10;
 /// The arguments of a grouped "tn". All matrices are row-major and of type `dtype` (not fp64).
 #[derive(Clone, Copy)]
 pub struct GroupedTn {
-    /// Instruction set of the kernels.
+    /// Instruction set of the kernels, one that this CPU has.
     pub isa: Isa,
     /// Threads to use, at least one.
     pub threads: usize,
@@ -63,8 +61,9 @@ pub struct GroupedTn {
     pub stream: bool,
 }
 
-// The pointers are shared by the threads of a call, which write disjoint parts of `out`.
+// SAFETY: the pointers are shared by the threads of a call, which write disjoint parts of `out`.
 unsafe impl Send for GroupedTn {}
+// SAFETY: as above.
 unsafe impl Sync for GroupedTn {}
 
 /// Computes `args`.
@@ -72,9 +71,12 @@ unsafe impl Sync for GroupedTn {}
 /// # Safety
 /// The pointers of `args` are as documented there.
 pub unsafe fn grouped_tn(args: &GroupedTn) {
-    with_kernels!(args.isa, args.dtype, S, F => {
-        run_jobs(args.threads, &[&TnJob::<S, F>::new(args)]);
-    });
+    // SAFETY: the caller's: the pointers are as documented in `args`, and stay so during the call.
+    unsafe {
+        with_kernels!(args.isa, args.dtype, S, F => {
+            run_jobs(args.threads, &[&TnJob::<S, F>::new(args)]);
+        });
+    }
 }
 
 /// Whether so many bytes of results do not fit the last cache, so that writing past it is faster.
@@ -126,6 +128,7 @@ impl<S: Simd, F: Format> TnJob<S, F> {
         let a = &self.args;
         let each = a.p.div_ceil(self.rows);
         let (expert, p) = (ticket / each, ticket % each * self.rows);
+        // SAFETY: the caller of `new` vouches for the offsets, one more than there are experts.
         let offset = |e: usize| unsafe { a.offsets.add(e).read() as usize };
         let first = offset(expert);
         Piece { expert, first, depth: offset(expert + 1) - first, p, height: self.rows.min(a.p - p) }
@@ -133,112 +136,134 @@ impl<S: Simd, F: Format> TnJob<S, F> {
 
     /// Packs all columns of `b` in rows `first..first + depth`, as even and odd ones if `split`.
     unsafe fn pack_right(&self, first: usize, depth: usize, split: bool, thread: &mut ThreadState) -> *mut f32 {
-        let a = &self.args;
-        let to = thread.scratch.panels.words(F::words(depth) * a.n.next_multiple_of(2 * S::LANES));
-        // No two experts with rows start at the same one.
-        if depth > 0 && thread.packed != first {
-            let list = &mut thread.scratch.rows;
-            a.gather_b.addresses(first..first + depth, a.b, a.n * F::BYTES, list);
-            if split {
-                S::enter(PackSplit::<F> { rows: list, columns: a.n, to, format: PhantomData });
-            } else {
-                let rows = list;
-                S::enter(PackPanels::<F> { rows, column: 0, columns: a.n, in_order: true, to, format: PhantomData });
+        // SAFETY: the rows are some expert's, so the gather has their sources, of `n` columns; `to` has room for all
+        // panels of them.
+        unsafe {
+            let a = &self.args;
+            let to = thread.scratch.panels.words(F::words(depth) * a.n.next_multiple_of(2 * S::LANES));
+            // No two experts with rows start at the same one.
+            if depth > 0 && thread.packed != first {
+                let list = &mut thread.scratch.rows;
+                a.gather_b.addresses(first..first + depth, a.b, a.n * F::BYTES, list);
+                if split {
+                    S::enter(PackSplit::<F> { rows: list, columns: a.n, to, format: PhantomData });
+                } else {
+                    let rows = list;
+                    S::enter(PackPanels::<F> {
+                        rows,
+                        column: 0,
+                        columns: a.n,
+                        in_order: true,
+                        to,
+                        format: PhantomData,
+                    });
+                }
+                thread.packed = first;
             }
-            thread.packed = first;
+            to
         }
-        to
     }
 
     /// Packs the columns of `a` that a piece needs, in rows `first..first + depth`.
     unsafe fn pack_left(&self, piece: &Piece, first: usize, depth: usize, thread: &mut ThreadState) -> *const f32 {
-        let a = &self.args;
-        let bands = piece.height.div_ceil(tile_rows::<S>());
-        let to = thread.scratch.weights.words(bands * band_words::<F>(depth, tile_rows::<S>()));
-        let list = &mut thread.scratch.rows;
-        a.gather_a.addresses(first..first + depth, a.a, a.p * F::BYTES, list);
-        S::enter(PackBands::<F> {
-            rows: list,
-            column: piece.p,
-            columns: piece.height,
-            width: a.p,
-            height: tile_rows::<S>(),
-            to,
-            format: PhantomData,
-        });
-        to
+        // SAFETY: the rows are some expert's, so the gather has their sources, of `p` columns; `to` has room for all
+        // bands of them.
+        unsafe {
+            let a = &self.args;
+            let bands = piece.height.div_ceil(tile_rows::<S>());
+            let to = thread.scratch.weights.words(bands * band_words::<F>(depth, tile_rows::<S>()));
+            let list = &mut thread.scratch.rows;
+            a.gather_a.addresses(first..first + depth, a.a, a.p * F::BYTES, list);
+            S::enter(PackBands::<F> {
+                rows: list,
+                column: piece.p,
+                columns: piece.height,
+                width: a.p,
+                height: tile_rows::<S>(),
+                to,
+                format: PhantomData,
+            });
+            to
+        }
     }
 
     /// Multiplies rows `first..first + depth`. Tiles go to `out`, whose rows are `out_stride` bytes apart and
     /// whose panels `out_step`; the last `n % width` columns, if `whole` says so, go to fp32 rows in `rest`.
     unsafe fn multiply(&self, piece: &Piece, first: usize, depth: usize, to: &Target, thread: &mut ThreadState) {
-        let split = matches!(to.store, Store::SplitBf16 | Store::StreamSplitBf16);
-        let right = self.pack_right(first, depth, split, thread);
-        let left = self.pack_left(piece, first, depth, thread);
-        let (words, width) = (F::words(depth), 2 * S::LANES);
-        let at_once = (PANEL_BYTES / (words * width * 4).max(1)).max(1);
-        let mut panel = 0;
-        while panel < to.panels {
-            let panels = at_once.min(to.panels - panel);
-            for (band, row) in (0..piece.height).step_by(tile_rows::<S>()).enumerate() {
-                let rows = tile_rows::<S>().min(piece.height - row);
-                let left = left.add(band * band_words::<F>(depth, tile_rows::<S>()));
-                let mut from = 0;
-                // Once even for no words: the sums over nothing are zeros that must be stored.
-                while from == 0 || from < words {
-                    let end = to.summed.saturating_add(from).min(words);
-                    let tiles = Tiles {
-                        words: end - from,
-                        left: left.add(from * rows),
-                        right: right.add((panel * words + from) * width),
-                        panels,
-                        panel_stride: words * width,
-                        out: to.out.add(row * to.stride + panel * to.step),
-                        out_stride: to.stride,
-                        out_step: to.step,
-                        store: match to.store {
-                            _ if from > 0 => Store::Add,
-                            // What is added to must stay in the cache.
-                            Store::Stream if end < words => Store::Set,
-                            store => store,
-                        },
-                    };
-                    tiles.run::<S, F>(rows, Source::NONE, &mut Prefetch::none());
-                    from = end.max(1);
+        // SAFETY: `right` and `left` were packed for `depth` rows of the operands, in whole panels and bands, and
+        // `to` has room for the tiles of the piece. Past the caches goes only what is aligned: see `store`.
+        unsafe {
+            let split = matches!(to.store, Store::SplitBf16 | Store::StreamSplitBf16);
+            let right = self.pack_right(first, depth, split, thread);
+            let left = self.pack_left(piece, first, depth, thread);
+            let (words, width) = (F::words(depth), 2 * S::LANES);
+            let at_once = (PANEL_BYTES / (words * width * 4).max(1)).max(1);
+            let mut panel = 0;
+            while panel < to.panels {
+                let panels = at_once.min(to.panels - panel);
+                for (band, row) in (0..piece.height).step_by(tile_rows::<S>()).enumerate() {
+                    let rows = tile_rows::<S>().min(piece.height - row);
+                    let left = left.add(band * band_words::<F>(depth, tile_rows::<S>()));
+                    let mut from = 0;
+                    // Once even for no words: the sums over nothing are zeros that must be stored.
+                    while from == 0 || from < words {
+                        let end = to.summed.saturating_add(from).min(words);
+                        let tiles = Tiles {
+                            words: end - from,
+                            left: left.add(from * rows),
+                            right: right.add((panel * words + from) * width),
+                            panels,
+                            panel_stride: words * width,
+                            out: to.out.add(row * to.stride + panel * to.step),
+                            out_stride: to.stride,
+                            out_step: to.step,
+                            store: match to.store {
+                                _ if from > 0 => Store::Add,
+                                // What is added to must stay in the cache.
+                                Store::Stream if end < words => Store::Set,
+                                store => store,
+                            },
+                        };
+                        tiles.run::<S, F>(rows, Source::NONE, &mut Prefetch::none());
+                        from = end.max(1);
+                    }
                 }
+                panel += panels;
             }
-            panel += panels;
-        }
-        if let Some(rest) = to.rest {
-            for (band, row) in (0..piece.height).step_by(tile_rows::<S>()).enumerate() {
-                let tiles = Tiles {
-                    words,
-                    left: left.add(band * band_words::<F>(depth, tile_rows::<S>())),
-                    right: right.add(to.panels * words * width),
-                    panels: 1,
-                    panel_stride: 0,
-                    out: rest.add(row * width).cast(),
-                    out_stride: width * 4,
-                    out_step: 0,
-                    store: Store::Set,
-                };
-                tiles.run::<S, F>(tile_rows::<S>().min(piece.height - row), Source::NONE, &mut Prefetch::none());
+            if let Some(rest) = to.rest {
+                for (band, row) in (0..piece.height).step_by(tile_rows::<S>()).enumerate() {
+                    let tiles = Tiles {
+                        words,
+                        left: left.add(band * band_words::<F>(depth, tile_rows::<S>())),
+                        right: right.add(to.panels * words * width),
+                        panels: 1,
+                        panel_stride: 0,
+                        out: rest.add(row * width).cast(),
+                        out_stride: width * 4,
+                        out_step: 0,
+                        store: Store::Set,
+                    };
+                    tiles.run::<S, F>(tile_rows::<S>().min(piece.height - row), Source::NONE, &mut Prefetch::none());
+                }
             }
         }
     }
 
     /// Rounds fp32 sums into `rows` rows of the result at `to`.
     unsafe fn round(&self, from: *const f32, from_stride: usize, to: *mut u8, rows: usize, columns: usize) {
-        S::enter(RoundRows::<F> {
-            from,
-            from_stride,
-            bias: std::ptr::null(),
-            to,
-            to_stride: self.args.n * F::BYTES,
-            rows,
-            columns,
-            format: PhantomData,
-        });
+        // SAFETY: the caller's: `rows` rows of `columns` values, and as many elements of the result.
+        unsafe {
+            S::enter(RoundRows::<F> {
+                from,
+                from_stride,
+                bias: std::ptr::null(),
+                to,
+                to_stride: self.args.n * F::BYTES,
+                rows,
+                columns,
+                format: PhantomData,
+            });
+        }
     }
 
     /// How finished tiles are stored.
@@ -279,7 +304,7 @@ impl<S: Simd, F: Format> Job for TnJob<S, F> {
     fn run(&self, ticket: usize, thread: &mut ThreadState) {
         let piece = self.piece(ticket);
         let (n, width) = (self.args.n, 2 * S::LANES);
-        // The caller of `new` vouches for the pointers.
+        // SAFETY: the caller of `new` vouches for the pointers.
         unsafe {
             let out = self.args.out.add((piece.expert * self.args.p + piece.p) * n * F::BYTES);
             if piece.depth <= DEPTH {

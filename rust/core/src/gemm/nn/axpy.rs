@@ -4,8 +4,6 @@
 //! memory's rate or less. Here a group of consecutive weight rows is read from left to right while the next
 //! group is prefetched; what that costs is a load and a store of the results for each group.
 
-#![allow(unsafe_op_in_unsafe_fn)]
-
 use crate::vector::format::{Format, Kind};
 use crate::vector::simd::{Kernel, Simd, prefetch};
 use std::marker::PhantomData;
@@ -58,7 +56,9 @@ impl<F: Format> Axpy<F> {
     /// # Safety
     /// The CPU supports `S`, and the operands are as described.
     pub unsafe fn run<S: Simd>(self, rows: usize) {
-        macro_rules! pick {
+        // SAFETY: the caller's: the operands are as described, for so many rows.
+        unsafe {
+            macro_rules! pick {
             ($($n:literal)*) => {
                 match rows {
                     $($n => S::enter(AxpyRows::<F, $n>(self)),)*
@@ -66,7 +66,8 @@ impl<F: Format> Axpy<F> {
                 }
             };
         }
-        if const { S::LANES == 16 } { pick!(1 2 3 4 5 6 7 8) } else { pick!(1 2 3 4) }
+            if const { S::LANES == 16 } { pick!(1 2 3 4 5 6 7 8) } else { pick!(1 2 3 4) }
+        }
     }
 }
 
@@ -77,30 +78,34 @@ impl<F: Format, const ROWS: usize> Kernel for AxpyRows<F, ROWS> {
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let c = &self.0;
-        let words = F::words(c.k);
-        let (mut left, mut weights) = (c.left, c.weights);
-        let mut fresh = c.fresh;
-        let mut word = 0;
-        if const { S::LANES == 8 } {
-            while word + GROUP / 2 <= words {
-                wide_group::<S, F, ROWS, { GROUP / 2 }>(c, left, weights, fresh);
-                left = left.add(GROUP / 2 * ROWS);
-                weights = weights.wrapping_add(GROUP / 2 * c.weight_stride);
-                fresh = false;
-                word += GROUP / 2;
+        // SAFETY: `left` and `weights` have as many words and rows as `k` elements need, whole groups and at most
+        // half a one.
+        unsafe {
+            let c = &self.0;
+            let words = F::words(c.k);
+            let (mut left, mut weights) = (c.left, c.weights);
+            let mut fresh = c.fresh;
+            let mut word = 0;
+            if const { S::LANES == 8 } {
+                while word + GROUP / 2 <= words {
+                    wide_group::<S, F, ROWS, { GROUP / 2 }>(c, left, weights, fresh);
+                    left = left.add(GROUP / 2 * ROWS);
+                    weights = weights.wrapping_add(GROUP / 2 * c.weight_stride);
+                    fresh = false;
+                    word += GROUP / 2;
+                }
+                return;
             }
-            return;
-        }
-        while word + GROUP <= words {
-            group::<S, F, ROWS, GROUP>(c, left, weights, fresh);
-            left = left.add(GROUP * ROWS);
-            weights = weights.wrapping_add(GROUP * F::PER_WORD * c.weight_stride);
-            fresh = false;
-            word += GROUP;
-        }
-        if matches!(F::KIND, Kind::Bf16Pairs) && word < words {
-            group::<S, F, ROWS, { GROUP / 2 }>(c, left, weights, fresh);
+            while word + GROUP <= words {
+                group::<S, F, ROWS, GROUP>(c, left, weights, fresh);
+                left = left.add(GROUP * ROWS);
+                weights = weights.wrapping_add(GROUP * F::PER_WORD * c.weight_stride);
+                fresh = false;
+                word += GROUP;
+            }
+            if matches!(F::KIND, Kind::Bf16Pairs) && word < words {
+                group::<S, F, ROWS, { GROUP / 2 }>(c, left, weights, fresh);
+            }
         }
     }
 }
@@ -112,46 +117,50 @@ unsafe fn group<S: Simd, F: Format, const ROWS: usize, const WORDS: usize>(
     weights: *const u8,
     fresh: bool,
 ) {
-    let paired = matches!(F::KIND, Kind::Bf16Pairs);
-    let step = axpy_columns::<S, F>();
-    let next = weights.wrapping_add(WORDS * F::PER_WORD * c.weight_stride);
-    let mut column = 0;
-    while column < c.columns {
-        let at = column * F::BYTES;
-        // Half-line steps prefetch every other time.
-        if c.prefetch && at.is_multiple_of(64) {
-            for i in 0..WORDS * F::PER_WORD {
-                prefetch(next.wrapping_add(i * c.weight_stride + at));
-            }
-        }
-        let (mut w0, mut w1) = ([S::zero(); WORDS], [S::zero(); WORDS]);
-        for i in 0..WORDS {
-            let row = weights.add(i * F::PER_WORD * c.weight_stride + at);
-            if paired {
-                (w0[i], w1[i]) = S::interleave(S::load(row.cast()), S::load(row.add(c.weight_stride).cast()));
-            } else {
-                w0[i] = F::load_widened::<S>(row);
-            }
-        }
-        for r in 0..ROWS {
-            let to = c.sums.add(r * c.sums_stride + column);
-            let mut a = if fresh { S::zero() } else { S::load(to) };
-            if paired {
-                let mut b = if fresh { S::zero() } else { S::load(to.add(S::LANES)) };
-                for i in 0..WORDS {
-                    let l = S::splat_bits(left.add(i * ROWS + r).cast::<u32>().read());
-                    a = S::dot_pairs(a, l, w0[i]);
-                    b = S::dot_pairs(b, l, w1[i]);
-                }
-                S::store(to.add(S::LANES), b);
-            } else {
-                for (i, &w) in w0.iter().enumerate() {
-                    a = S::fma(S::splat(*left.add(i * ROWS + r)), w, a);
+    // SAFETY: the caller's: `WORDS` words of `ROWS` rows at `left`, weight rows of `columns` columns for each of
+    // their elements, and as many sums in each row. Prefetches may have any address.
+    unsafe {
+        let paired = matches!(F::KIND, Kind::Bf16Pairs);
+        let step = axpy_columns::<S, F>();
+        let next = weights.wrapping_add(WORDS * F::PER_WORD * c.weight_stride);
+        let mut column = 0;
+        while column < c.columns {
+            let at = column * F::BYTES;
+            // Half-line steps prefetch every other time.
+            if c.prefetch && at.is_multiple_of(64) {
+                for i in 0..WORDS * F::PER_WORD {
+                    prefetch(next.wrapping_add(i * c.weight_stride + at));
                 }
             }
-            S::store(to, a);
+            let (mut w0, mut w1) = ([S::zero(); WORDS], [S::zero(); WORDS]);
+            for i in 0..WORDS {
+                let row = weights.add(i * F::PER_WORD * c.weight_stride + at);
+                if paired {
+                    (w0[i], w1[i]) = S::interleave(S::load(row.cast()), S::load(row.add(c.weight_stride).cast()));
+                } else {
+                    w0[i] = F::load_widened::<S>(row);
+                }
+            }
+            for r in 0..ROWS {
+                let to = c.sums.add(r * c.sums_stride + column);
+                let mut a = if fresh { S::zero() } else { S::load(to) };
+                if paired {
+                    let mut b = if fresh { S::zero() } else { S::load(to.add(S::LANES)) };
+                    for i in 0..WORDS {
+                        let l = S::splat_bits(left.add(i * ROWS + r).cast::<u32>().read());
+                        a = S::dot_pairs(a, l, w0[i]);
+                        b = S::dot_pairs(b, l, w1[i]);
+                    }
+                    S::store(to.add(S::LANES), b);
+                } else {
+                    for (i, &w) in w0.iter().enumerate() {
+                        a = S::fma(S::splat(*left.add(i * ROWS + r)), w, a);
+                    }
+                }
+                S::store(to, a);
+            }
+            column += step;
         }
-        column += step;
     }
 }
 
@@ -164,32 +173,37 @@ unsafe fn wide_group<S: Simd, F: Format, const ROWS: usize, const WORDS: usize>(
     weights: *const u8,
     fresh: bool,
 ) {
-    let next = weights.wrapping_add(2 * WORDS * c.weight_stride);
-    let mut column = 0;
-    while column < c.columns {
-        let at = column * F::BYTES;
-        if c.prefetch && at.is_multiple_of(64) {
-            for i in 0..WORDS {
-                prefetch(next.wrapping_add(i * c.weight_stride + at));
+    // SAFETY: the caller's: `WORDS` values of `ROWS` rows at `left`, as many weight rows of `columns` columns, and
+    // as many sums in each row. Prefetches may have any address.
+    unsafe {
+        let next = weights.wrapping_add(2 * WORDS * c.weight_stride);
+        let mut column = 0;
+        while column < c.columns {
+            let at = column * F::BYTES;
+            if c.prefetch && at.is_multiple_of(64) {
+                for i in 0..WORDS {
+                    prefetch(next.wrapping_add(i * c.weight_stride + at));
+                }
             }
-        }
-        let mut w = [[S::zero(); 2]; WORDS];
-        for (i, w) in w.iter_mut().enumerate() {
-            let row = weights.add(i * c.weight_stride + at);
-            *w = [F::load_widened::<S>(row), F::load_widened::<S>(row.add(S::LANES * F::BYTES))];
-        }
-        for r in 0..ROWS {
-            let to = c.sums.add(r * c.sums_stride + column);
-            let (mut a, mut b) = if fresh { (S::zero(), S::zero()) } else { (S::load(to), S::load(to.add(S::LANES))) };
-            for (i, w) in w.iter().enumerate() {
-                let l = S::splat(*left.add(i * ROWS + r));
-                a = S::fma(l, w[0], a);
-                b = S::fma(l, w[1], b);
+            let mut w = [[S::zero(); 2]; WORDS];
+            for (i, w) in w.iter_mut().enumerate() {
+                let row = weights.add(i * c.weight_stride + at);
+                *w = [F::load_widened::<S>(row), F::load_widened::<S>(row.add(S::LANES * F::BYTES))];
             }
-            S::store(to, a);
-            S::store(to.add(S::LANES), b);
+            for r in 0..ROWS {
+                let to = c.sums.add(r * c.sums_stride + column);
+                let (mut a, mut b) =
+                    if fresh { (S::zero(), S::zero()) } else { (S::load(to), S::load(to.add(S::LANES))) };
+                for (i, w) in w.iter().enumerate() {
+                    let l = S::splat(*left.add(i * ROWS + r));
+                    a = S::fma(l, w[0], a);
+                    b = S::fma(l, w[1], b);
+                }
+                S::store(to, a);
+                S::store(to.add(S::LANES), b);
+            }
+            column += 2 * S::LANES;
         }
-        column += 2 * S::LANES;
     }
 }
 
@@ -210,15 +224,18 @@ impl Kernel for InOrder {
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        for r in 0..self.rows {
-            let row = self.sums.add(r * self.stride);
-            let mut column = 0;
-            while column < self.columns {
-                let to = row.add(column);
-                let (a, b) = S::deinterleave(S::load(to), S::load(to.add(S::LANES)));
-                S::store(to, a);
-                S::store(to.add(S::LANES), b);
-                column += 2 * S::LANES;
+        // SAFETY: each row has `columns` values, whole pairs of vectors.
+        unsafe {
+            for r in 0..self.rows {
+                let row = self.sums.add(r * self.stride);
+                let mut column = 0;
+                while column < self.columns {
+                    let to = row.add(column);
+                    let (a, b) = S::deinterleave(S::load(to), S::load(to.add(S::LANES)));
+                    S::store(to, a);
+                    S::store(to.add(S::LANES), b);
+                    column += 2 * S::LANES;
+                }
             }
         }
     }
@@ -239,11 +256,14 @@ impl Kernel for AddValues {
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let mut i = 0;
-        while i < self.len {
-            let to = self.to.add(i);
-            S::store(to, S::add(S::load(to), S::load(self.from.add(i))));
-            i += S::LANES;
+        // SAFETY: both have `len` values, whole vectors.
+        unsafe {
+            let mut i = 0;
+            while i < self.len {
+                let to = self.to.add(i);
+                S::store(to, S::add(S::load(to), S::load(self.from.add(i))));
+                i += S::LANES;
+            }
         }
     }
 }

@@ -88,6 +88,8 @@ impl FeatureBlock<'_> {
         let height = (last.result + last.count).next_multiple_of(PAD);
         debug_assert!(height <= 2 * BLOCK + 2 * PAD);
         let mut bias = [0f32; 2 * BLOCK + 2 * PAD];
+        // SAFETY: the caller's: panels and pointers are as documented; results go to the features and rows of this
+        // block.
         unsafe {
             self.load_bias::<F>(segments, &mut bias);
             // The dot kernel widens what it reads.
@@ -110,6 +112,7 @@ impl FeatureBlock<'_> {
         let stride = copy_stride(k);
         let copy = scratch.weights.words(height * stride);
         for segment in segments {
+            // SAFETY: the copy has `height` rows, of which the segment's begin at `result`.
             unsafe {
                 let to = copy.add(segment.result * stride);
                 Product::widen::<S, F>(self.weights::<F>(segment), k * F::BYTES, segment.count, k, to, stride);
@@ -125,6 +128,7 @@ impl FeatureBlock<'_> {
         for segment in segments {
             for i in 0..segment.count {
                 let at = (self.unit.expert * self.args.n + segment.first + i) * F::BYTES;
+                // SAFETY: each expert has `n` values of the bias.
                 to[segment.result + i] = unsafe { F::load_one(self.args.bias.add(at)) };
             }
         }
@@ -158,6 +162,8 @@ impl FeatureBlock<'_> {
     unsafe fn dot<S: Simd, F: Format>(&self, part: &Part, scratch: &mut Scratch) {
         let &Part { panel: &Panel { row, rows, .. }, segments, height, .. } = part;
         let results = scratch.results.words((rows + 1) * height);
+        // SAFETY: `results` has `rows` rows of `height` values, and one more for what is read behind the last; `pre`
+        // and `out` have the unit's rows.
         unsafe {
             for (i, segment) in segments.iter().enumerate() {
                 let out = results.add(segment.result);
@@ -211,6 +217,7 @@ impl FeatureBlock<'_> {
             out: results,
             out_stride: height,
         };
+        // SAFETY: the rows hold both halves, each padded to whole vectors; so does the copy that takes them apart.
         unsafe {
             if activation.gated() && self.epilogue.interleaved {
                 let half = width.next_multiple_of(PAD);
@@ -239,6 +246,8 @@ impl FeatureBlock<'_> {
         let width = PanelKernel::lanes::<S>(vectors);
         let sums = scratch.results.words(width * (part.height + PAD));
         let copy_stride = copy_stride(self.args.k);
+        // SAFETY: `sums` has room for the panel's lanes of `height` results, and for what is read behind the last;
+        // copies and panels are as the kernels need them.
         unsafe {
             for (i, segment) in part.segments.iter().enumerate() {
                 let out = sums.add(segment.result * width);
@@ -258,6 +267,7 @@ impl FeatureBlock<'_> {
     unsafe fn finish<S: Simd, F: Format>(&self, part: &Part, width: usize, sums: *mut f32) {
         let &Part { panel, segments, .. } = part;
         let features = self.features.len();
+        // SAFETY: `sums` holds the panel's results of every segment; `pre` and `out` have its rows.
         unsafe {
             if !self.epilogue.pre.is_null() {
                 for segment in segments {
@@ -315,12 +325,14 @@ impl FeatureBlock<'_> {
     /// `out` at a row of the unit and the block's first feature.
     unsafe fn out<F: Format>(&self, row: usize) -> *mut u8 {
         let at = (self.unit.rows.start + row) * self.out_stride::<F>() + self.features.start * F::BYTES;
+        // SAFETY: the caller's: the unit has the row, so `out` does.
         unsafe { self.args.out.add(at) }
     }
 
     /// `pre` at a row of the unit and a segment's first column.
     unsafe fn pre<F: Format>(&self, row: usize, segment: &Segment) -> *mut u8 {
         let at = ((self.unit.rows.start + row) * self.args.n + segment.first) * F::BYTES;
+        // SAFETY: the caller's: `pre` is wanted and has the row.
         unsafe { self.epilogue.pre.add(at) }
     }
 }

@@ -128,6 +128,7 @@ impl Product {
     /// # Safety
     /// The kernel's requirements hold and the CPU supports `S`.
     pub unsafe fn lanes<S: Simd, F: Format>(self, vectors: usize) {
+        // SAFETY: the caller's, for the tile that the panel and the registers fit.
         unsafe {
             match (vectors, S::LANES, F::KIND) {
                 (0, _, _) => self.lanes_of::<S::Narrow, F, 1, 8>(),
@@ -147,12 +148,14 @@ impl Product {
     /// # Safety
     /// As for `lanes`.
     pub unsafe fn widened_lanes<S: Simd>(self, vectors: usize) {
+        // SAFETY: the caller's; the weights are fp32 now.
         unsafe { self.lanes::<S, F32>(vectors) }
     }
 
     unsafe fn lanes_of<S: Simd, F: Format, const VECTORS: usize, const FEATURES: usize>(self) {
         let width = VECTORS * S::LANES;
         let whole = self.count / FEATURES;
+        // SAFETY: the caller's: tiles of eight, four and one feature are together as many as there are.
         unsafe {
             self.lanes_tiles::<S, F, VECTORS, FEATURES>(whole);
             let rest = self.rest(whole * FEATURES, width);
@@ -169,6 +172,7 @@ impl Product {
         }
         let done = tiles * FEATURES;
         let next = if done == self.count { self.next } else { self.weights.wrapping_add(done * self.stride) };
+        // SAFETY: the caller's: the product has so many tiles of features.
         unsafe {
             S::enter(Lanes::<F, VECTORS, FEATURES> {
                 panel: self.panel,
@@ -189,6 +193,7 @@ impl Product {
     /// # Safety
     /// The kernel's requirements hold and the CPU supports `S`.
     pub unsafe fn dot<S: Simd, F: Format>(self, rows: usize, out_stride: usize) {
+        // SAFETY: the caller's, for the tile that the rows and the registers fit.
         unsafe {
             // Widening holds each weight vector twice, as words and as fp32, so its tiles are narrower.
             match (rows, S::LANES, matches!(F::KIND, Kind::Bf16)) {
@@ -213,6 +218,7 @@ impl Product {
 
     unsafe fn dot_of<S: Simd, F: Format, const ROWS: usize, const FEATURES: usize>(self, out_stride: usize) {
         let whole = self.count / FEATURES;
+        // SAFETY: the caller's: tiles are together as many features as there are.
         unsafe {
             self.dot_tiles::<S, F, ROWS, FEATURES>(whole, out_stride);
             let rest = self.rest(whole * FEATURES, 1);
@@ -230,6 +236,7 @@ impl Product {
         }
         let done = tiles * FEATURES;
         let next = if done == self.count { self.next } else { self.weights.wrapping_add(done * self.stride) };
+        // SAFETY: the caller's: the product has so many tiles of features.
         unsafe {
             S::enter(Dot::<F, ROWS, FEATURES> {
                 steps: self.panel,
@@ -258,6 +265,7 @@ impl Product {
         to: *mut f32,
         to_stride: usize,
     ) {
+        // SAFETY: the caller's: rows of `k` elements on both sides.
         unsafe { S::enter(WidenWeights::<F> { from, from_stride, rows, k, to, to_stride, format: PhantomData }) };
     }
 }

@@ -35,6 +35,7 @@ pub unsafe fn pack<S: Simd, F: Format>(rows: &[*const u8], k: usize, to: &mut Bu
     let mut panels = Vec::with_capacity(panel_kernels.len());
     for (count, kernel) in panel_kernels {
         let rows = &rows[row..row + count];
+        // SAFETY: the rows are readable, and `next` has the words that were summed up above for this panel.
         unsafe {
             match kernel {
                 PanelKernel::Dot => S::enter(PackSteps::<F> { rows, k, to: next, format: PhantomData }),

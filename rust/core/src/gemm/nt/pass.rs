@@ -29,9 +29,11 @@ pub struct NtPass<'a> {
 /// # Safety
 /// The args's and the epilogue's pointers are as documented there.
 pub unsafe fn grouped_nt(args: &Grouped, epilogue: &Epilogue) {
+    // SAFETY: the caller's: the offsets are as documented.
     let units = unsafe { units(args) };
     let tickets = Tickets::new(&units, args.n / epilogue.columns(), epilogue.columns(), args.threads);
     let pass = NtPass { args: *args, epilogue: *epilogue, tickets: &tickets, after: None };
+    // SAFETY: the caller's; threads compute the tickets that they draw.
     parallel(args.threads, &|_| with_scratch(|scratch| unsafe { pass.work(scratch) }));
 }
 
@@ -42,6 +44,7 @@ impl NtPass<'_> {
     /// As for [`grouped_nt`].
     pub unsafe fn work(&self, scratch: &mut Scratch) {
         let _guard = self.tickets.guard();
+        // SAFETY: the caller's, on the vector unit that the instruction set has.
         with_kernels!(self.args.isa, self.args.dtype, S, F => unsafe { self.work_with::<S, F>(scratch) });
     }
 
@@ -54,9 +57,11 @@ impl NtPass<'_> {
                 if let Some(after) = self.after {
                     after.wait(unit);
                 }
+                // SAFETY: the unit's rows are there: they were waited for if another pass writes them.
                 packed = Some((unit, unsafe { self.pack::<S, F>(unit, scratch) }));
             }
             if let Some((_, packed)) = &packed {
+                // SAFETY: the panels are those of the ticket's unit.
                 unsafe { self.compute::<S, F>(&ticket, packed, scratch) };
             }
             self.tickets.finish(&ticket);
@@ -66,6 +71,7 @@ impl NtPass<'_> {
     unsafe fn pack<S: Simd, F: Format>(&self, unit: usize, scratch: &mut Scratch) -> Vec<Panel> {
         let (args, rows) = (&self.args, self.tickets.units()[unit].rows.clone());
         let Scratch { panels, rows: addresses, .. } = scratch;
+        // SAFETY: the unit's rows are some of the plan, of `k` elements each.
         unsafe {
             args.gather.addresses(rows, args.a, args.k * F::BYTES, addresses);
             pack::<S, F>(addresses, args.k, panels)
@@ -87,6 +93,7 @@ impl NtPass<'_> {
             };
             let unit = &self.tickets.units()[ticket.unit];
             let block = FeatureBlock { args: &self.args, epilogue: &self.epilogue, unit, features: start..end, next };
+            // SAFETY: panels and pointers are the caller's; the block is a part of the ticket.
             unsafe { block.run::<S, F>(panels, scratch) };
             start = end;
         }

@@ -31,6 +31,7 @@ pub struct Unit {
 pub unsafe fn units(args: &Grouped) -> Vec<Unit> {
     let mut units = Vec::new();
     for expert in 0..args.experts {
+        // SAFETY: the caller's: the offsets are as documented.
         let rows = unsafe { args.rows(expert) };
         let pieces = rows.len().div_ceil(UNIT_ROWS);
         let mut start = rows.start;

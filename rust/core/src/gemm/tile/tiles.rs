@@ -5,8 +5,6 @@
 //! just before they are copied into panels, so the kernel prefetches the block that comes next while it works
 //! on this one, a line every few steps: the same prefetches issued in a burst are a quarter slower.
 
-#![allow(unsafe_op_in_unsafe_fn)]
-
 use super::panels::two_vectors;
 use crate::vector::format::{F32, Format, Kind};
 use crate::vector::simd::{Kernel, Simd, prefetch};
@@ -137,18 +135,23 @@ impl Tiles {
     /// # Safety
     /// The CPU supports `S`, and the operands are as described.
     pub unsafe fn run<S: Simd, F: Format>(self, rows: usize, source: Source, ahead: &mut Prefetch) {
-        if !source.start.is_null() {
-            self.pick::<S, F, true>(rows, source, ahead);
-        } else if const { matches!(F::KIND, Kind::Bf16Pairs) } {
-            self.pick::<S, F, false>(rows, source, ahead);
-        } else {
-            // All formats but pairs share the kernels on packed words.
-            self.pick::<S, F32, false>(rows, source, ahead);
+        // SAFETY: the caller's: the operands are as described, for so many rows.
+        unsafe {
+            if !source.start.is_null() {
+                self.pick::<S, F, true>(rows, source, ahead);
+            } else if const { matches!(F::KIND, Kind::Bf16Pairs) } {
+                self.pick::<S, F, false>(rows, source, ahead);
+            } else {
+                // All formats but pairs share the kernels on packed words.
+                self.pick::<S, F32, false>(rows, source, ahead);
+            }
         }
     }
 
     unsafe fn pick<S: Simd, F: Format, const PACK: bool>(self, rows: usize, source: Source, ahead: &mut Prefetch) {
-        macro_rules! pick {
+        // SAFETY: the caller's: the operands are as described, for so many rows.
+        unsafe {
+            macro_rules! pick {
             ($($n:literal)*) => {
                 match rows {
                     $($n => S::enter(Rows::<F, $n, PACK> { tiles: self, source, ahead, format: PhantomData }),)*
@@ -156,7 +159,8 @@ impl Tiles {
                 }
             };
         }
-        if const { S::LANES == 16 } { pick!(1 2 3 4 5 6 7 8 9 10 11 12) } else { pick!(1 2 3 4 5 6) }
+            if const { S::LANES == 16 } { pick!(1 2 3 4 5 6 7 8 9 10 11 12) } else { pick!(1 2 3 4 5 6) }
+        }
     }
 }
 
@@ -172,43 +176,48 @@ impl<F: Format, const ROWS: usize, const PACK: bool> Kernel for Rows<'_, F, ROWS
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let t = self.tiles;
-        let paired = matches!(F::KIND, Kind::Bf16Pairs);
-        let mut countdown = self.ahead.interval;
-        for panel in 0..t.panels {
-            let mut sums = [[S::zero(); 2]; ROWS];
-            let (mut left, mut right) = (t.left, t.right.add(panel * t.panel_stride));
-            let mut source = self.source.start.wrapping_add(panel * 2 * S::LANES * F::BYTES);
-            for _ in 0..t.words {
-                countdown = countdown.wrapping_sub(1);
-                if countdown == 0 {
-                    self.ahead.advance();
-                    countdown = self.ahead.interval;
-                }
-                let (r0, r1) = if PACK {
-                    let second = source.wrapping_add((F::PER_WORD - 1) * self.source.row_bytes);
-                    let (r0, r1) = two_vectors::<S, F>(source, second, false);
-                    S::store(right, r0);
-                    S::store(right.add(S::LANES), r1);
-                    source = source.wrapping_add(F::PER_WORD * self.source.row_bytes);
-                    (r0, r1)
-                } else {
-                    (S::load(right), S::load(right.add(S::LANES)))
-                };
-                for (i, sum) in sums.iter_mut().enumerate() {
-                    let l = S::splat_bits(left.add(i).cast::<u32>().read());
-                    if paired {
-                        sum[0] = S::dot_pairs(sum[0], l, r0);
-                        sum[1] = S::dot_pairs(sum[1], l, r1);
-                    } else {
-                        sum[0] = S::fma(l, r0, sum[0]);
-                        sum[1] = S::fma(l, r1, sum[1]);
+        // SAFETY: `left` has `words` words of `ROWS` rows; the panel has as many of two vectors, to be written first
+        // if `PACK`, from as many rows of the source, each as wide. `out` has two vectors for each row and panel.
+        // Prefetches may have any address.
+        unsafe {
+            let t = self.tiles;
+            let paired = matches!(F::KIND, Kind::Bf16Pairs);
+            let mut countdown = self.ahead.interval;
+            for panel in 0..t.panels {
+                let mut sums = [[S::zero(); 2]; ROWS];
+                let (mut left, mut right) = (t.left, t.right.add(panel * t.panel_stride));
+                let mut source = self.source.start.wrapping_add(panel * 2 * S::LANES * F::BYTES);
+                for _ in 0..t.words {
+                    countdown = countdown.wrapping_sub(1);
+                    if countdown == 0 {
+                        self.ahead.advance();
+                        countdown = self.ahead.interval;
                     }
+                    let (r0, r1) = if PACK {
+                        let second = source.wrapping_add((F::PER_WORD - 1) * self.source.row_bytes);
+                        let (r0, r1) = two_vectors::<S, F>(source, second, false);
+                        S::store(right, r0);
+                        S::store(right.add(S::LANES), r1);
+                        source = source.wrapping_add(F::PER_WORD * self.source.row_bytes);
+                        (r0, r1)
+                    } else {
+                        (S::load(right), S::load(right.add(S::LANES)))
+                    };
+                    for (i, sum) in sums.iter_mut().enumerate() {
+                        let l = S::splat_bits(left.add(i).cast::<u32>().read());
+                        if paired {
+                            sum[0] = S::dot_pairs(sum[0], l, r0);
+                            sum[1] = S::dot_pairs(sum[1], l, r1);
+                        } else {
+                            sum[0] = S::fma(l, r0, sum[0]);
+                            sum[1] = S::fma(l, r1, sum[1]);
+                        }
+                    }
+                    left = left.add(ROWS);
+                    right = right.add(2 * S::LANES);
                 }
-                left = left.add(ROWS);
-                right = right.add(2 * S::LANES);
+                store::<S, ROWS>(t.store, t.out.add(panel * t.out_step), t.out_stride, &sums);
             }
-            store::<S, ROWS>(t.store, t.out.add(panel * t.out_step), t.out_stride, &sums);
         }
     }
 }
@@ -216,36 +225,40 @@ impl<F: Format, const ROWS: usize, const PACK: bool> Kernel for Rows<'_, F, ROWS
 /// One loop for each way, so that every loop is unrolled and the sums stay in registers.
 #[inline(always)]
 unsafe fn store<S: Simd, const ROWS: usize>(how: Store, to: *mut u8, stride: usize, sums: &[[S::V; 2]; ROWS]) {
-    macro_rules! each_row {
-        ($element:ty, |$to:ident, $a:ident, $b:ident| $body:expr) => {
-            for (i, &[$a, $b]) in sums.iter().enumerate() {
-                let $to = to.add(i * stride).cast::<$element>();
-                $body;
-            }
-        };
-    }
-    match how {
-        Store::Set => each_row!(f32, |to, a, b| {
-            S::store(to, a);
-            S::store(to.add(S::LANES), b)
-        }),
-        Store::Add => each_row!(f32, |to, a, b| {
-            S::store(to, S::add(S::load(to), a));
-            S::store(to.add(S::LANES), S::add(S::load(to.add(S::LANES)), b))
-        }),
-        Store::Stream => each_row!(f32, |to, a, b| {
-            S::stream(to, a);
-            S::stream(to.add(S::LANES), b)
-        }),
-        Store::Bf16 => each_row!(u16, |to, a, b| S::store_bf16_pair(to, a, b)),
-        Store::StreamBf16 => each_row!(u16, |to, a, b| S::stream_bf16_pair(to, a, b)),
-        // Without the condition what is never called would be compiled.
-        Store::SplitBf16 if S::SPLITS => each_row!(u16, |to, a, b| S::store_bf16_split(to, a, b)),
-        Store::StreamSplitBf16 if S::SPLITS => each_row!(u16, |to, a, b| S::stream_bf16_split(to, a, b)),
-        Store::SplitBf16 | Store::StreamSplitBf16 => unreachable!("columns were not split"),
-        Store::F16 => each_row!(u16, |to, a, b| {
-            S::store_f16(to, a);
-            S::store_f16(to.add(S::LANES), b)
-        }),
+    // SAFETY: the caller's: two vectors of results in each of `ROWS` rows, `stride` bytes apart, aligned to vectors
+    // where they go past the caches; columns were split only where `S::SPLITS`.
+    unsafe {
+        macro_rules! each_row {
+            ($element:ty, |$to:ident, $a:ident, $b:ident| $body:expr) => {
+                for (i, &[$a, $b]) in sums.iter().enumerate() {
+                    let $to = to.add(i * stride).cast::<$element>();
+                    $body;
+                }
+            };
+        }
+        match how {
+            Store::Set => each_row!(f32, |to, a, b| {
+                S::store(to, a);
+                S::store(to.add(S::LANES), b)
+            }),
+            Store::Add => each_row!(f32, |to, a, b| {
+                S::store(to, S::add(S::load(to), a));
+                S::store(to.add(S::LANES), S::add(S::load(to.add(S::LANES)), b))
+            }),
+            Store::Stream => each_row!(f32, |to, a, b| {
+                S::stream(to, a);
+                S::stream(to.add(S::LANES), b)
+            }),
+            Store::Bf16 => each_row!(u16, |to, a, b| S::store_bf16_pair(to, a, b)),
+            Store::StreamBf16 => each_row!(u16, |to, a, b| S::stream_bf16_pair(to, a, b)),
+            // Without the condition what is never called would be compiled.
+            Store::SplitBf16 if S::SPLITS => each_row!(u16, |to, a, b| S::store_bf16_split(to, a, b)),
+            Store::StreamSplitBf16 if S::SPLITS => each_row!(u16, |to, a, b| S::stream_bf16_split(to, a, b)),
+            Store::SplitBf16 | Store::StreamSplitBf16 => unreachable!("columns were not split"),
+            Store::F16 => each_row!(u16, |to, a, b| {
+                S::store_f16(to, a);
+                S::store_f16(to.add(S::LANES), b)
+            }),
+        }
     }
 }
