@@ -1,7 +1,5 @@
 //! The activation as a pass of its own, for products whose kernels do not apply it.
 
-#![allow(unsafe_op_in_unsafe_fn)]
-
 use crate::gemm::activation::{Activate, Activation};
 use crate::threads::jobs::{Job, ThreadState};
 use crate::vector::format::Format;
@@ -25,7 +23,7 @@ pub struct ActivateRows<S, F> {
     pub types: PhantomData<fn() -> (S, F)>,
 }
 
-// The pointers are shared by the threads of a call, which write disjoint rows.
+// SAFETY: the pointers are shared by the threads of a call, which write disjoint rows.
 unsafe impl<S, F> Sync for ActivateRows<S, F> {}
 
 impl<S: Simd, F: Format> Job for ActivateRows<S, F> {
@@ -38,7 +36,7 @@ impl<S: Simd, F: Format> Job for ActivateRows<S, F> {
         let part = self.columns.next_multiple_of(16);
         let gate = thread.scratch.results.words(5 * part);
         for row in ticket * ROWS..self.rows.min((ticket + 1) * ROWS) {
-            // Whoever made this vouches for the pointers.
+            // SAFETY: whoever made this vouches for the pointers.
             unsafe {
                 let width = self.columns * self.activation.columns();
                 S::enter(ActivateRow::<F> {
@@ -78,21 +76,25 @@ impl<F: Format> Kernel for ActivateRow<F> {
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let Self { activation, columns, pre, gate, up, mixed, out, .. } = self;
-        if self.interleaved {
-            widen_row::<S, F>(pre, mixed, 2 * columns);
-            for i in 0..columns {
-                *gate.add(i) = *mixed.add(2 * i);
-                *up.add(i) = *mixed.add(2 * i + 1);
+        // SAFETY: `pre` and `out` are rows of the widths stated; `gate`, `up` and `mixed` have room up to the next
+        // whole vector, which widening writes and the activation reads.
+        unsafe {
+            let Self { activation, columns, pre, gate, up, mixed, out, .. } = self;
+            if self.interleaved {
+                widen_row::<S, F>(pre, mixed, 2 * columns);
+                for i in 0..columns {
+                    *gate.add(i) = *mixed.add(2 * i);
+                    *up.add(i) = *mixed.add(2 * i + 1);
+                }
+            } else {
+                widen_row::<S, F>(pre, gate, columns);
+                if activation.gated() {
+                    widen_row::<S, F>(pre.add(columns * F::BYTES), up, columns);
+                }
             }
-        } else {
-            widen_row::<S, F>(pre, gate, columns);
-            if activation.gated() {
-                widen_row::<S, F>(pre.add(columns * F::BYTES), up, columns);
-            }
+            let width = columns;
+            Activate { activation, rows: 1, width, gate, up, in_stride: 0, out: gate, out_stride: 0 }.run::<S>();
+            round_row::<S, F>(gate, out, columns);
         }
-        let width = columns;
-        Activate { activation, rows: 1, width, gate, up, in_stride: 0, out: gate, out_stride: 0 }.run::<S>();
-        round_row::<S, F>(gate, out, columns);
     }
 }

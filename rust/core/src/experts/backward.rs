@@ -10,8 +10,6 @@
 //! A gradient that is not wanted skips the work that nothing else needs. Results do not depend on the number of
 //! threads.
 
-#![allow(unsafe_op_in_unsafe_fn)]
-
 use super::activation_grad::HiddenGradient;
 use super::column_sums::ColumnSums;
 use super::score_grad::ScoreGradient;
@@ -40,7 +38,7 @@ const ROWS: usize = 32;
 /// gated activations, else `inter`.
 #[derive(Clone, Copy)]
 pub struct ExpertsBackward {
-    /// Instruction set of the kernels.
+    /// Instruction set of the kernels, one that this CPU has.
     pub isa: Isa,
     /// Threads to use, at least one.
     pub threads: usize,
@@ -101,9 +99,12 @@ pub struct ExpertsBackward {
 /// # Safety
 /// The pointers of `args` are as documented there, and the plan's arrays are a plan.
 pub unsafe fn experts_backward(args: &ExpertsBackward) {
-    with_workspace(|[buffer, _]| {
-        with_kernels!(args.isa, args.dtype, S, F => Pass::<S, F>::new(args, buffer).run());
-    });
+    // SAFETY: the caller's, handed on with memory for what the steps share.
+    unsafe {
+        with_workspace(|[buffer, _]| {
+            with_kernels!(args.isa, args.dtype, S, F => Pass::<S, F>::new(args, buffer).run());
+        });
+    }
 }
 
 /// What the steps share. Results that no later step needs are null.
@@ -130,104 +131,115 @@ struct Pass<'a, S, F> {
 
 impl<'a, S: Simd, F: Format> Pass<'a, S, F> {
     unsafe fn new(args: &'a ExpertsBackward, buffer: &mut Buffer) -> Self {
-        let slots = args.tokens * args.top_k;
-        let width = args.inter * args.activation.columns();
-        let used = *args.offsets.add(args.experts) as usize;
-        let wants_hidden = !args.dx.is_null() || !args.dw_gate_up.is_null() || !args.db_gate_up.is_null();
-        let wants_grad = wants_hidden || !args.dscores.is_null();
-        let sizes = [
-            if wants_grad && args.transposed { used * args.inter * F::BYTES } else { 0 },
-            if wants_hidden { used * width * F::BYTES } else { 0 },
-            if args.dw_down.is_null() { 0 } else { used * args.inter * F::BYTES },
-            if args.dx.is_null() { 0 } else { used * args.hidden * F::BYTES },
-            if args.dscores.is_null() { 0 } else { args.inter.div_ceil(COLUMN_BLOCK) * slots * 4 },
-        ];
-        // A line between the parts, so that vectors at the end of one do not share it with the next.
-        let mut next = buffer.bytes(sizes.iter().map(|size| size.next_multiple_of(64) + 64).sum());
-        let [grad, hidden, scaled, rows, shares] = sizes.map(|size| {
-            let start = next;
-            next = next.add(size.next_multiple_of(64) + 64);
-            if size == 0 { null_mut() } else { start }
-        });
-        let gather = Gather { order: args.order, top_k: args.top_k };
-        let shares = shares.cast();
-        Self { args, slots, width, used, gather, grad, hidden, scaled, rows, shares, types: PhantomData }
+        // SAFETY: offsets end with that of `args.experts`, and the parts are within the bytes asked for.
+        unsafe {
+            let slots = args.tokens * args.top_k;
+            let width = args.inter * args.activation.columns();
+            let used = *args.offsets.add(args.experts) as usize;
+            let wants_hidden = !args.dx.is_null() || !args.dw_gate_up.is_null() || !args.db_gate_up.is_null();
+            let wants_grad = wants_hidden || !args.dscores.is_null();
+            let sizes = [
+                if wants_grad && args.transposed { used * args.inter * F::BYTES } else { 0 },
+                if wants_hidden { used * width * F::BYTES } else { 0 },
+                if args.dw_down.is_null() { 0 } else { used * args.inter * F::BYTES },
+                if args.dx.is_null() { 0 } else { used * args.hidden * F::BYTES },
+                if args.dscores.is_null() { 0 } else { args.inter.div_ceil(COLUMN_BLOCK) * slots * 4 },
+            ];
+            // A line between the parts, so that vectors at the end of one do not share it with the next.
+            let mut next = buffer.bytes(sizes.iter().map(|size| size.next_multiple_of(64) + 64).sum());
+            let [grad, hidden, scaled, rows, shares] = sizes.map(|size| {
+                let start = next;
+                next = next.add(size.next_multiple_of(64) + 64);
+                if size == 0 { null_mut() } else { start }
+            });
+            let gather = Gather { order: args.order, top_k: args.top_k };
+            let shares = shares.cast();
+            Self { args, slots, width, used, gather, grad, hidden, scaled, rows, shares, types: PhantomData }
+        }
     }
 
     unsafe fn run(&self) {
-        let args = self.args;
-        let into_activation = HiddenGradient::<F> {
-            activation: args.activation,
-            interleaved: args.interleaved,
-            inter: args.inter,
-            slots: self.slots,
-            pre: args.pre,
-            order: args.order,
-            scores: args.scores,
-            hidden: self.hidden,
-            scaled: self.scaled,
-            shares: self.shares,
-            format: PhantomData,
-        };
-        let down = self.product(args.dout, self.gather, args.w_down, args.hidden, args.inter, self.grad);
-        if self.hidden.is_null() && self.shares.is_null() {
-            // Only the weights' own gradient, which needs the activations but not their gradient.
-            if !self.scaled.is_null() {
+        // SAFETY: the pointers are the caller's and those of `new`, each with the shape stated there; a step reads
+        // what the steps before it have written.
+        unsafe {
+            let args = self.args;
+            let into_activation = HiddenGradient::<F> {
+                activation: args.activation,
+                interleaved: args.interleaved,
+                inter: args.inter,
+                slots: self.slots,
+                pre: args.pre,
+                order: args.order,
+                scores: args.scores,
+                hidden: self.hidden,
+                scaled: self.scaled,
+                shares: self.shares,
+                format: PhantomData,
+            };
+            let down = self.product(args.dout, self.gather, args.w_down, args.hidden, args.inter, self.grad);
+            if self.hidden.is_null() && self.shares.is_null() {
+                // Only the weights' own gradient, which needs the activations but not their gradient.
+                if !self.scaled.is_null() {
+                    run_jobs(args.threads, &[&self.differentiate_rows(into_activation)]);
+                }
+            } else if args.transposed {
+                grouped_nt(&down, &Epilogue::NONE);
                 run_jobs(args.threads, &[&self.differentiate_rows(into_activation)]);
+            } else {
+                run_jobs(args.threads, &[&NnJob::<S, F, _>::new(&down, into_activation)]);
             }
-        } else if args.transposed {
-            grouped_nt(&down, &Epilogue::NONE);
-            run_jobs(args.threads, &[&self.differentiate_rows(into_activation)]);
-        } else {
-            run_jobs(args.threads, &[&NnJob::<S, F, _>::new(&down, into_activation)]);
-        }
-        self.after_activation();
-        if !args.dx.is_null() {
-            self.token_sums().run();
+            self.after_activation();
+            if !args.dx.is_null() {
+                self.token_sums().run();
+            }
         }
     }
 
     /// Everything that needs nothing but `dH` and `A'`, in one go.
     unsafe fn after_activation(&self) {
-        let args = self.args;
-        let mut jobs: Vec<Box<dyn Job + '_>> = Vec::new();
-        if !args.dx.is_null() {
-            let up = self.product(self.hidden, Gather::NONE, args.w_gate_up, self.width, args.hidden, self.rows);
-            if args.transposed {
-                grouped_nt(&up, &Epilogue::NONE);
-            } else {
-                let finish = StoreSums::<F> { out: self.rows, bias: null_mut(), n: args.hidden, format: PhantomData };
-                jobs.push(Box::new(NnJob::<S, F, _>::new(&up, finish)));
+        // SAFETY: as in `run`, which has computed `dH` and `A'`.
+        unsafe {
+            let args = self.args;
+            let mut jobs: Vec<Box<dyn Job + '_>> = Vec::new();
+            if !args.dx.is_null() {
+                let up = self.product(self.hidden, Gather::NONE, args.w_gate_up, self.width, args.hidden, self.rows);
+                if args.transposed {
+                    grouped_nt(&up, &Epilogue::NONE);
+                } else {
+                    let finish =
+                        StoreSums::<F> { out: self.rows, bias: null_mut(), n: args.hidden, format: PhantomData };
+                    jobs.push(Box::new(NnJob::<S, F, _>::new(&up, finish)));
+                }
             }
+            let elements = args.experts
+                * args.hidden
+                * (if args.dw_down.is_null() { 0 } else { args.inter }
+                    + if args.dw_gate_up.is_null() { 0 } else { self.width });
+            let stream = larger_than_cache(elements * F::BYTES);
+            let dout = (args.dout, self.gather, args.hidden);
+            let x = (args.x, self.gather, args.hidden);
+            if !args.dw_down.is_null() {
+                let scaled = (self.scaled.cast_const(), Gather::NONE, args.inter);
+                let (a, b) = if args.transposed { (scaled, dout) } else { (dout, scaled) };
+                jobs.push(Box::new(self.weight_gradient(a, b, args.dw_down, stream)));
+            }
+            if !args.dw_gate_up.is_null() {
+                let hidden = (self.hidden.cast_const(), Gather::NONE, self.width);
+                let (a, b) = if args.transposed { (x, hidden) } else { (hidden, x) };
+                jobs.push(Box::new(self.weight_gradient(a, b, args.dw_gate_up, stream)));
+            }
+            if !args.db_gate_up.is_null() {
+                let hidden = (self.hidden.cast_const(), Gather::NONE, self.width);
+                jobs.push(Box::new(self.column_sums(hidden, std::ptr::null(), args.db_gate_up)));
+            }
+            if !args.db_down.is_null() {
+                jobs.push(Box::new(self.column_sums(dout, args.scores, args.db_down)));
+            }
+            if !args.dscores.is_null() {
+                jobs.push(Box::new(self.score_gradient()));
+            }
+            run_jobs(args.threads, &jobs.iter().map(|job| &**job).collect::<Vec<_>>());
         }
-        let elements = args.experts
-            * args.hidden
-            * (if args.dw_down.is_null() { 0 } else { args.inter }
-                + if args.dw_gate_up.is_null() { 0 } else { self.width });
-        let stream = larger_than_cache(elements * F::BYTES);
-        let dout = (args.dout, self.gather, args.hidden);
-        let x = (args.x, self.gather, args.hidden);
-        if !args.dw_down.is_null() {
-            let scaled = (self.scaled.cast_const(), Gather::NONE, args.inter);
-            let (a, b) = if args.transposed { (scaled, dout) } else { (dout, scaled) };
-            jobs.push(Box::new(self.weight_gradient(a, b, args.dw_down, stream)));
-        }
-        if !args.dw_gate_up.is_null() {
-            let hidden = (self.hidden.cast_const(), Gather::NONE, self.width);
-            let (a, b) = if args.transposed { (x, hidden) } else { (hidden, x) };
-            jobs.push(Box::new(self.weight_gradient(a, b, args.dw_gate_up, stream)));
-        }
-        if !args.db_gate_up.is_null() {
-            let hidden = (self.hidden.cast_const(), Gather::NONE, self.width);
-            jobs.push(Box::new(self.column_sums(hidden, std::ptr::null(), args.db_gate_up)));
-        }
-        if !args.db_down.is_null() {
-            jobs.push(Box::new(self.column_sums(dout, args.scores, args.db_down)));
-        }
-        if !args.dscores.is_null() {
-            jobs.push(Box::new(self.score_gradient()));
-        }
-        run_jobs(args.threads, &jobs.iter().map(|job| &**job).collect::<Vec<_>>());
     }
 
     /// A product of rows with an expert's weights.
@@ -237,9 +249,26 @@ impl<'a, S: Simd, F: Format> Pass<'a, S, F> {
     }
 
     unsafe fn weight_gradient(&self, a: Operand, b: Operand, out: *mut u8, stream: bool) -> TnJob<S, F> {
-        let &ExpertsBackward { isa, threads, dtype, experts, offsets, .. } = self.args;
-        let ((a, gather_a, p), (b, gather_b, n)) = (a, b);
-        TnJob::new(&GroupedTn { isa, threads, dtype, experts, offsets, p, n, a, gather_a, b, gather_b, out, stream })
+        // SAFETY: the caller's: operands with the rows that the plan has, and room for the result.
+        unsafe {
+            let &ExpertsBackward { isa, threads, dtype, experts, offsets, .. } = self.args;
+            let ((a, gather_a, p), (b, gather_b, n)) = (a, b);
+            TnJob::new(&GroupedTn {
+                isa,
+                threads,
+                dtype,
+                experts,
+                offsets,
+                p,
+                n,
+                a,
+                gather_a,
+                b,
+                gather_b,
+                out,
+                stream,
+            })
+        }
     }
 
     fn column_sums(&self, (a, gather, n): Operand, scores: *const f32, out: *mut u8) -> ColumnSums<S, F> {
@@ -288,7 +317,7 @@ struct DifferentiateRows<S, F> {
     types: PhantomData<fn() -> S>,
 }
 
-// Tickets read shared memory and write disjoint parts.
+// SAFETY: tickets read shared memory and write disjoint parts.
 unsafe impl<S, F> Sync for DifferentiateRows<S, F> {}
 
 impl<S: Simd, F: Format> Job for DifferentiateRows<S, F> {
@@ -302,7 +331,7 @@ impl<S: Simd, F: Format> Job for DifferentiateRows<S, F> {
         let row = ticket * ROWS;
         let rows = ROWS.min(self.used - row);
         let values = thread.scratch.results.words(ROWS * stride);
-        // Whoever made this vouches for the pointers.
+        // SAFETY: whoever made this vouches for the pointers.
         unsafe {
             for r in 0..rows {
                 let to = values.add(r * stride);
@@ -331,6 +360,9 @@ impl<F: Format> Kernel for WidenRow<F> {
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        widen_row::<S, F>(self.from, self.to, self.len);
+        // SAFETY: both rows have `len` elements, `to` up to a whole vector.
+        unsafe {
+            widen_row::<S, F>(self.from, self.to, self.len);
+        }
     }
 }

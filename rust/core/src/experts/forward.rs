@@ -34,7 +34,7 @@ use std::sync::atomic::AtomicUsize;
 /// `inter`.
 #[derive(Clone, Copy)]
 pub struct ExpertsForward {
-    /// Instruction set of the kernels.
+    /// Instruction set of the kernels, one that this CPU has.
     pub isa: Isa,
     /// Threads to use, at least one.
     pub threads: usize,
@@ -86,6 +86,7 @@ pub struct ExpertsForward {
 /// # Safety
 /// All pointers are as documented.
 pub unsafe fn experts_forward(args: &ExpertsForward) {
+    // SAFETY: there are `experts + 1` offsets.
     let used = unsafe { *args.offsets.add(args.experts) } as usize;
     let row_bytes = |columns: usize| columns * args.dtype.size();
     let width = args.inter * args.activation.columns();
@@ -135,6 +136,8 @@ pub unsafe fn experts_forward(args: &ExpertsForward) {
         };
         let combine = Combine { map, y: rows, weights: args.scores.cast(), out: args.out };
         let mut epilogue = Epilogue { activation: Some(args.activation), interleaved: args.interleaved, pre: args.pre };
+        // SAFETY: the pointers are as documented, and the workspace has room for `hidden`, `rows` and, where it is
+        // needed, `pre`.
         unsafe {
             if args.transposed {
                 if epilogue.pre.is_null() {
@@ -150,6 +153,7 @@ pub unsafe fn experts_forward(args: &ExpertsForward) {
 
 /// The three steps with weights `[out, in]`.
 unsafe fn plain(up: &Grouped, epilogue: &Epilogue, down: &Grouped, combine: &Combine) {
+    // SAFETY: the caller's: `up` is as documented.
     let units = unsafe { units(up) };
     let columns = epilogue.columns();
     let up_tickets = Tickets::new(&units, up.n / columns, columns, up.threads);
@@ -158,6 +162,7 @@ unsafe fn plain(up: &Grouped, epilogue: &Epilogue, down: &Grouped, combine: &Com
     let down = NtPass { args: *down, epilogue: Epilogue::NONE, tickets: &down_tickets, after: Some(&up_tickets) };
     let tokens = AtomicUsize::new(0);
     parallel(down.args.threads, &|_| {
+        // SAFETY: every thread writes the tickets and tokens that it has drawn, and reads what it has waited for.
         with_scratch(|scratch| unsafe {
             up.work(scratch);
             down.work(scratch);
@@ -170,6 +175,7 @@ unsafe fn plain(up: &Grouped, epilogue: &Epilogue, down: &Grouped, combine: &Com
 /// The steps with weights `[in, out]`, the activation of `used` rows among them.
 unsafe fn transposed(up: &Grouped, epilogue: &Epilogue, used: usize, down: &Grouped, combine: &Combine) {
     let Some(activation) = epilogue.activation else { unreachable!("experts have an activation") };
+    // SAFETY: each step reads what those before it have written; the pointers are as documented.
     unsafe {
         grouped_nn(&Grouped { out: epilogue.pre, ..*up });
         with_kernels!(up.isa, up.dtype, S, F => run_jobs(up.threads, &[&ActivateRows::<S, F> {

@@ -1,7 +1,5 @@
 //! The gradient of the routing scores, from the shares that the blocks of the first GEMM left.
 
-#![allow(unsafe_op_in_unsafe_fn)]
-
 use crate::gemm::grouped::Gather;
 use crate::threads::jobs::{Job, ThreadState};
 use crate::vector::format::Format;
@@ -36,7 +34,7 @@ pub struct ScoreGradient<S, F> {
     pub types: PhantomData<fn() -> (S, F)>,
 }
 
-// The pointers are shared by the threads of a call, which write disjoint parts of `dscores`.
+// SAFETY: the pointers are shared by the threads of a call, which write disjoint parts of `dscores`.
 unsafe impl<S, F> Sync for ScoreGradient<S, F> {}
 
 impl<S: Simd, F: Format> Job for ScoreGradient<S, F> {
@@ -45,7 +43,7 @@ impl<S: Simd, F: Format> Job for ScoreGradient<S, F> {
     }
 
     fn run(&self, ticket: usize, _: &mut ThreadState) {
-        // Whoever made this vouches for the pointers.
+        // SAFETY: whoever made this vouches for the pointers.
         unsafe {
             let mut expert = 0;
             for row in ticket * ROWS..self.slots.min((ticket + 1) * ROWS) {
@@ -86,18 +84,21 @@ impl<F: Format> Kernel for RowDot<F> {
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) -> f32 {
-        let mut lanes = [<S::Narrow as Simd>::zero(); 8];
-        let mut sum = S::zero();
-        let mut i = 0;
-        while i < self.len {
-            let a = load_up_to::<S, F>(self.a.add(i * F::BYTES), self.len - i);
-            let b = load_up_to::<S, F>(self.b.add(i * F::BYTES), self.len - i);
-            sum = S::fma(a, b, sum);
-            i += S::LANES;
+        // SAFETY: both rows have `len` elements, and `load_up_to` reads no more than are left.
+        unsafe {
+            let mut lanes = [<S::Narrow as Simd>::zero(); 8];
+            let mut sum = S::zero();
+            let mut i = 0;
+            while i < self.len {
+                let a = load_up_to::<S, F>(self.a.add(i * F::BYTES), self.len - i);
+                let b = load_up_to::<S, F>(self.b.add(i * F::BYTES), self.len - i);
+                sum = S::fma(a, b, sum);
+                i += S::LANES;
+            }
+            lanes[0] = S::fold(sum);
+            let mut sums = [0f32; 8];
+            <S::Narrow as Simd>::store(sums.as_mut_ptr(), S::Narrow::sum_each(lanes));
+            sums[0]
         }
-        lanes[0] = S::fold(sum);
-        let mut sums = [0f32; 8];
-        <S::Narrow as Simd>::store(sums.as_mut_ptr(), S::Narrow::sum_each(lanes));
-        sums[0]
     }
 }
