@@ -87,7 +87,7 @@ impl Case {
         };
         let mut out = self.x;
         let weights = self.scores.as_ptr().cast();
-        // Safety: the arrays have the documented sizes, and the plan is one.
+        // SAFETY: the arrays have the documented sizes, and the plan is one.
         unsafe { Combine { map, y: self.rows.as_ptr(), weights, out: out.as_mut_ptr() }.run() };
     }
 
@@ -117,7 +117,7 @@ impl Case {
             pre: self.pre.as_mut_ptr(),
             out: out.as_mut_ptr(),
         };
-        // Safety: as above.
+        // SAFETY: as above.
         unsafe { experts_forward(&args) };
     }
 
@@ -153,7 +153,7 @@ impl Case {
             db_gate_up: null_mut(),
             db_down: null_mut(),
         };
-        // Safety: as above.
+        // SAFETY: as above.
         unsafe { experts_backward(&args) };
     }
 }

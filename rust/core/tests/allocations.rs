@@ -21,14 +21,17 @@ struct Counted;
 static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
 static BYTES: AtomicUsize = AtomicUsize::new(0);
 
+// SAFETY: the system's allocator, counted.
 unsafe impl GlobalAlloc for Counted {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         ALLOCATIONS.fetch_add(1, Relaxed);
         BYTES.fetch_add(layout.size(), Relaxed);
+        // SAFETY: the caller's.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn dealloc(&self, start: *mut u8, layout: Layout) {
+        // SAFETY: the caller's.
         unsafe { System.dealloc(start, layout) };
     }
 }
@@ -70,6 +73,7 @@ fn forward(layer: &Layer, isa: Isa, out: &mut Tensor, pre: &mut Tensor) {
         pre: pre.mut_ptr(),
         out: out.mut_ptr(),
     };
+    // SAFETY: the tensors have the shapes of the layer.
     unsafe { experts_forward(&args) };
 }
 
@@ -105,6 +109,7 @@ fn backward(layer: &Layer, isa: Isa, pre: &Tensor, gradients: &mut [Tensor; 3], 
         db_gate_up: null_mut(),
         db_down: null_mut(),
     };
+    // SAFETY: the tensors have the shapes of the layer.
     unsafe { experts_backward(&args) };
 }
 

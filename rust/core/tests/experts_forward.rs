@@ -67,6 +67,7 @@ impl Case {
             pre: if save { pre.mut_ptr() } else { null_mut() },
             out: out.mut_ptr(),
         };
+        // SAFETY: the tensors have the shapes of the layer.
         unsafe { experts_forward(&args) };
         (out, pre)
     }

@@ -66,6 +66,7 @@ fn check_nn(isa: Isa, dtype: DType, rows: &Rows, k: usize, n: usize, gathered: b
         bias: if biased { bias.ptr() } else { std::ptr::null() },
         out: out.mut_ptr(),
     };
+    // SAFETY: the tensors have the shapes stated.
     unsafe { grouped_nn(&job) };
     let (a, b, bias) = (a.values(), b.values(), bias.values());
     let mut want = vec![0.0; rows.len() * n];
@@ -109,9 +110,11 @@ fn check_tn(isa: Isa, dtype: DType, rows: &Rows, p: usize, n: usize, gathered: (
             gather_a,
             b: b.ptr(),
             gather_b,
+            // SAFETY: there is room for it before the result.
             out: unsafe { room.mut_ptr().add(start * dtype.size()) },
             stream,
         };
+        // SAFETY: the tensors have the shapes stated.
         unsafe { grouped_tn(&job) };
         let (a, b) = (a.values(), b.values());
         let mut want = vec![0.0; experts * p * n];

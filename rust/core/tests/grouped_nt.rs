@@ -86,6 +86,7 @@ impl Case {
             interleaved: self.interleaved,
             pre: if self.save { pre.mut_ptr() } else { std::ptr::null_mut() },
         };
+        // SAFETY: the tensors have the shapes stated.
         unsafe { grouped_nt(&job, &epilogue) };
         (out, pre)
     }

@@ -97,7 +97,7 @@ impl Problem {
         let mut out = poison(self.tokens * self.hidden, dtype);
         let mut dy = poison(slots * self.hidden, dtype);
         let mut dweights = poison(slots, weight_type(dtype));
-        // Safety: all sizes are those of the map.
+        // SAFETY: all sizes are those of the map.
         unsafe {
             Permute { map, x: x.as_ptr(), out: rows.as_mut_ptr() }.run();
             Combine { map, y: y.as_ptr(), weights, out: out.as_mut_ptr() }.run();
@@ -216,7 +216,7 @@ fn gradients_not_wanted_are_not_written() {
         dy: only_dy.as_mut_ptr(),
         dweights: null,
     };
-    // Safety: as above; `y` is not read without `dweights`.
+    // SAFETY: as above; `y` is not read without `dweights`.
     unsafe {
         job.run();
         CombineBackward { y: y.as_ptr(), dy: null, dweights: only_dweights.as_mut_ptr(), ..job }.run();

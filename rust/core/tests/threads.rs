@@ -116,10 +116,11 @@ fn a_panic_reaches_the_caller_and_the_pool_survives() {
 fn a_forked_child_has_a_working_pool() {
     parallel(4, &|_| {});
     for _ in 0..20 {
-        // Safety: the child only runs the pool and leaves by _exit.
+        // SAFETY: the child only runs the pool and leaves by _exit.
         let pid = unsafe { libc::fork() };
         assert!(pid >= 0);
         if pid == 0 {
+            // SAFETY: a timer of the child's own.
             unsafe { libc::alarm(20) }; // a child that hangs is killed
             let sum = AtomicUsize::new(0);
             for _ in 0..10 {
@@ -127,9 +128,11 @@ fn a_forked_child_has_a_working_pool() {
                     sum.fetch_add(i, Relaxed);
                 });
             }
+            // SAFETY: ends the child without running what the parent registered.
             unsafe { libc::_exit(i32::from(sum.into_inner() != 60)) };
         }
         let mut status = 0;
+        // SAFETY: the child that was forked above.
         assert_eq!(unsafe { libc::waitpid(pid, &mut status, 0) }, pid);
         assert_eq!(status, 0, "the child's answer");
         assert_eq!(calls_of_each_index(4, |f| parallel(4, f)), vec![1; 4]);

@@ -79,6 +79,7 @@ impl Driver {
         /// A symbol of the library, as the function type of the field it goes to.
         unsafe fn symbol<F>(library: *mut c_void, name: &CStr) -> Result<F, String> {
             const { assert!(size_of::<F>() == size_of::<*mut c_void>()) };
+            // SAFETY: a library that is open, and a name that ends with 0.
             let address = unsafe { dlsym(library, name.as_ptr()) };
             if address.is_null() {
                 return Err(format!(
@@ -86,6 +87,7 @@ impl Driver {
                     name.to_string_lossy()
                 ));
             }
+            // SAFETY: as large as a pointer, and the caller names the function's type.
             Ok(unsafe { std::mem::transmute_copy(&address) })
         }
         // SAFETY: the names are the driver's, with the signatures of cuda.h.

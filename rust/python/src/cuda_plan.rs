@@ -120,7 +120,7 @@ impl Arrivals<'_> {
                 thread::yield_now();
             }
             if polls.is_multiple_of(POLLS) && thread::current().id() == self.caller {
-                // Safety: a plain driver call.
+                // SAFETY: a plain driver call.
                 let state = unsafe { (self.driver.stream_query)(self.stream) };
                 if state != NOT_READY && mark.load(Acquire) != self.epoch {
                     self.failed.store(if state == 0 { Self::LOST } else { state }, Relaxed);
@@ -173,13 +173,13 @@ fn cuda_plan(
         let arrivals = Arrivals {
             driver,
             stream,
-            // Safety: Python vouches for the memory; the device and this function treat its words as atomics.
+            // SAFETY: Python vouches for the memory; the device and this function treat its words as atomics.
             marks: unsafe { std::slice::from_raw_parts(marks as *const AtomicU32, blocks * MARK_WORDS) },
             epoch,
             caller: thread::current().id(),
             failed: AtomicI32::new(0),
         };
-        // Safety: a plain driver call.
+        // SAFETY: a plain driver call.
         let is_idle = unsafe { (driver.stream_query)(stream) } == 0;
         let params =
             Params::pointers(&[ids, memory, marks]).ints(&[slots, experts, id_type, layout.width, epoch as usize, 0]);
@@ -194,7 +194,7 @@ fn cuda_plan(
             outputs.insert(made).is_ok()
         };
         let ranking = Ranking { layout: &layout, memory, threads, arrivals: &arrivals };
-        // Safety: Python vouches for the memory, which no kernel uses between the marks and the next launch.
+        // SAFETY: Python vouches for the memory, which no kernel uses between the marks and the next launch.
         let done = unsafe {
             if is_idle {
                 ranking.run(make_outputs)
@@ -232,7 +232,7 @@ impl Ranking<'_> {
     /// # Safety
     /// The memory is there, and nothing but this plan uses it once its ids arrive.
     unsafe fn run(&self, meanwhile: impl FnOnce() -> bool) -> bool {
-        // Safety: the caller's.
+        // SAFETY: the caller's.
         unsafe {
             match self.layout.width {
                 1 => self.run_with::<u8>(meanwhile),
@@ -248,7 +248,7 @@ impl Ranking<'_> {
             self.arrivals.wait(slots.start * width / BLOCK_BYTES..(slots.end * width).div_ceil(BLOCK_BYTES))
         };
         let (ranks, table) = ((self.memory + ranks) as *mut i16, (self.memory + table) as *mut i32);
-        // Safety: the caller's; the kernel gives no id that is greater than the number of experts.
+        // SAFETY: the caller's; the kernel gives no id that is greater than the number of experts.
         unsafe { rank(self.memory as *const I, chunks, ranks, table, self.threads, &arrived, meanwhile) }
     }
 }

@@ -129,7 +129,7 @@ pub fn experts_forward(
         pre: pointer(pre).cast_mut(),
         out: pointer(out).cast_mut(),
     });
-    // Python vouches for the tensors behind the addresses.
+    // SAFETY: Python vouches for the tensors behind the addresses.
     py.detach(|| unsafe { forward(args.get()) });
     Ok(())
 }
@@ -169,6 +169,7 @@ pub fn grouped_mm(
         let (gather_a, gather_b) = (Gather::NONE, Gather::NONE);
         let stream = larger_than_cache(bytes);
         let args = GroupedTn { isa, threads, dtype, experts, offsets, p: k, n, a, gather_a, b, gather_b, out, stream };
+        // SAFETY: Python vouches for the tensors behind the addresses.
         py.detach(|| unsafe {
             let args = &args;
             advise_huge_pages(args.out, bytes);
@@ -179,6 +180,7 @@ pub fn grouped_mm(
     let gather = Gather::NONE;
     let bias = std::ptr::null();
     let args = Grouped { isa, threads, dtype, experts, offsets, k, n, a, gather, b, bias, out };
+    // SAFETY: Python vouches for the tensors behind the addresses.
     py.detach(|| unsafe {
         let args = &args;
         advise_huge_pages(args.out, rows * n * dtype.size());
@@ -198,6 +200,7 @@ pub fn grouped_mm(
 /// `args.out` has `rows` rows and `args.offsets` is as documented.
 unsafe fn clear_unused(args: &Grouped, rows: usize) {
     let row_bytes = args.n * args.dtype.size();
+    // SAFETY: the caller's: the offsets name `used` rows of `rows`.
     unsafe {
         let used = *args.offsets.add(args.experts) as usize;
         if used < rows {
@@ -209,8 +212,9 @@ unsafe fn clear_unused(args: &Grouped, rows: usize) {
 /// Lets arguments with pointers be used where the interpreter is released.
 pub struct Shared<T>(pub T);
 
-// Plain addresses; what may be done with them is the called function's contract.
+// SAFETY: plain addresses; what may be done with them is the called function's contract.
 unsafe impl<T> Sync for Shared<T> {}
+// SAFETY: as above.
 unsafe impl<T> Send for Shared<T> {}
 
 impl<T> Shared<T> {

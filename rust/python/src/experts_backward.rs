@@ -93,7 +93,7 @@ pub fn experts_backward(
         db_gate_up: pointer(db_gate_up).cast_mut(),
         db_down: pointer(db_down).cast_mut(),
     });
-    // Python vouches for the tensors behind the addresses.
+    // SAFETY: Python vouches for the tensors behind the addresses.
     py.detach(|| unsafe { backward(args.get()) });
     Ok(())
 }

@@ -27,7 +27,7 @@ impl Pages {
     unsafe fn __getbuffer__(slf: Bound<'_, Self>, view: *mut ffi::Py_buffer, flags: c_int) -> PyResult<()> {
         let this = slf.get();
         let length = ffi::Py_ssize_t::try_from(this.bytes).map_err(|e| PyMemoryError::new_err(e.to_string()))?;
-        // The view holds a reference to this object, hence the memory.
+        // SAFETY: the view holds a reference to this object, hence the memory.
         let filled = unsafe { ffi::PyBuffer_FillInfo(view, slf.as_ptr(), this.pages.start().cast(), length, 0, flags) };
         if filled == 0 { Ok(()) } else { Err(PyErr::fetch(slf.py())) }
     }
@@ -42,7 +42,7 @@ fn memory_rate(py: Python<'_>, start: usize, bytes: usize, threads: usize, write
         )));
     }
     let isa = Isa::current().map_err(|error| PyValueError::new_err(error.to_string()))?;
-    // Python vouches for the memory.
+    // SAFETY: Python vouches for the memory.
     Ok(py.detach(|| unsafe { measure(isa, start as *mut u8, bytes, threads, write) }))
 }
 

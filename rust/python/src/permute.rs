@@ -58,7 +58,7 @@ impl Shapes {
             top_k: self.top_k,
             hidden: self.hidden,
             inverse: address(self.inverse),
-            // Safety: Python vouches for the tensors behind the addresses.
+            // SAFETY: Python vouches for the tensors behind the addresses.
             used: if offsets.is_null() { 0 } else { unsafe { *offsets.add(self.experts) as usize } },
         }))
     }
@@ -72,9 +72,11 @@ fn address<T>(address: usize) -> *const T {
 fn run<T: Sync>(py: Python<'_>, map: &TokenMap, args: T, work: unsafe fn(&T)) {
     let bytes = map.tokens * (map.top_k + 1) * map.hidden * map.dtype.size();
     if bytes < BYTES_WORTH_RELEASING {
+        // SAFETY: Python vouches for the tensors behind the addresses.
         unsafe { work(&args) }
     } else {
         let args = &args;
+        // SAFETY: Python vouches for the tensors behind the addresses.
         py.detach(|| unsafe { work(args) });
     }
 }

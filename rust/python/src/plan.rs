@@ -25,6 +25,7 @@ unsafe fn elements<'a, T>(name: &str, address: usize, len: usize) -> PyResult<&'
         return Ok(&[]);
     }
     check::<T>(name, address, len)?;
+    // SAFETY: the caller's, and checked: aligned, and no longer than memory can be.
     Ok(unsafe { slice::from_raw_parts(address as *const T, len) })
 }
 
@@ -37,6 +38,7 @@ unsafe fn elements_mut<'a, T>(name: &str, address: usize, len: usize) -> PyResul
         return Ok(&mut []);
     }
     check::<T>(name, address, len)?;
+    // SAFETY: the caller's, and checked: aligned, and no longer than memory can be.
     Ok(unsafe { slice::from_raw_parts_mut(address as *mut T, len) })
 }
 
@@ -62,6 +64,7 @@ unsafe fn plan_offsets<'a>(address: usize, experts: usize) -> PyResult<&'a [i32]
     if experts == 0 {
         return Err(PyValueError::new_err("experts: got 0, expected at least 1"));
     }
+    // SAFETY: the caller's.
     unsafe { elements("offsets", address, experts.saturating_add(1)) }
 }
 
@@ -80,7 +83,7 @@ fn plan(
     offsets: usize,
     threads: usize,
 ) -> PyResult<()> {
-    // Python vouches for the tensors behind the addresses.
+    // SAFETY: Python vouches for the tensors behind the addresses.
     let (order, inverse, offsets) = unsafe {
         (
             elements_mut("order", order, slots)?,
@@ -89,6 +92,7 @@ fn plan(
         )
     };
     let mut sort = Sort { py, order, inverse, offsets, threads };
+    // SAFETY: Python vouches for the tensors behind the addresses.
     let planned = unsafe {
         match IdType::from_code(id_type) {
             Some(IdType::U8) => sort.run::<u8>(elements("ids", ids, slots)?),
@@ -134,10 +138,12 @@ fn tiles(
         return Err(PyValueError::new_err("height: got 0, expected at least 1"));
     }
     let order = if longest_first { TileOrder::LongestFirst } else { TileOrder::ByExpert };
+    // SAFETY: Python vouches for the tensors behind the addresses.
     let table = cut(unsafe { plan_offsets(offsets, experts)? }, height, order);
     if table.len() > capacity {
         return Err(PyValueError::new_err(format!("capacity: got {capacity}, expected {} tiles", table.len())));
     }
+    // SAFETY: Python vouches for the tensors behind the addresses.
     let out: &mut [[i32; 3]] = unsafe { elements_mut("out", out, table.len())? };
     for (row, tile) in out.iter_mut().zip(&table) {
         *row = [tile.expert, tile.first_row, tile.rows];
@@ -149,6 +155,7 @@ fn tiles(
 #[pyfunction]
 #[pyo3(signature = (offsets, experts))]
 fn plan_stats(offsets: usize, experts: usize) -> PyResult<(u32, f64, f64, u32)> {
+    // SAFETY: Python vouches for the tensors behind the addresses.
     let stats = stats(unsafe { plan_offsets(offsets, experts)? });
     Ok((stats.max_load, stats.mean_load, stats.entropy, stats.empty_experts))
 }
