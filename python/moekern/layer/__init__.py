@@ -1,1 +1,1 @@
-"""The torch modules: the layer, its parameters, its short ways, and what walks a model."""
+"""The torch modules: the layer, its parameters, its fast paths, and functions over whole models."""

@@ -1,4 +1,4 @@
-"""What the helpers of the layer may read of it: its parts and options, without its methods."""
+"""The attributes of the layer that its helpers may read: its parts and options, without its methods."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moekern.layer.parameters import Experts, Router, SharedExpert
 
 
 def _option(name: str) -> Any:
-    """An option as an attribute of the layer. It may be set anew; the options are then checked as at the start."""
+    """An option as an attribute of the layer. Setting it checks all options, as the constructor does."""
 
     def read(layer: LayerAttributes) -> Any:
         return getattr(layer.options, name)
@@ -20,7 +20,7 @@ def _option(name: str) -> Any:
     def write(layer: LayerAttributes, value: Any) -> None:
         layer.options = replace(layer.options, **{name: value})
 
-    return property(read, write, doc=f"The option `{name}`; it may be set anew.")
+    return property(read, write, doc=f"The option `{name}`, which can be set.")
 
 
 class LayerAttributes(nn.Module):
@@ -32,7 +32,7 @@ class LayerAttributes(nn.Module):
     shared_expert: SharedExpert | None
     shared_expert_gate: nn.Linear | None
     num_fused_experts: int
-    num_apart_experts: int  # those that are fused again when the layer has its values: see fused_shared.py
+    num_apart_experts: int  # parts to be fused again when the layer has its values: see fused_shared.py
     _latest_routing: Any
     _token_mask: Tensor | None
 

@@ -1,4 +1,4 @@
-"""Keeping the experts of a whole model evenly used: its layers' losses, and DeepSeek's bias that needs none."""
+"""Keeps the experts of a whole model evenly used: its layers' losses, and DeepSeek's bias without a loss."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def aux_loss(
         group: See :func:`load_balancing_loss`.
 
     Returns:
-        A scalar; of a model spread over devices, on that of its last layer.
+        A scalar, on the device of the model's last layer.
 
     Raises:
         TypeError, ValueError: An argument is of the wrong kind; the model has no MoE layer, or one that has not run in
@@ -68,18 +68,18 @@ def aux_loss(
 
 
 def set_token_mask(model: nn.Module, mask: Tensor | None) -> None:
-    """Tell all layers which tokens are padding, where the model does not hand them a mask: ``mask`` of ``MoE.forward``.
+    """Tell all layers which tokens are padding, if the model does not pass them a mask (``mask`` of ``MoE.forward``).
 
-    It holds for every pass in training mode, recomputations included, until it is set anew; one of another shape than
-    a layer's input is refused there. So set it before each batch, or to None for batches without padding.
+    It holds for every pass in training mode, recomputations included, until it is set again; a layer whose input has
+    another shape raises. So set it before each batch, or to None for batches without padding.
 
     Args:
         model: Contains :class:`moekern.MoE` layers.
         mask: Bool or integer, False or zero for padding, of the shape of the layers' input without its last dimension,
-            and on its device, as an ``attention_mask`` mostly is; None ends it.
+            and on its device, as an ``attention_mask`` usually is; None removes the mask.
 
     Raises:
-        TypeError, ValueError: The model has no such layer, or the mask is no bool or integer tensor.
+        TypeError, ValueError: The model has no such layer, or the mask is not a bool or integer tensor.
     """
     if mask is not None:
         masks.truth("mask", mask)
@@ -88,17 +88,17 @@ def set_token_mask(model: nn.Module, mask: Tensor | None) -> None:
 
 
 def update_selection_bias(model: nn.Module, rate: float = 0.001, group: Any = None) -> None:
-    """One step of DeepSeek's balancing without loss (Wang et al. 2024): move every layer's selection bias.
+    """One step of DeepSeek's balancing without a loss (Wang et al. 2024): move the selection bias of every layer.
 
-    Experts that got more than the mean number of tokens since the latest step are made less likely to be chosen by
-    ``rate``, those that got fewer, more likely. Call it once an optimiser step, after all its forward passes; or let
-    :func:`bias_update_hook` do so.
+    The bias of experts that got more than the mean number of tokens since the latest step falls by ``rate``, so that
+    they are chosen less; that of experts with fewer tokens rises. Call it once per optimiser step, after all forward
+    passes of the step; or let :func:`bias_update_hook` do so.
 
     Args:
         model: Contains :class:`moekern.MoE` layers with ``selection_bias=True``.
         rate: The step.
-        group: A torch.distributed process group over which the tokens are summed, None for this rank alone. Ranks that
-            share their weights must share their tokens, or their biases drift apart.
+        group: A torch.distributed process group over which the token counts are summed; None for this rank alone. Ranks
+            that share weights must share the counts, or their biases drift apart.
 
     Raises:
         TypeError, ValueError: An argument is of the wrong kind; the model has no such layer.
@@ -125,8 +125,8 @@ def bias_update_hook(
     """Call :func:`update_selection_bias` after every step of the optimiser.
 
     Args:
-        optimizer: A torch optimiser, or a wrapper that has one as ``.optimizer``, such as Accelerate's: then after
-            every step that it really takes.
+        optimizer: A torch optimiser, or a wrapper that has one as ``.optimizer``, such as Accelerate's. A step that the
+            wrapper skips moves no bias.
         model, rate, group: See :func:`update_selection_bias`.
 
     Returns:
@@ -144,18 +144,18 @@ def bias_update_hook(
 
 
 def _unwrapped(optimizer: object) -> torch.optim.Optimizer:
-    """The optimiser that steps. Some wrappers are an Optimizer by class only and have none of its hooks."""
+    """The optimiser that takes the steps. Some wrappers are an Optimizer by class only, without its hooks."""
     own: Any = optimizer
     for _ in range(10):
         if isinstance(own, torch.optim.Optimizer) and hasattr(own, "_optimizer_step_post_hooks"):
             return own
-        # A learning rate scheduler has an optimiser and a step too, which is not the optimiser's.
+        # A learning rate scheduler has an optimiser too, but its step is not the optimiser's.
         is_wrapper = hasattr(own, "step") and not hasattr(own, "get_last_lr")
         names = ("optimizer", "optim", "_optimizer") if is_wrapper else ()
         own = next((held for name in names if (held := getattr(own, name, None)) is not None), None)
     raise TypeError(
         f"optimizer: got {type(optimizer).__name__}, expected a torch.optim.Optimizer, or a wrapper that has one as "
-        "`.optimizer`; pass the optimizer that was wrapped"
+        "`.optimizer`; pass the wrapped optimizer"
     )
 
 

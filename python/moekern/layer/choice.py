@@ -1,4 +1,4 @@
-"""The routed part of a layer, step by step: who is chosen, within which limits, and the experts' work for that."""
+"""The routed part of a layer, step by step: the choice of experts, its limits, and the experts' computation."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def token_choice(
     experts, all_ids = options.num_experts + layer.num_fused_experts, ids
     if layer.num_fused_experts:
         all_ids, weights = _with_fused(layer, tokens, ids, weights)
-        if not layer.training:  # planned with the experts, in one program where there is one
+        if not layer.training:  # planned with the experts, in one program if there is one
             return _run(layer, tokens, all_ids, weights)
     chosen = plan(all_ids, experts)
     if layer.training:
@@ -68,7 +68,7 @@ def _within_limits(
     shape: tuple[int, ...],
     mask: Tensor | None,
 ) -> Tensor:
-    """The same where an expert's number of tokens has a limit, or must be a multiple."""
+    """The same if an expert's number of tokens has a limit, or must be a multiple."""
     options, all_tokens, chosen_ids = layer.options, tokens, ids
     multiple = options.round_tokens_to if layer.training else 1
     chosen = plan(ids, options.num_experts)
@@ -97,14 +97,14 @@ def _within_limits(
 
 
 def _with_fused(layer: LayerAttributes, tokens: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """The choice ``[T, K]`` and its weights, with the fused experts appended, which all of ``tokens`` take."""
+    """The choice ``[T, K]`` and its weights, with the fused experts appended, which every token takes."""
     gate = None if layer.shared_expert_gate is None else layer.shared_expert_gate(tokens)
     fused = range(layer.num_experts, layer.num_experts + layer.num_fused_experts)
     return fused_shared.chosen_by_all(ids, weights, fused, gate, ids.shape[0] - tokens.shape[0])
 
 
 def _run(layer: LayerAttributes, tokens: Tensor, ids: Tensor, weights: Tensor, chosen: Plan | None = None) -> Tensor:
-    """The experts' output ``[T, H]`` for chosen experts, and their plan if it has been made."""
+    """The experts' output ``[T, H]`` for chosen experts, with their plan if it is made already."""
     if not layer.options.scale_input:
         own_ids = ids if chosen is None else None
         return layer.experts(tokens, own_ids, weights, plan=chosen)  # type: ignore[no-any-return]

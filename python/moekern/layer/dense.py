@@ -1,4 +1,4 @@
-"""Reading the projections, biases and activation out of a dense MLP module."""
+"""Reads the projections, biases and activation of a dense MLP module."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from moekern.layer import dense_check
 from moekern.layer.dense_check import Linear
 from moekern.verbs import checks, direct
 
-# Names under which model code keeps (gate, up, down), or (up, down) without a gate.
+# The names of (gate, up, down) in models, or of (up, down) without a gate.
 _GATED_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 _PLAIN_NAMES = (("up_proj", "down_proj"), ("fc1", "fc2"), ("c_fc", "c_proj"), ("dense_h_to_4h", "dense_4h_to_h"))
 _ACTIVATION_ATTRIBUTES = ("act_fn", "act", "activation_fn", "activation", "activation_func")
 
-# What is known by where it comes from, not by what it is called: a class of the same name may compute anything.
+# Known by identity, not by name: another class of the same name may compute anything.
 _FUNCTIONS = {F.silu: "silu", F.gelu: "gelu", F.relu: "relu", torch.relu: "relu"}
 _TORCH_CLASSES: dict[type, str] = {nn.SiLU: "silu", nn.ReLU: "relu"}
 _TRANSFORMERS_CLASSES = {
@@ -30,7 +30,7 @@ _TRANSFORMERS_CLASSES = {
     "NewGELUActivation": "gelu_tanh",
     "ReLUSquaredActivation": "relu2",
 }
-# Names that configurations keep, as transformers reads them.
+# The names in configurations, as transformers reads them.
 _STRINGS = {
     "silu": "silu",
     "swish": "silu",
@@ -45,7 +45,7 @@ _GATED_FORM = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh", "re
 
 @dataclass(frozen=True)
 class Dense:
-    """A dense MLP's parameters as one expert keeps them: ``gate_up`` ``[2I, H]`` or ``[I, H]``, ``down`` ``[H, I]``."""
+    """A dense MLP's parameters, laid out as one expert: ``gate_up`` ``[2I, H]`` or ``[I, H]``, ``down`` ``[H, I]``."""
 
     gate_up: Tensor
     down: Tensor
@@ -57,8 +57,8 @@ class Dense:
 def read_dense(module: nn.Module, activation: str | None) -> Dense:
     """Find the projections of a dense MLP; see :meth:`moekern.MoE.from_dense` for what is recognised.
 
-    What names suggest is compared with what the module's forward computes, see dense_check.py; tensors
-    without values (the meta device) are taken by their names.
+    The names are a guess, which is checked against the outputs of the module's forward, see dense_check.py. Tensors
+    without values (the meta device) are not checked.
 
     Raises:
         TypeError: ``module`` is not an nn.Module.
@@ -108,7 +108,7 @@ def _find(module: nn.Module) -> tuple[dict[str, nn.Module], Any]:
             pointwise = next((getattr(module, a) for a in _ACTIVATION_ATTRIBUTES if hasattr(module, a)), None)
             return found, pointwise  # type: ignore[return-value]
     known = ", ".join("/".join(names) for names in (*_GATED_NAMES, *_PLAIN_NAMES))
-    raise ValueError(f"dense_mlp: {type(module).__name__} has none of the projections {known}, and is no nn.Sequential")
+    raise ValueError(f"dense_mlp: {type(module).__name__} has none of the projections {known} and is no nn.Sequential")
 
 
 def _is_projection(module: nn.Module) -> bool:
@@ -120,7 +120,7 @@ def _read(name: str, projection: nn.Module) -> Linear:
     """One projection's weight ``[out, in]`` and bias ``[out]``, without gradient.
 
     Raises:
-        ValueError: The weight that the module multiplies by is not to be had from its attribute ``weight``.
+        ValueError: The attribute ``weight`` is not the matrix that the module multiplies by.
     """
     kind = type(projection).__name__
 
@@ -154,7 +154,7 @@ def _read(name: str, projection: nn.Module) -> Linear:
     if weight.dtype not in checks.FLOATING or not plain or hasattr(projection, "weight_scale_inv"):
         raise refuse(f"keeps a {type(weight).__name__} of {weight.dtype}, a quantised one", "dequantise it first")
     if bias is not None and (not isinstance(bias, Tensor) or bias.dtype not in checks.FLOATING):
-        raise refuse("has a bias that is no floating tensor", "dequantise it first")
+        raise refuse("has a bias that is not a floating tensor", "dequantise it first")
     is_transposed = kind == "Conv1D"  # transformers'
     weight = weight.detach().T if is_transposed else weight.detach()
     if bias is not None and bias.shape != weight.shape[:1]:
@@ -168,13 +168,13 @@ def _has_adapters(projection: Any) -> bool:
 
 
 def _is_offloaded(projection: Any) -> bool:
-    """Whether accelerate brings the weights in at every call: until then they are on the meta device."""
+    """Whether accelerate loads the weights at every call: until then they are on the meta device."""
     hook = getattr(projection, "_hf_hook", None)
     return any(getattr(h, "offload", False) for h in getattr(hook, "hooks", (hook,)))
 
 
 def _check_alike(linears: list[Linear]) -> None:
-    """One dtype and one device, which the layer's are to be."""
+    """The dtype and the device of all weights, for the layer."""
     for what in ("dtype", "device"):
         seen = [getattr(t, what) for p in linears for t in (p.weight, p.bias) if t is not None]
         if len(set(seen)) > 1:
@@ -183,10 +183,10 @@ def _check_alike(linears: list[Linear]) -> None:
 
 
 def known_activation(pointwise: Any, gated: bool) -> str | None:
-    """Our name of a pointwise function given as module, function or string, or of its gated form; None if unknown.
+    """Our name of a pointwise function, or of its gated form, given as module, function or string; None if unknown.
 
-    Modules and functions are known by identity, those of torch and of transformers: not by a name that others may use,
-    nor where hooks or an instance's own forward may change what they compute.
+    Modules and functions of torch and of transformers are known by identity, not by a name that others may use. Those
+    with hooks or with a forward of the instance are unknown, since these may change the result.
     """
     name = None
     if isinstance(pointwise, str):

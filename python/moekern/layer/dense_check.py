@@ -1,7 +1,7 @@
-"""Whether a dense MLP's forward computes what its projections and an activation say.
+"""Checks that a dense MLP's forward is the formula of its projections and an activation.
 
-Names suggest; outputs decide. A few random rows go through the module and through the formula, in float64 on copies of
-the weights, so that neither half precision nor TF32 hides the difference between two kinds of GELU.
+Names are a guess; outputs decide. A few random rows pass through the module and through the formula, in float64 on
+copies of the weights: half precision or TF32 would hide the difference between two kinds of GELU.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from moekern.backends.activations import ACTIVATIONS
 from moekern.verbs import checks, direct
 
 ROWS = 8
-# Root mean squares of the first pre-activation: at 1 activations differ by their curves, at 16 clamps are reached.
+# Root mean squares of the first pre-activation: at 1 the curves of activations differ, at 16 clamps act.
 SCALES = (1.0, 16.0)
-# Relative, in float64: above a module's own float32 steps (1e-6), below erf against tanh in GELU (2e-4 and more).
+# Relative, in float64: above a module's own float32 steps (1e-6), below the difference of erf and tanh in GELU (2e-4).
 TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
 class Linear:
-    """One projection as read: its name in the module, ``weight`` ``[out, in]``, ``bias`` ``[out]`` or None.
+    """One projection of the module: its name there, ``weight`` ``[out, in]``, ``bias`` ``[out]`` or None.
 
-    ``is_transposed``: the module keeps ``[in, out]``, as transformers' Conv1D.
+    ``is_transposed``: the module keeps ``[in, out]``, as transformers' Conv1D does.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Linear:
 
 
 def has_values(weight: Tensor) -> bool:
-    """Whether the tensor holds numbers: those of the meta device and of a FakeTensorMode do not."""
+    """Whether the tensor holds numbers; on the meta device and in a FakeTensorMode it does not."""
     if type(weight) in direct.PLAIN:
         return not weight.is_meta
     from torch._subclasses.fake_tensor import FakeTensor
@@ -54,7 +54,7 @@ def has_values(weight: Tensor) -> bool:
 
 
 def compare(module: nn.Module, linears: list[Linear], activation: str) -> None:
-    """Raises ValueError unless the module's forward is ``down(activation(projections(x)))``."""
+    """Raise ValueError unless the module's forward is ``down(activation(projections(x)))``."""
     probe = _Probe(module, linears)
     difference = probe.difference(activation)
     if difference <= probe.tolerance:
@@ -67,18 +67,18 @@ def compare(module: nn.Module, linears: list[Linear], activation: str) -> None:
         "and the activation alone (no scaling, norm, residual or hook)"
     )
     raise ValueError(
-        f"dense_mlp: {type(module).__name__}'s forward computes something else than its projections with activation "
+        f"dense_mlp: {type(module).__name__}'s forward is not its projections with activation "
         f"{activation!r}: on random rows the outputs differ by {difference:.1g} relative; {helps}"
     )
 
 
 def fitting(module: nn.Module, linears: list[Linear]) -> str | None:
-    """The activation with which the formula computes what the module's forward does, or None."""
+    """The activation with which the formula equals the module's forward, or None."""
     return _Probe(module, linears).fitting()
 
 
 class _Probe:
-    """Random rows ``[2, ROWS, H]``, one block a scale, and what the module makes of them."""
+    """Random rows ``[2, ROWS, H]``, one block per scale, and the module's output for them."""
 
     def __init__(self, module: nn.Module, linears: list[Linear]) -> None:
         kind, down = type(module).__name__, linears[-1].weight
@@ -93,7 +93,7 @@ class _Probe:
             for p, old in zip(self.linears, linears, strict=True)
             if p is not old
         }
-        # Where the module cannot compute in float64 (kernels of its own, another device), its own dtype must do.
+        # If the module cannot compute in float64 (its own kernels, another device), its own dtype is used.
         accuracy = {torch.float64: TOLERANCE}
         accuracy.setdefault(down.dtype, max(4 * torch.finfo(down.dtype).eps, 2e-3))
         failure: Exception | None = None
@@ -101,7 +101,7 @@ class _Probe:
             try:
                 self.rows = self._scaled(z.to(dtype))
                 self.out = _run(module, self.rows, filled)
-            except Exception as error:  # somebody's forward may raise anything
+            except Exception as error:  # a foreign forward may raise anything
                 failure = error
                 continue
             self.tolerance = tolerance
@@ -141,7 +141,7 @@ class _Probe:
 
 
 def _filled(linear: Linear, names: set[str], generator: torch.Generator) -> Linear:
-    """A projection of zeros, as down_proj often starts, hides what the others do: random numbers take its place."""
+    """A projection of zeros, as down_proj often starts, hides the others: random numbers replace it."""
     if f"{linear.name}.weight" not in names or linear.weight.any():
         return linear
     out, inputs = linear.weight.shape
@@ -150,13 +150,13 @@ def _filled(linear: Linear, names: set[str], generator: torch.Generator) -> Line
 
 
 def _run(module: nn.Module, rows: Tensor, filled: dict[str, Tensor]) -> Tensor:
-    """The module's output for rows ``[2, ROWS, H]``, in their dtype, the module left as it was."""
+    """The module's output for rows ``[2, ROWS, H]``, in their dtype; the module stays as it was."""
 
     def ready(tensor: Tensor) -> Tensor:
         return tensor.detach().to(rows.dtype) if tensor.dtype in checks.FLOATING else tensor.detach()
 
     tensors: dict[str, Any] = {name: ready(p) for name, p in module.named_parameters()}
-    # Copies, which a forward may write to.
+    # Copies, since a forward may write to its input.
     tensors |= {name: ready(b.clone()) for name, b in module.named_buffers()}
     tensors |= {name: ready(t) for name, t in filled.items()}
     with _plainly(rows.device), _evaluating(module):
@@ -177,7 +177,7 @@ def _run(module: nn.Module, rows: Tensor, filled: dict[str, Tensor]) -> Tensor:
 
 @contextmanager
 def _plainly(device: torch.device) -> Iterator[None]:
-    """Without gradients, autocast and compilation; random numbers drawn inside leave no trace."""
+    """Without gradients, autocast and compilation; random numbers drawn inside do not change the generators."""
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.autocast(device.type, enabled=False))
@@ -191,9 +191,9 @@ def _plainly(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and no trace of what a forward keeps in attributes, such as counters.
+    """Evaluation mode; attributes that a forward changes, such as counters, are restored.
 
-    By the flags alone: a method `train` of the module's own may do more, such as merge adapters.
+    Only the flags are set: the module's own method `train` may do more, such as merge adapters.
     """
     before = [(m, dict(m.__dict__)) for m in module.modules()]
     for m, _ in before:

@@ -1,4 +1,4 @@
-"""A layer out of a dense MLP: what :meth:`moekern.MoE.from_dense` does with the tensors of upcycling.py."""
+"""A layer from a dense MLP: :meth:`moekern.MoE.from_dense`, over the tensor functions of upcycling.py."""
 
 from __future__ import annotations
 
@@ -97,13 +97,13 @@ def build(
 
 
 def _check_fit(dense: Dense, parts: Split, options: dict[str, Any]) -> None:
-    """What the pieces of the layer cannot hold."""
+    """Raise ValueError for a dense MLP that the parts of the layer cannot hold."""
     checks.is_number("routed_scaling_factor", options.get("routed_scaling_factor", 1.0), above=0)
     if parts.shared_width and dense.gate_up_bias is not None:
-        raise ValueError("shared: got a dense MLP with biases on its first projections, which a shared expert has not")
+        raise ValueError("shared: got a dense MLP with biases on its first projections, but a shared expert has none")
     if parts.scale == 0 and dense.down_bias is not None:
         raise ValueError(
-            "shared: got a dense MLP with a bias on its output, which a shared expert has not; expected router weights "
+            "shared: got a dense MLP with a bias on its output, but a shared expert has none; expected router weights "
             "that sum to one, so that the routed experts can hold it"
         )
     groups = options.get("n_group", 1)
@@ -126,12 +126,12 @@ def _tell_of_rounding(layer: LayerAttributes, parts: Split, factor: float) -> No
 
 
 def _fill_experts(layer: LayerAttributes, dense: Dense, parts: Split, init: Init, factor: float) -> None:
-    """Write the routed experts; `factor` is what the router's weights are multiplied by anyway."""
+    """Write the routed experts; `factor` already multiplies the router's weights."""
     experts, count = layer.experts, parts.num_experts
     dtype = torch.promote_types(dense.down.dtype, experts.down_proj.dtype)  # one rounding, at the end
     ups, up_biases = _halves(dense)
     seed = 0 if init.is_exact else int(torch.randint(2**62, (), device="cpu"))
-    # Copies are computed once for all replicas.
+    # Copies are computed once, for all replicas.
     targets = [slice(g, count, parts.granularity) for g in range(parts.granularity)]
     if not init.is_exact:
         targets = [slice(e, e + 1) for e in range(count)]
@@ -161,7 +161,7 @@ def _halves(dense: Dense) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def _drawn(matrices: list[tuple[str, Tensor, int]], init: Init, seed: int, expert: int) -> list[Tensor]:
-    """One expert's matrices after the initialisation; each has random numbers of its own."""
+    """One expert's matrices after the initialisation; each has its own random numbers."""
     if init.is_exact:
         return [matrix for _, matrix, _ in matrices]
     if init.kind == "noise":
@@ -172,7 +172,7 @@ def _drawn(matrices: list[tuple[str, Tensor, int]], init: Init, seed: int, exper
 
 
 def _fill_shared(layer: LayerAttributes, dense: Dense, parts: Split) -> None:
-    """Write the shared expert, beside the routed ones or fused with them, and a gate of zeros, which gives 1/2."""
+    """Write the shared expert, separate or fused with the routed ones, and a gate of zeros, which gives 1/2."""
     if not parts.shared_width:
         return
     factor = parts.shared_scale

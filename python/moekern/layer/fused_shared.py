@@ -1,15 +1,15 @@
-"""A shared expert fused with the routed ones: its weights lie behind theirs, as experts that every token chooses.
+"""A shared expert fused with the routed ones: its weights follow theirs, as experts that every token chooses.
 
 A gated MLP n times as wide as an expert is the sum of n experts. State dicts keep the names and shapes of a layer with
-the shared expert beside, so that checkpoints serve both: the parameters are split when a state dict is made, and joined
+a separate shared expert, so that checkpoints serve both: the parameters are split when a state dict is made, and joined
 when one is loaded.
 
 transformers and accelerate fill a model without values (meta device) by the names of its state dict, and call no hooks
-of torch. So a layer without values whose state dict is made comes apart: it becomes one that is not fused, with a
-module under every name. When its values have come it is joined again, before anything sees its parameters: by
-``train()`` and ``eval()``, with which ``from_pretrained`` ends, by whatever lists or moves them, and by
-``load_state_dict``. A layer that cannot be joined, because something wraps its parts by then, stays apart and computes
-the same.
+of torch. So making the state dict of a layer without values takes the layer apart: it becomes one that is not fused,
+with a module under every name. Once it has values it is joined again, before anything sees its parameters: by
+``train()`` and ``eval()``, with which ``from_pretrained`` ends, by any function that lists or moves parameters, and by
+``load_state_dict``. A layer that cannot be joined, because its parts are wrapped by then, stays apart and computes the
+same.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _MATRICES = ("gate_up_proj", "down_proj")
 def chosen_by_all(
     ids: Tensor, weights: Tensor, experts: range, gate: Tensor | None, extra_rows: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """A choice of routed experts, with those that every token chooses appended.
+    """A choice of routed experts, followed by the experts that every token chooses.
 
     Args:
-        ids, weights: ``[T + extra_rows, K]``; the extra rows are those that rounding adds behind the tokens.
-        experts: The experts appended.
+        ids, weights: ``[T + extra_rows, K]``; the extra rows are those that rounding adds after the tokens.
+        experts: The experts to append.
         gate: ``[T, 1]``, their weight before the sigmoid; None for weight one.
-        extra_rows: Their places become sentinels.
+        extra_rows: Number of the extra rows, whose places become sentinels.
 
     Returns:
         Ids and weights ``[T + extra_rows, K + len(experts)]``.
@@ -57,7 +57,7 @@ def chosen_by_all(
 def split(matrix: str, joined: Tensor, num_experts: int, gated: bool) -> dict[str, Tensor]:
     """A joined parameter as entries of a state dict: a view of the routed experts, and copies of the shared one's.
 
-    Copies, because most of them are no views, and safetensors refuses tensors that share memory.
+    Copies, because most of them cannot be views, and safetensors refuses tensors that share memory.
     """
     parts = {f"experts.{matrix}": joined[:num_experts]}
     shared = joined[num_experts:]
@@ -73,7 +73,7 @@ def split(matrix: str, joined: Tensor, num_experts: int, gated: bool) -> dict[st
 
 
 def join(matrix: str, parts: dict[str, Tensor], count: int) -> Tensor:
-    """The inverse of :func:`split` for `count` experts behind the routed ones."""
+    """The inverse of :func:`split`, for `count` experts after the routed ones."""
     routed, *shared = parts.values()
     if matrix == "down_proj":
         behind = shared[0].unflatten(1, (count, -1)).transpose(0, 1)
@@ -83,7 +83,7 @@ def join(matrix: str, parts: dict[str, Tensor], count: int) -> Tensor:
 
 
 def take_apart(layer: LayerAttributes) -> None:
-    """Make of a fused layer the same with its shared expert next to the routed ones."""
+    """Turn a fused layer into the same layer with a separate shared expert."""
     experts, count = layer.experts, layer.num_fused_experts
     weight = experts.gate_up_proj
     size = count * layer.intermediate_size
@@ -100,7 +100,7 @@ def take_apart(layer: LayerAttributes) -> None:
     if gate is not None:
         del layer.shared_expert_gate
     layer.shared_expert = shared.train(layer.training)
-    layer.shared_expert_gate = gate  # behind the shared expert, as where it is not fused
+    layer.shared_expert_gate = gate  # after the shared expert, as in a layer that is not fused
 
 
 def put_together(layer: LayerAttributes, without_values: bool = True, partly_loaded: bool = True) -> None:
@@ -108,8 +108,8 @@ def put_together(layer: LayerAttributes, without_values: bool = True, partly_loa
 
     Args:
         layer: One that may be apart.
-        without_values: Also on the meta device, where values may yet come by the names of the parts.
-        partly_loaded: Also where transformers loaded some of the parts and is yet to draw the others.
+        without_values: Also on the meta device, where values may still arrive under the names of the parts.
+        partly_loaded: Also if transformers has loaded some of the parts and has still to draw the others.
     """
     experts, shared, count = layer.experts, layer.shared_expert, layer.num_apart_experts
     if not count or shared is None or not is_ordinary(experts, Experts) or not is_ordinary(shared, SharedExpert):
@@ -150,9 +150,9 @@ def put_together(layer: LayerAttributes, without_values: bool = True, partly_loa
 
 
 def _put(module: nn.Module, name: str, value: Tensor, sources: list[Tensor]) -> None:
-    """Make a value a parameter that is, where it was made of parameters, trained and marked as they are."""
+    """Make a value a parameter; if it was made from parameters, it is trained and marked as they are."""
     parameter = nn.Parameter(value, requires_grad=sources[0].requires_grad)
-    if all(map(_is_loaded, sources)):  # transformers draws others anew
+    if all(map(_is_loaded, sources)):  # transformers draws the others again
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]
     setattr(module, name, parameter)
 
@@ -162,7 +162,7 @@ def _is_loaded(parameter: Tensor) -> bool:
 
 
 class _Joined(Mapping[str, Tensor]):
-    """The experts' matrices, joined when asked for from a mapping of what a state dict holds."""
+    """The experts' matrices, joined on demand from a mapping with the contents of a state dict."""
 
     def __init__(self, entries: Mapping[str, Tensor], prefix: str, layer: LayerAttributes) -> None:
         self.entries, self.prefix, self.count = entries, prefix, layer.num_fused_experts
@@ -183,7 +183,7 @@ class _Joined(Mapping[str, Tensor]):
 
 
 def join_offloaded(layer: LayerAttributes) -> None:
-    """Let accelerate's hook on a fused layer's experts bring joined matrices: it keeps what the state dict holds."""
+    """Let accelerate's hook on a fused layer's experts load joined matrices: it keeps the entries of the state dict."""
     hook = layer.experts.__dict__.get("_hf_hook")
     if hook is None:
         return
@@ -196,7 +196,7 @@ def join_offloaded(layer: LayerAttributes) -> None:
 
 
 def write_apart(layer: LayerAttributes, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Hook on a state dict: the names of a layer that is not fused. Parameters spread over ranks stay joined."""
+    """Hook on a state dict: write the names of a layer that is not fused. Parameters spread over ranks stay joined."""
     if layer.num_apart_experts:
         return
     keys = [f"{prefix}experts.{matrix}" for matrix in _MATRICES]
@@ -225,7 +225,7 @@ def read_apart(
     unexpected: list[str],
     errors: list[str],
 ) -> None:
-    """Hook before loading: joins what :func:`write_apart` took apart, and leaves what is joined already."""
+    """Hook before loading: join the entries that :func:`write_apart` split; leave joined ones as they are."""
     put_together(layer)
     if layer.num_apart_experts:
         return
@@ -262,9 +262,9 @@ def _read_matrix(
     missing: list[str],
     errors: list[str],
 ) -> None:
-    """Put the joined matrix into the state dict, or say in torch's words what is missing or does not fit.
+    """Put the joined matrix into the state dict, or report missing and unfitting parts in torch's words.
 
-    A part that is missing keeps its values. The parameter itself in its place makes torch leave it as it is.
+    A missing part keeps its values: the parameter itself takes its place, and torch leaves it as it is.
     """
     key = f"{prefix}experts.{matrix}"
     parts = split(matrix, parameter.detach(), layer.num_experts, _is_gated(layer))

@@ -1,7 +1,7 @@
-"""All options of a layer as one frozen object: it checks itself, and says which parts do not go with which options.
+"""All options of a layer as one frozen object, which checks itself and says which options exclude each other.
 
-A part that serves only some layers names the options that it reads, and any other one must have its default. So a new
-option is refused there until it is served. What is read is also the key under which something made for a layer is kept.
+A part that serves only some layers names the options that it reads; every other option must have its default. So such a
+part refuses a new option until it is served. The options that it reads are also the key of its caches.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from moekern.verbs import checks
 EXPERT_CHOICE = "expert_choice"
 ROUTINGS = (*router.METHODS, EXPERT_CHOICE)
 
-# Options that must have their defaults, with the reason where it is not plain.
+# Options that must have their defaults, with a reason where it is not obvious.
 _NOT_WITH_EXPERT_CHOICE = (
     "norm_topk_prob", "n_group", "selection_bias", "scale_input", "capacity_factor", "round_tokens_to"
 )  # fmt: skip
 _NOT_WITH_FUSED = {"bias": "a shared expert has none", "scale_input": "a shared expert's input is not scaled"}
 _NOT_WITH_COPIES = ("scale_input", "capacity_factor", "round_tokens_to")
-_SUM_TO_ONE = ("softmax_topk", "topk_softmax", "sigmoid_topk")  # formulas whose weights do, of a token
+_SUM_TO_ONE = ("softmax_topk", "topk_softmax", "sigmoid_topk")  # formulas with weights that sum to one
 
-# What one program for router, plan and experts reads (inference.py, training.py).
+# The options that one program for router, plan and experts reads (inference.py, training.py).
 _READ_BY_A_PROGRAM = (
     "hidden_size", "intermediate_size", "num_experts", "top_k", "activation", "bias", "router_bias", "routing",
     "norm_topk_prob", "n_group", "topk_group", "routed_scaling_factor", "drop_by", "rounding",
@@ -36,16 +36,16 @@ _READ_IN_TRAINING_ONLY = ("router_jitter_noise", "round_tokens_to")
 
 @dataclass(frozen=True)
 class Options:
-    """The arguments of :class:`moekern.MoE` but for device and dtype; see there.
+    """The arguments of :class:`moekern.MoE`, except device and dtype; see there.
 
     Attributes:
-        capacity_ratio: ``capacity_factor`` as a fraction of integers, or None. It is made here because compiled code
-            takes a float for a symbol once it has seen another.
-        inference_key, training_key: The options that one program for router, plan and experts reads; None where it
-            would have to read others.
+        capacity_ratio: ``capacity_factor`` as a fraction of integers, or None. It is computed here, because compiled
+            code makes a float symbolic once it has seen two values of it.
+        inference_key, training_key: The options that one program for router, plan and experts reads; None if
+            another option has no default value.
 
     Raises:
-        TypeError, ValueError: An option is of the wrong kind or out of range, or two do not go together.
+        TypeError, ValueError: An option is of the wrong kind or out of range, or two exclude each other.
     """
 
     hidden_size: int
@@ -83,14 +83,14 @@ class Options:
             "training_key": self._key(_READ_BY_A_PROGRAM),
         }
         for name, value in derived.items():
-            object.__setattr__(self, name, value)  # the way into a frozen object
+            object.__setattr__(self, name, value)  # sets an attribute of a frozen object
 
     def _capacity_ratio(self) -> tuple[int, int] | None:
         factor = self.capacity_factor
         return None if factor is None else capacity.ratio(min(factor, self.num_experts))  # a larger one limits nothing
 
     def _key(self, read: tuple[str, ...], ignoring: tuple[str, ...] = ()) -> tuple[Any, ...] | None:
-        """The values of the options that are read, None if one that is not has another value than its default."""
+        """The values of the options that are read; None if any other option does not have its default."""
         others = [each.name for each in fields(self) if each.init and each.name not in (*read, *ignoring)]
         if self.is_grouped or self.is_expert_choice or self.first_changed(others):
             return None
@@ -147,7 +147,7 @@ class Options:
             )
 
     def first_changed(self, names: Iterable[str]) -> str | None:
-        """The first of these options that has another value than its default, or None."""
+        """The first of these options that does not have its default, or None."""
         defaults = {each.name: each.default for each in fields(self)}
         return next((name for name in names if getattr(self, name) != defaults[name]), None)
 
@@ -158,12 +158,12 @@ class Options:
 
     @property
     def is_grouped(self) -> bool:
-        """Whether the experts that can be chosen are those of the best groups."""
+        """Whether only experts of the best groups can be chosen."""
         return self.topk_group is not None and self.topk_group < self.n_group
 
     @property
     def num_fused_experts(self) -> int:
-        """Experts that a fused shared expert is the sum of, 0 if there is none."""
+        """The number of experts whose sum is the fused shared expert; 0 if there is none."""
         width = self.shared_intermediate_size
         return width // self.intermediate_size if self.fuse_shared_expert and width is not None else 0
 
@@ -175,7 +175,7 @@ def obstacle_to_copies(given: Mapping[str, Any]) -> str | None:
     """An option under which a token's weights do not sum to one, so that copies do not average to the original.
 
     Args:
-        given: Arguments of a layer yet to be made, not checked.
+        given: Arguments of a future layer, not checked.
 
     Returns:
         The beginning of an error message, or None.
@@ -191,6 +191,6 @@ def obstacle_to_copies(given: Mapping[str, Any]) -> str | None:
 
 
 def check_dtype(dtype: object) -> None:
-    """Raises TypeError unless a layer's parameters can have this dtype, or None for torch's default."""
+    """Raise TypeError unless a layer's parameters can have this dtype; None stands for torch's default."""
     if dtype is not None and dtype not in checks.FLOATING:
         raise TypeError(f"dtype: got {dtype}, expected one of float32, bfloat16, float16, float64")

@@ -23,9 +23,9 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 def _uniform(*parameters: Tensor | None, inputs: int) -> None:
-    """What nn.Linear starts with: uniform within one over the square root of the inputs.
+    """Values as nn.Linear's initial ones: uniform within one over the square root of the inputs.
 
-    Drawn in float32 and rounded once: a draw in half precision takes few values, whose mean is not zero.
+    Drawn in float32 and rounded once: a draw in half precision has few possible values, whose mean is not zero.
     """
     bound = 1 / math.sqrt(inputs)
     with torch.no_grad():
@@ -35,14 +35,14 @@ def _uniform(*parameters: Tensor | None, inputs: int) -> None:
             if parameter.dtype not in _HALF or parameter.is_meta:
                 parameter.uniform_(-bound, bound)
                 continue
-            # One expert at a time, for the room that float32 takes; a DTensor refuses to be filled in part.
+            # One expert at a time, to save float32 memory; a DTensor cannot be filled in part.
             for part in parameter if parameter.ndim == 3 and type(parameter) in direct.PLAIN else (parameter,):
                 part.copy_(torch.empty_like(part, dtype=torch.float32).uniform_(-bound, bound))
 
 
 def local(weight: Tensor) -> Tensor:
     """This rank's part of a DTensor, differentiably; any other tensor as it is."""
-    if type(weight) in direct.PLAIN:  # a failing hasattr takes longer
+    if type(weight) in direct.PLAIN:  # a failing hasattr is slower
         return weight
     return weight.to_local() if hasattr(weight, "to_local") else weight  # type: ignore[no-any-return]
 
@@ -51,7 +51,7 @@ def whole(weight: Tensor, name: str) -> Tensor:
     """A replicated DTensor as this rank's tensor, differentiably; any other tensor as it is.
 
     Raises:
-        ValueError: It is sharded: the layer would compute with a part as if it were everything.
+        ValueError: It is sharded: the layer would compute with a part as if it were the whole.
     """
     if type(weight) in direct.PLAIN or not hasattr(weight, "to_local"):
         return weight
@@ -67,12 +67,12 @@ def whole(weight: Tensor, name: str) -> Tensor:
 
 
 def _wide_product(x: Tensor, weight: Tensor) -> Tensor:
-    """``x @ weight.T`` of half-precision CUDA tensors that nothing observes, in float32."""
+    """``x @ weight.T`` in float32, of half-precision CUDA tensors that nothing observes."""
     return ops.backend_module("cuda").logits(x, weight)  # type: ignore[no-any-return]
 
 
 class _WideLinear(Sliced):
-    """``x @ weight.T`` of half-precision CUDA tensors in float32: exact products, and no wide copies of x."""
+    """``x @ weight.T`` in float32, of half-precision CUDA tensors: exact products, without a float32 copy of x."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor) -> Tensor:
@@ -90,14 +90,14 @@ class _WideLinear(Sliced):
 
 
 def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """``x @ weight.T`` in float32, differentiable any number of times, by operators that can be observed."""
+    """``x @ weight.T`` in float32, differentiable any number of times, from operators that can be observed."""
     if x.is_cuda and x.dtype in _HALF and not forward_mode():
         return _WideLinear.apply(x, weight)  # type: ignore[no-any-return]
     return nn.functional.linear(x.float(), weight.float())
 
 
 class _EagerWideLinear(torch.autograd.Function):
-    """The same without ``setup_context``, which costs 40 us a call and only torch.func needs."""
+    """The same without ``setup_context``, which costs 40 us per call and only torch.func needs."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
@@ -111,8 +111,8 @@ class Router(nn.Module):
     """The linear map from tokens to expert logits.
 
     ``weight`` is ``[E, H]``, ``bias`` ``[E]`` or None. With ``selection_bias`` there is a float32 buffer
-    ``e_score_correction_bias`` ``[E]``, added to the scores for choosing only; it stays float32 whatever the module is
-    cast to, because its steps are below the resolution of half precision.
+    ``e_score_correction_bias`` ``[E]``, added to the scores for choosing only. It stays float32 if the module is cast:
+    its steps are below the resolution of half precision.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class Router(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Small uniform weights, as nn.Linear starts with, so that the first routing is near random."""
+        """Small uniform weights, as nn.Linear's, so that the first routing is nearly random."""
         _uniform(self.weight, inputs=self.weight.shape[1])
         with torch.no_grad():
             for tensor in (self.bias, self.e_score_correction_bias, self.tokens_since_update):
@@ -147,8 +147,8 @@ class Router(nn.Module):
     def tokens_since_update(self) -> Tensor | None:
         """Tokens that each expert got in training since the latest update of the selection bias, int64 ``[E]``.
 
-        On the device of that bias, wherever a checkpoint put it: what was made on the meta device starts from zero. No
-        buffer, because DistributedDataParallel would overwrite it with that of rank 0.
+        On the device of that bias; after the meta device it starts from zero. It is no buffer, because
+        DistributedDataParallel would overwrite it with that of rank 0.
         """
         counts, bias = self._tokens_since_update, self._buffers.get("e_score_correction_bias")
         if counts is not None and bias is not None and counts.device != bias.device:
@@ -167,17 +167,17 @@ class Router(nn.Module):
                     torch.empty_like(moved, dtype=torch.float32) if correction.is_meta else correction.to(moved.device)
                 )
         if counts is not None:
-            there = fn(counts)  # of `to_empty`, memory that nobody has written
+            there = fn(counts)  # after `to_empty`, unwritten memory
             with torch.no_grad():
                 self._tokens_since_update = there.zero_() if counts.is_meta else there.copy_(counts)
         return self
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         super()._load_from_state_dict(*arguments)
-        self.keep_bias_wide()  # load_state_dict(assign=True) brings the dtype of the checkpoint
+        self.keep_bias_wide()  # load_state_dict(assign=True) keeps the dtype of the checkpoint
 
     def keep_bias_wide(self) -> None:
-        """Make the selection bias float32 again after something put another tensor in its place."""
+        """Make the selection bias float32 again after another tensor replaced it."""
         bias = self._buffers.get("e_score_correction_bias")
         if bias is not None and bias.dtype != torch.float32:
             self._buffers["e_score_correction_bias"] = bias.to(torch.float32)
@@ -211,7 +211,7 @@ class Experts(nn.Module):
 
     ``gate_up_proj`` ``[E, 2I, H]`` (gate rows, then up rows; ``[E, I, H]`` without gate), ``down_proj`` ``[E, H, I]``,
     ``gate_up_proj_bias`` ``[E, 2I]`` and ``down_proj_bias`` ``[E, H]`` or None. With `fused` experts, which together
-    are a shared expert, all have E + fused in place of E.
+    are a shared expert, all have E + fused instead of E.
     """
 
     def __init__(
@@ -242,7 +242,7 @@ class Experts(nn.Module):
         self._get_ready()
 
     def _get_ready(self) -> None:
-        """A layer that lies on a GPU has imported what its first call needs."""
+        """A layer on a GPU imports the modules that its first call needs."""
         weight = self.gate_up_proj
         if type(weight) in direct.PLAIN and weight.is_cuda and current() in ("auto", "cuda"):
             ops.backend_module("cuda").get_ready(weight.get_device())
@@ -253,14 +253,14 @@ class Experts(nn.Module):
         return self
 
     def reset_parameters(self) -> None:
-        """Every expert starts as an nn.Linear pair does, and so does a shared one whose width is that of the fused."""
+        """Initialise each expert as a pair of nn.Linear, the fused ones as one shared expert of their total width."""
         _uniform(self.gate_up_proj, self.gate_up_proj_bias, inputs=self.gate_up_proj.shape[2])
         _uniform(self.down_proj, self.down_proj_bias, inputs=self.down_proj.shape[2])
         if self.fused:
             with torch.no_grad():
                 down = self.down_proj
                 routed, fused = down.new_ones(len(down) - self.fused, 1, 1), down.new_ones(self.fused, 1, 1)
-                down.mul_(torch.cat((routed, fused * self.fused**-0.5)))  # a DTensor refuses to be filled in part
+                down.mul_(torch.cat((routed, fused * self.fused**-0.5)))  # a DTensor cannot be filled in part
 
     @property
     def projections(self) -> Weights:
@@ -282,7 +282,7 @@ class Experts(nn.Module):
         plan: Plan | None = None,
         offsets: Tensor | None = None,
     ) -> Tensor:
-        """Run tokens through the experts chosen for them; called by the layer, so that hooks and wrappers are seen.
+        """Run tokens through their chosen experts; the layer calls this as a module, so that hooks and wrappers act.
 
         Args:
             x: ``[T, H]``.
@@ -313,10 +313,10 @@ _any_global_hook = getattr(
 
 
 def is_ordinary(module: nn.Module | None, kind: type[nn.Module]) -> bool:
-    """Whether calling the module does what its class's forward says and nothing else.
+    """Whether calling the module runs its class's forward and nothing else.
 
-    It is no other module and no wrapper of one, its forward is not replaced, and it has no hooks, by which pruning, old
-    weight norms, offloading and sharding work; a parametrization changes the class.
+    It is not another module or a wrapper of one, its forward is not replaced, and it has no hooks, which pruning, old
+    weight norms, offloading and sharding use; a parametrization changes the class.
     """
     return (
         type(module) is kind
@@ -329,14 +329,14 @@ def is_ordinary(module: nn.Module | None, kind: type[nn.Module]) -> bool:
 
 
 def inner(module: nn.Module, kind: type[nn.Module]) -> Any:
-    """The module of this kind within wrappers that keep what they wrap as ``base_layer``, as peft's do."""
+    """The module of this kind within wrappers that keep the wrapped module as ``base_layer``, as peft's do."""
     while not isinstance(module, kind) and "base_layer" in module._modules:
         module = module._modules["base_layer"]  # type: ignore[assignment]
     return module
 
 
 class SharedExpert(nn.Module):
-    """The dense MLP that every token passes: ``gate_proj``, ``up_proj``, ``down_proj`` (no gate: the latter two)."""
+    """The dense MLP for every token: ``gate_proj``, ``up_proj``, ``down_proj`` (without a gate: the last two)."""
 
     def __init__(
         self, hidden_size: int, size: int, activation: str, device: Any = None, dtype: torch.dtype | None = None
@@ -352,7 +352,7 @@ class SharedExpert(nn.Module):
         self.down_proj = linear(size, hidden_size)
 
     def reset_parameters(self) -> None:
-        """As nn.Linear starts."""
+        """Initialise as nn.Linear does."""
         for projection in (self.gate_proj, self.up_proj, self.down_proj):
             if projection is not None:
                 projection.reset_parameters()

@@ -1,4 +1,4 @@
-"""What the router decided in a training pass: kept for the losses, and counted for the selection bias."""
+"""The router's decisions in a training pass: kept for the losses, and counted for the selection bias."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moekern.verbs import masks, ops
 
 
 class Routing(NamedTuple):
-    """What the router decided in one forward pass.
+    """The router's decisions in one forward pass.
 
     Attributes:
         logits: ``[T, E]`` float32, part of the autograd graph.
@@ -32,7 +32,7 @@ class Routing(NamedTuple):
 
 
 def record(layer: LayerAttributes, routing: Routing) -> None:
-    """Keep what the losses need of a training pass; its counts are yet to be freed of masked tokens."""
+    """Keep the tensors that the losses need of a training pass; masked tokens are still in its counts."""
     if is_exporting():
         return
     ids, mask = routing.topk_ids, routing.mask
@@ -42,6 +42,6 @@ def record(layer: LayerAttributes, routing: Routing) -> None:
     counts, total = routing.tokens_per_expert, inner(layer.gate, Router).tokens_since_update
     if total is not None:
         if torch.compiler.is_compiling():
-            total.add_(ops.unless_recomputing(counts))  # whether it is one is known when the graph runs
+            total.add_(ops.unless_recomputing(counts))  # whether it is one is known only when the graph runs
         elif not ops.is_recomputing():
             total.add_(counts)

@@ -1,11 +1,11 @@
-"""Experts out of a dense MLP (sparse upcycling): which neurons an expert gets, and by what its tensors are multiplied.
+"""Experts from a dense MLP (sparse upcycling): the neurons of each expert, and the factors of its tensors.
 
-Tensors in, tensors out; one matrix at a time, so that a stream over a checkpoint needs no more memory than that. For a
-layer see :meth:`moekern.MoE.from_dense`.
+The functions take and return tensors, one matrix at a time: converting a checkpoint needs no more memory than that.
+For a layer see :meth:`moekern.MoE.from_dense`.
 
-With granularity G, replica r of shard g is expert ``e = r * G + g``: the G shards of a replica are neighbours, their
-router rows are equal, and a top-k of a multiple of G takes whole replicas: of equal logits the lowest index wins. A
-replica's shards add up to the dense MLP at a weight of 1/G each, hence the factor G on ``down_proj``.
+With granularity G, replica r of shard g is expert ``e = r * G + g``. The G shards of a replica are neighbours and their
+router rows are equal, so a top-k of a multiple of G takes whole replicas: of equal logits the lowest index wins. Each
+shard of a replica has the weight 1/G, hence the factor G on ``down_proj``: the shards add up to the dense MLP.
 
     parts = split(11008, num_experts=16, top_k=4, granularity=4)
     gate = shard(dense_gate, parts, expert=5, dim=0)                          # [n, H] of [I, H]; up likewise
@@ -30,25 +30,25 @@ from moekern.verbs import checks
 
 ROUTER_STD = 0.02
 KINDS = ("copy", "noise", "drop")
-_MULTIPLE = 8  # of a shard's width: what the kernels' fast ways and other runtimes ask for
+_MULTIPLE = 8  # of a shard's width: the kernels' fast paths and other runtimes need it
 
 Shared = int | Literal["whole"] | None
 
 
 @dataclass(frozen=True)
 class Split:
-    """How the neurons of a dense MLP are dealt out, and the factors that keep its function.
+    """The division of a dense MLP's neurons over experts, and the factors that keep its function.
 
     Attributes:
         width: I, of the dense MLP.
         num_experts: E.
-        granularity: G, shards a replica.
-        expert_width: n, neurons of an expert; those past the dense MLP's are zeros.
+        granularity: G, shards per replica.
+        expert_width: n, neurons per expert; those past the dense MLP's are zeros.
         shared_width: Neurons of the shared expert, 0 for none. They are the first ones.
         routed_start: The first neuron that the routed experts share.
-        scale: What a routed expert's ``down_proj`` is multiplied by, where the router's weights sum to one: G, or G/2
-            beside the whole dense MLP; 0 where only the shared expert may count.
-        shared_scale: What the shared expert's output must be multiplied by: 1 or 1/2, through ``down_proj`` or a gate.
+        scale: The factor of a routed expert's ``down_proj``, for router weights that sum to one: G, or G/2 if the whole
+            dense MLP is shared; 0 if only the shared expert may count.
+        shared_scale: The factor of the shared expert's output: 1 or 1/2, through ``down_proj`` or a gate.
     """
 
     width: int
@@ -62,16 +62,16 @@ class Split:
 
     @property
     def replicas(self) -> int:
-        """R, experts that hold the same neurons."""
+        """R, the number of experts that hold the same neurons."""
         return self.num_experts // self.granularity
 
     @property
     def padding(self) -> int:
-        """Neurons of a replica that are zeros."""
+        """The number of a replica's neurons that are zeros."""
         return self.granularity * self.expert_width - (self.width - self.routed_start)
 
     def neurons(self, expert: int) -> tuple[int, int]:
-        """Start and end of the dense MLP's neurons that an expert holds, at most ``expert_width`` of them."""
+        """Start and end of an expert's neurons in the dense MLP, at most ``expert_width`` of them."""
         start = self.routed_start + expert % self.granularity * self.expert_width
         return min(start, self.width), min(start + self.expert_width, self.width)
 
@@ -85,21 +85,21 @@ def split(
     expert_width: int | None = None,
     sums_to_one: bool = True,
 ) -> Split:
-    """Deal out a dense MLP's neurons.
+    """Divide a dense MLP's neurons over experts.
 
     Args:
         width: I, the neurons of the dense MLP.
         num_experts: E, a multiple of granularity.
         top_k: K, a multiple of granularity, at most E.
-        granularity: G, shards that the dense MLP is cut into.
-        shared: None; a number of neurons, below I, that leave for a shared expert first; or ``"whole"``, a shared
-            expert that is the dense MLP.
-        expert_width: n; None for the smallest multiple of 8 with ``G * n >= I``, and for what is there if G is 1.
-        sums_to_one: Whether a token's router weights do. If not, the routed experts must start with nothing to add, and
-            the whole dense MLP must be shared.
+        granularity: G, the number of shards of the dense MLP.
+        shared: None; a number of neurons below I, which the shared expert gets first; or ``"whole"``, a shared expert
+            that is the dense MLP.
+        expert_width: n; None for the smallest multiple of 8 with ``G * n >= I``, and for all routed neurons if G is 1.
+        sums_to_one: Whether a token's router weights sum to one. If not, the whole dense MLP must be shared, and the
+            routed experts start with an output of zero.
 
     Raises:
-        TypeError, ValueError: A number is not as above.
+        TypeError, ValueError: An argument is of the wrong kind or out of range.
     """
     checks.is_int("width", width, 1)
     checks.is_int("num_experts", num_experts, 1)
@@ -142,7 +142,7 @@ def split(
 
 
 def shard(weight: Tensor, parts: Split, expert: int, dim: int, order: Tensor | None = None) -> Tensor:
-    """An expert's neurons of one dense tensor, padded with zeros; a view where nothing is padded or permuted.
+    """An expert's neurons of one dense tensor, padded with zeros; a view if nothing is padded or permuted.
 
     Args:
         weight: With the dense MLP's neurons along ``dim``: gate and up ``[I, H]`` and their biases ``[I]`` along 0,
@@ -151,7 +151,7 @@ def shard(weight: Tensor, parts: Split, expert: int, dim: int, order: Tensor | N
         expert: Its index, below E.
         dim: The neurons' dimension.
         order: int64 ``[I - routed_start]``, a permutation of the routed neurons, the same for all shards of a replica
-            and all its tensors; None for theirs.
+            and all its tensors; None for the order of the dense MLP.
 
     Returns:
         As ``weight``, with ``expert_width`` along dim.
@@ -192,9 +192,9 @@ def router_rows(
     generator: torch.Generator | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """A router's weight ``[E, H]`` on the CPU: E / G rows of N(0, std), each G times in a row.
+    """A router's weight ``[E, H]`` on the CPU: E / G rows of N(0, std), each repeated G times.
 
-    Drawn in float32 whatever the dtype, so that equal seeds give equal rows up to rounding.
+    Drawn in float32 for every dtype, so that equal seeds give equal rows up to rounding.
     """
     checks.is_int("granularity", granularity, 1)
     checks.is_int("num_experts", num_experts, 1)
@@ -207,7 +207,7 @@ def router_rows(
 
 @dataclass(frozen=True)
 class Init:
-    """What becomes of the copies: ``kind`` is copy, noise or drop, ``amount`` S or R."""
+    """The change to the copies: ``kind`` is copy, noise or drop, ``amount`` S or R."""
 
     kind: str
     amount: float = 0.0
@@ -241,18 +241,18 @@ def parse_init(text: str) -> Init:
 
 
 def generator_for(seed: int, *key: int | str) -> torch.Generator:
-    """A generator of its own for every key (a layer, an expert, a matrix), whatever order they are computed in."""
+    """A generator for each key (a layer, an expert, a matrix), so that the order of computation does not matter."""
     digest = hashlib.blake2b(repr((seed, *key)).encode(), digest_size=8).digest()
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def dropped_neurons(expert_width: int, ratio: float, generator: torch.Generator) -> Tensor:
-    """int64 ``[int(ratio * n)]``: the neurons of an expert that are drawn anew, the same in gate, up and down."""
+    """int64 ``[int(ratio * n)]``: the neurons of an expert that are drawn again, the same in gate, up and down."""
     return torch.randperm(expert_width, generator=generator, device="cpu")[: int(ratio * expert_width)]
 
 
 def redrawn(weight: Tensor, neurons: Tensor, dim: int, generator: torch.Generator) -> Tensor:
-    """A copy of an expert's matrix in which some neurons are drawn anew, N(mean, std) of what they were together.
+    """A copy of an expert's matrix with some neurons drawn again from N(mean, std) of their joint old values.
 
     Args:
         weight: ``[n, H]`` (dim 0) or ``[H, n]`` (dim 1), before :func:`scaled`.

@@ -1,1 +1,1 @@
-"""Tensors in, a choice out: routers, expert choice, capacity and rounding."""
+"""Functions from tensors to a choice of experts: routers, expert choice, capacity and rounding."""

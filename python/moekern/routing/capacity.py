@@ -27,18 +27,18 @@ def limit_tokens(
 ) -> Tensor:
     """Drop the slots of each expert that exceed its capacity or do not fill a multiple.
 
-    A dropped slot's id becomes -1, which :func:`moekern.experts` gives no work, no output and no gradient. The other
-    weights of its token stay as they are.
+    A dropped slot's id becomes -1: in :func:`moekern.experts` such a slot has no work, no output and no gradient. The
+    other weights of its token stay as they are.
 
     Args:
         topk_ids: ``[T, K]`` integer; sentinels stay sentinels.
-        topk_weights: ``[T, K]`` floating, read for ``by="score"``, else None will do.
+        topk_weights: ``[T, K]`` floating, needed for ``by="score"`` only; else None is accepted.
         num_experts: E.
-        capacity: Tokens an expert takes at most (GShard, Switch Transformer); None for no limit.
-        multiple: Each expert takes a multiple of so many tokens, rounded down, so that the tiles of a grouped GEMM are
-            full; :func:`moekern.round_tokens` rounds up too.
-        by: Who stays: ``"score"``, the slots of largest weight, or ``"position"``, the first ones. Of equal weights the
-            first stay.
+        capacity: The most tokens per expert (GShard, Switch Transformer); None for no limit.
+        multiple: Each expert's number of tokens is rounded down to a multiple of this, so that the tiles of a grouped
+            GEMM are full; :func:`moekern.round_tokens` rounds up too.
+        by: Which slots stay: ``"score"``, those of largest weight, or ``"position"``, the first ones. Of equal weights
+            the first stay.
 
     Returns:
         ``[T, K]`` int64.
@@ -67,22 +67,22 @@ def check_options(capacity: int | None, multiple: int, by: str) -> None:
 
 
 def capacity_of(factor: float, tokens: Count, top_k: int, num_experts: int) -> Count:
-    """The capacity that is ``factor`` times an even share of the slots, rounded up; of a number or a tensor of tokens.
+    """The capacity: ``factor`` times an even share of the slots, rounded up; tokens are a number or a tensor.
 
-    In integers: 1.1 times 50 is 55, but a little more in binary floating point, which rounded up would be 56.
+    Computed in integers: 1.1 times 50 is 55, but in binary floating point a little more, which would round up to 56.
     """
     return capacity_of_ratio(ratio(min(factor, num_experts)), tokens, top_k, num_experts)  # a larger one limits nothing
 
 
 def capacity_of_ratio(share: tuple[int, int], tokens: Count, top_k: int, num_experts: int) -> Count:
-    """The same for a factor that :func:`ratio` has made a fraction."""
+    """The same for a factor as a fraction, from :func:`ratio`."""
     numerator, denominator = share
     return -(-(numerator * top_k * tokens) // (denominator * num_experts))
 
 
 @torch.compiler.assume_constant_result
 def ratio(factor: float) -> tuple[int, int]:
-    """The fraction that was meant: 1.1 is 11/10, and 1.3333333333333333 is 4/3."""
+    """The intended fraction: 1.1 is 11/10, and 1.3333333333333333 is 4/3."""
     exact = Fraction(str(float(factor)))
     return (exact.limit_denominator(1_000_000) or exact).as_integer_ratio()
 

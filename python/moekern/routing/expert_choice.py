@@ -1,4 +1,4 @@
-"""Expert choice: every expert takes its best tokens, so that all are used alike without any loss (Zhou et al. 2022)."""
+"""Expert choice: every expert takes its best tokens, so that all are used equally without a loss (Zhou et al. 2022)."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from moekern.verbs import checks
 def expert_choice(logits: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     """Let every expert choose its tokens.
 
-    A token may be chosen by any number of experts, none included. The choice looks at all tokens of the batch, later
-    ones too: a causal language model trained so cannot generate token by token as it was trained.
+    A token may be chosen by any number of experts, or by none. The choice depends on all tokens of the batch, later
+    ones too: a causal language model trained with it cannot generate token by token as it was trained.
 
     Args:
         logits: ``[T, E]`` floating.
-        capacity: C, tokens an expert takes, 0 to T.
+        capacity: C, tokens per expert, 0 to T.
 
     Returns:
         Weights ``[E, C]`` in float32, the softmax over experts at the chosen tokens, differentiable in the logits, and
@@ -38,7 +38,7 @@ def expert_choice(logits: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
 
 
 def choose_any(logits: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
-    """:func:`expert_choice` without its checks: to compare sizes would bind an exported program to some of them."""
+    """:func:`expert_choice` without its checks: comparing sizes would bind an exported program to some of them."""
     scores = router.scores(logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32), "softmax_topk")
     by_expert = scores.mT.contiguous()
     tokens = router.choose(by_expert.detach(), capacity)
@@ -46,7 +46,7 @@ def choose_any(logits: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
 
 
 def free_size(capacity: int, tokens: int) -> int:
-    """The same number as a size of its own for torch.export, which makes no assumption on it.
+    """The same number as a new symbolic size for torch.export, without any assumption on it.
 
     As a formula of the number of tokens, torch.export would assume that it is not one, and then refuse any range of
     tokens in which it can be.
@@ -58,7 +58,7 @@ def free_size(capacity: int, tokens: int) -> int:
 
 
 def choose_real(logits: Tensor, capacity: int, mask: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-    """:func:`expert_choice` among the tokens that ``mask`` ``[T]`` leaves; of ``capacity`` places the first are used.
+    """:func:`expert_choice` among the tokens that ``mask`` ``[T]`` keeps; of ``capacity`` places the first are used.
 
     Places that are not used have weight zero, so that shapes do not depend on the mask.
     """
@@ -72,7 +72,7 @@ def choose_real(logits: Tensor, capacity: int, mask: Tensor, places: Tensor) -> 
 def add_rows(y: Tensor, tokens: Tensor, count: int) -> Tensor:
     """``[count, H]``, the sums by token of rows y ``[R, H]``, in float32 or float64.
 
-    The transpose of an embedding lookup: it adds in a fixed order on every device.
+    This is the transpose of an embedding lookup, which adds in a fixed order on every device.
     """
     wide = y.to(torch.promote_types(y.dtype, torch.float32))
     return torch.ops.aten.embedding_dense_backward(wide, tokens, count, -1, False)  # type: ignore[no-any-return]
@@ -89,6 +89,6 @@ def run_chosen(x: Tensor, weights: Tensor, tokens: Tensor, experts: Callable[...
     offsets = torch.arange(num_experts + 1, device=x.device, dtype=torch.int32) * capacity
     y = experts(rows, offsets=offsets)
     weighted = y.to(weights.dtype) * weights.reshape(-1, 1)
-    if not is_exporting() and capacity == 0:  # whose derivative cannot do without rows
+    if not is_exporting() and capacity == 0:  # whose derivative fails without rows
         return weighted.sum(0).expand(x.shape).to(y.dtype)
     return add_rows(weighted, tokens.reshape(-1), x.shape[0]).to(y.dtype)

@@ -23,12 +23,11 @@ def load_balancing_loss(
     Args:
         logits: ``[T, E]`` router logits; the gradient flows through these.
         tokens_per_expert: ``[E]`` counts, without those of masked tokens.
-        mask: ``[T]``, zero for tokens that do not count (padding), whatever their logits; bool or integer.
+        mask: ``[T]``, zero for tokens that do not count (padding), even if their logits are NaN; bool or integer.
             None: all count.
         group: A torch.distributed process group over which the counts are summed, so that the batches of all its ranks
-            are balanced together and not each on its own; None for this rank alone. The mean over the ranks, which
-            data-parallel training takes of the gradients, then gives the gradient of the loss of the whole batch,
-            however many tokens each rank has.
+            are balanced together; None for this rank alone. Data-parallel training averages the gradients over the
+            ranks; that mean is then the gradient of the loss of the whole batch, for any number of tokens per rank.
 
     Returns:
         A scalar in float32.
@@ -38,7 +37,7 @@ def load_balancing_loss(
     num_experts = logits.shape[1]
     checks.is_tensor("tokens_per_expert", tokens_per_expert)
     checks.has_dtype("tokens_per_expert", tokens_per_expert, (*checks.OFFSETS, *checks.FLOATING))
-    checks.has_shape("tokens_per_expert", tokens_per_expert, (num_experts,), "one count an expert")
+    checks.has_shape("tokens_per_expert", tokens_per_expert, (num_experts,), "one count per expert")
     checks.same_device("tokens_per_expert", tokens_per_expert, "logits", logits)
     weight = _token_weights(logits, mask)
     probability = (torch.softmax(_masked(logits, weight), dim=-1) * weight).sum(0)
@@ -70,7 +69,7 @@ def z_loss(logits: Tensor, *, mask: Tensor | None = None) -> Tensor:
 def sequence_balancing_loss(
     logits: Tensor, topk_ids: Tensor, *, method: str = "deepseek_v3", mask: Tensor | None = None
 ) -> Tensor:
-    """The sequence-wise loss of DeepSeek-V3 (2024, equations 17 to 20): balance within every sequence by itself.
+    """The sequence-wise loss of DeepSeek-V3 (2024, equations 17 to 20): balance within each sequence.
 
     For one sequence ``sum_e f_e * P_e`` with ``f_e = E / K`` times the share of its tokens that chose expert e, and
     ``P_e`` the mean of e's score as a share of the token's scores. It is 1 when all experts are used alike.
@@ -104,7 +103,7 @@ def sequence_balancing_loss(
 
 
 def check_group(group: object) -> None:
-    """Raises TypeError unless it is a process group of torch.distributed or None."""
+    """Raise TypeError unless it is a process group of torch.distributed or None."""
     if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
         raise TypeError(f"group: got {type(group).__name__}, expected a torch.distributed process group or None")
 
@@ -120,16 +119,16 @@ def _token_weights(logits: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return torch.ones((*logits.shape[:-1], 1), dtype=torch.float32, device=logits.device)
     checks.is_tensor("mask", mask)
-    checks.has_shape("mask", mask, tuple(logits.shape[:-1]), "one entry a token")
+    checks.has_shape("mask", mask, tuple(logits.shape[:-1]), "one entry per token")
     checks.same_device("mask", mask, "logits", logits)
     return masks.truth("mask", mask).to(torch.float32).unsqueeze(-1)
 
 
 def _masked(logits: Tensor, weight: Tensor) -> Tensor:
-    """The logits in float32, zero where they do not count: padding may be NaN, which times zero is NaN."""
+    """The logits in float32, zero for masked tokens: padding may be NaN, and zero times NaN is NaN."""
     return torch.where(weight > 0, logits.float(), 0)
 
 
 def _at_least_some(tokens: Tensor) -> Tensor:
-    """A number of tokens to divide by, one in place of none."""
+    """A number of tokens to divide by: at least one."""
     return torch.where(tokens > 0, tokens, 1)

@@ -1,9 +1,8 @@
-"""Token rounding (SonicMoE, Guo et al. 2025): every expert takes a multiple of so many tokens, so that tiles are full.
+"""Token rounding (SonicMoE, Guo et al. 2025): each expert's number of tokens is a multiple, so that tiles are full.
 
-Rounding down drops an expert's slots of least weight. Rounding up gives it tokens that did not choose it, those to
-which the router gives it the largest weight. A token may so get any number of further experts. These extra slots do
-not fit into ``[T, K]``: each becomes a row of its own behind the tokens, with one expert, whose output is added to its
-token's.
+Rounding down drops an expert's slots of least weight. Rounding up adds tokens that did not choose the expert, those
+for which its weight is largest. So a token may get any number of further experts. These extra slots do not fit into
+``[T, K]``: each becomes a row after the tokens, with one expert, and its output is added to its token's.
 """
 
 from __future__ import annotations
@@ -43,13 +42,13 @@ class Rounded(NamedTuple):
 
         Args:
             x: ``[T, H]``.
-            topk_weights: ``[T, K]``, the weights that were rounded.
+            topk_weights: ``[T, K]``, the weights passed to :func:`round_tokens`.
 
         Returns:
             ``x`` ``[T + E * P, H]``, ids and weights ``[T + E * P, K]``.
 
         Raises:
-            TypeError, ValueError: An argument is no floating tensor, or not of this shape.
+            TypeError, ValueError: An argument is not a floating tensor, or not of this shape.
         """
         tokens, top_k = self.topk_ids.shape
         for name, value, shape in (("x", x, (tokens, "hidden")), ("topk_weights", topk_weights, (tokens, top_k))):
@@ -74,13 +73,13 @@ class Rounded(NamedTuple):
         """Add the extra rows of the output to their tokens' rows.
 
         Args:
-            y: ``[T + E * P, H]``, the output for what :meth:`extend` returned.
+            y: ``[T + E * P, H]``, the output for the arguments from :meth:`extend`.
 
         Returns:
             ``[T, H]``.
 
         Raises:
-            TypeError, ValueError: ``y`` is no floating tensor, or not of this shape.
+            TypeError, ValueError: ``y`` is not a floating tensor, or not of this shape.
         """
         checks.is_tensor("y", y)
         checks.has_dtype("y", y, checks.FLOATING)
@@ -109,18 +108,18 @@ def round_tokens(
     w_down))``. Shapes do not depend on the routing, and nothing waits for a device.
 
     Args:
-        scores: ``[T, E]`` floating: the weight that any token would give to any expert, such as the softmax of the
-            router's logits. Differentiable at the slots that are added.
+        scores: ``[T, E]`` floating: the weight of every expert for every token, such as the softmax of the router's
+            logits. Differentiable at the added slots.
         topk_ids: ``[T, K]`` integer; sentinels stay sentinels.
         topk_weights: ``[T, K]`` floating, which decide whose slots are dropped.
         multiple: The multiple, such as 128, the rows of a tile of a grouped GEMM.
-        mode: ``"nearest"`` (of two as near the lower one), ``"up"``, which where too few tokens are left rounds down,
-            or ``"down"``.
-        capacity: Tokens an expert takes at most, itself rounded down; None for no limit.
+        mode: ``"nearest"`` (the lower one of two equally near), ``"up"`` (but down where too few tokens are left), or
+            ``"down"``.
+        capacity: The most tokens per expert, itself rounded down; None for no limit.
         by: ``"score"``: slots of least weight are dropped first; ``"position"``: the last ones.
 
     Returns:
-        A :class:`Rounded`; each expert's slots in it, extra ones included, are a multiple of ``multiple``.
+        A :class:`Rounded`, in which the number of each expert's slots, with extra ones, is a multiple of ``multiple``.
 
     Raises:
         TypeError, ValueError: An argument is of the wrong kind, shape or range.
@@ -133,7 +132,7 @@ def round_tokens(
         checks.is_tensor(name, value)
         checks.has_dtype(name, value, checks.FLOATING)
         checks.same_device(name, value, "topk_ids", topk_ids)
-    checks.has_shape("scores", scores, (topk_ids.shape[0], "experts"), "one row a token, as topk_ids")
+    checks.has_shape("scores", scores, (topk_ids.shape[0], "experts"), "one row per token, as topk_ids")
     checks.has_shape("topk_weights", topk_weights, tuple(topk_ids.shape), "as topk_ids")
     return rounded(plan(topk_ids, scores.shape[1]), scores, topk_ids, topk_weights, multiple, mode, capacity, by)
 
@@ -149,7 +148,7 @@ def rounded(
     by: str,
     mask: Tensor | None = None,
 ) -> Rounded:
-    """:func:`round_tokens` without checks, for ids whose plan is known. No expert is given a token that is masked."""
+    """:func:`round_tokens` without checks, for ids whose plan is known. No expert gets a masked token."""
     tokens, num_experts = scores.shape
     ids = topk_ids.to(torch.int64)
     real = (ids >= 0) & (ids < num_experts)

@@ -1,7 +1,7 @@
 """Routing: from a router's logits to the experts of each token and their weights.
 
-The formulas are named by the order of their steps. Each model family of transformers is an alias of the formula that
-its router class computes; the remaining options have the names of its configuration.
+The formulas are named after the order of their steps. Each model family of transformers is an alias of the formula
+that its router class computes; the other options have the names of its configuration.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ METHODS: dict[str, str] = {
     "llama4": "topk_sigmoid",
 }
 
-_SMALL = 2048  # entries; below it sorting beats the six passes that packing takes
+_SMALL = 2048  # entries; with fewer, sorting is faster than the six passes of packing
 
 
 def route(
@@ -69,7 +69,7 @@ def route(
         n_group: Cut the experts into this many groups of neighbours; only experts of the best groups can be chosen. A
             group's score is its largest one after a softmax (DeepSeek-V2), else the sum of its two largest
             (DeepSeek-V3).
-        topk_group: How many groups stay, all by default.
+        topk_group: The number of groups that stay; all by default.
         routed_scaling_factor: Multiplies the weights at the end.
 
     Returns:
@@ -87,7 +87,7 @@ def route(
     if selection_bias is not None:
         checks.is_tensor("selection_bias", selection_bias)
         checks.has_dtype("selection_bias", selection_bias, checks.FLOATING)
-        checks.has_shape("selection_bias", selection_bias, (num_experts,), "one an expert")
+        checks.has_shape("selection_bias", selection_bias, (num_experts,), "one per expert")
         checks.same_device("selection_bias", selection_bias, "logits", logits)
     formula = METHODS[method]
     logits = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
@@ -130,7 +130,7 @@ def check_options(
     topk_group: int | None,
     routed_scaling_factor: float,
 ) -> None:
-    """Raises TypeError or ValueError unless the options of :func:`route` fit together."""
+    """Raise TypeError or ValueError unless the options of :func:`route` fit together."""
     checks.is_int("top_k", top_k, 1, num_experts, f"there are {num_experts} experts")
     checks.one_of("method", method, tuple(METHODS))
     checks.is_bool("norm_topk_prob", norm_topk_prob)
@@ -160,7 +160,7 @@ def scores(logits: Tensor, method: str) -> Tensor:
 def weights_of_all(
     logits: Tensor, ids: Tensor, method: str, norm_topk_prob: bool, routed_scaling_factor: float
 ) -> Tensor:
-    """The weight ``[T, E]`` of every expert on the scale of the chosen ones', whose weights :func:`route` returns."""
+    """The weight ``[T, E]`` of every expert, on the scale of the weights that :func:`route` returns."""
     formula = METHODS[method]
     if formula == "topk_softmax" or (formula == "softmax_topk" and norm_topk_prob):
         weights = torch.exp(logits - torch.logsumexp(logits.gather(-1, ids), dim=-1, keepdim=True))
@@ -174,16 +174,17 @@ def weights_of_all(
 def choose(ranking: Tensor, k: int) -> Tensor:
     """Indices of the k largest along the last dimension, largest first; of equal values the lowest index first.
 
-    NaN counts as larger than all numbers, whatever its sign, so that a router that has diverged shows in the output.
+    NaN of either sign counts as larger than all numbers, so that a diverged router shows in the output.
 
-    torch.topk leaves open which of equal values it takes. A stable sort does not: on a GPU it costs about as much
-    (16384 x 128 on an H100: 142 us against 129). On a CPU it costs three to five times as much, so there value and
-    index are packed into one int64, whose order has no ties, at one to two times (benches/suite/bench_route.py).
+    torch.topk does not say which of equal values it takes. A stable sort does; on a GPU it takes about as long
+    (16384 x 128 on an H100: 142 us against 129). On a CPU it takes three to five times as long, so there value and
+    index are packed into one int64, whose order has no ties; that takes one to two times as long
+    (benches/suite/bench_route.py).
     """
     small = not torch.compiler.is_compiling() and ranking.numel() < _SMALL
     if ranking.device.type != "cpu" or ranking.dtype != torch.float32 or small:
         order = largest_first(ranking)
-        return order[..., :k].contiguous()  # a slice would be copied by each of its users, and takes their long way
+        return order[..., :k].contiguous()  # each user of a slice would copy it, and take its slower path
     bits = (_one_nan(ranking) + 0.0).view(torch.int32)  # adding zero makes one zero of the two
     ascending = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # negative floats order backwards
     last = ranking.shape[-1] - 1
@@ -194,14 +195,14 @@ def choose(ranking: Tensor, k: int) -> Tensor:
 
 def largest_first(values: Tensor) -> Tensor:
     """The order of the last dimension, NaN first, then the largest; of equal values the lowest index first."""
-    # A CPU compares; the radix sort of a GPU goes by the bits, in which a NaN with sign lies below minus infinity.
+    # A CPU compares; the radix sort of a GPU uses the bits, by which a negative NaN is below minus infinity.
     if values.device.type != "cpu":
         values = _one_nan(values)
     return torch.sort(values, dim=-1, descending=True, stable=True)[1]
 
 
 def _one_nan(values: Tensor) -> Tensor:
-    """The values with the sign and payload of every NaN removed: x86 makes negative ones of inf - inf and 0 / 0."""
+    """The values with the sign and payload of every NaN removed: on x86 inf - inf and 0 / 0 give negative ones."""
     return torch.nan_to_num(values, nan=math.nan, posinf=math.inf, neginf=-math.inf)
 
 
