@@ -1,4 +1,4 @@
-"""Says on what machine and with which versions a benchmark was recorded, and keeps the record small."""
+"""Adds the machine and the versions to the record of a benchmark, and keeps the record small."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from moekern.report import machine
 from moekern.report.machine import driver_version
 
 PACKAGES = ("moekern", "torch", "numpy", "cupy-cuda12x", "cupy-cuda13x", "transformers")
-THREADS = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")  # what changes the figures of torch's operators beside the kernels
+THREADS = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")  # settings that change the figures of torch's operators
 
 
 def facts() -> dict[str, Any]:
-    """Everything about this machine that a reader of a figure needs to compare it with another."""
+    """The facts about this machine that a reader needs to compare its figures with another's."""
     versions = {name: machine.package_version(name) for name in PACKAGES}
     return {
         "cpu": machine.cpu_name(),
@@ -49,7 +49,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """As in the tests: without a GPU its benchmarks are skipped, and with one torch may serve what kernels do not."""
+    """As in the tests: GPU benchmarks are skipped without a GPU; with one, torch may serve cases without a kernel."""
     quiet = pytest.mark.filterwarnings("ignore:moekern.*runs through torch:UserWarning")
     for item in items:
         if "gpu" in item.keywords:
@@ -57,7 +57,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Every `case` of the suite; small ones where each benchmark runs once, as in `make test`."""
+    """The values of `case`: all of the suite, but small ones if each benchmark runs once, as in `make test`."""
     if "case" in metafunc.fixturenames:
         names = [name for name in metafunc.config.getoption("--shapes").split(",") if name]
         if unknown := [name for name in names if name not in SHAPES]:

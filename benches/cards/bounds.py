@@ -1,4 +1,4 @@
-"""Builds of the gathering kernels without their gather: wrong results, whose times are what the gather has to reach."""
+"""Builds of the gathering kernels without their gather. Results are wrong; the times are the gather's limit."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 
 from moekern.backends.cuda.build import sources
 
-# Every cp.async of a gather is written with one of these; as a comment it still takes its operands.
+# Every cp.async of a gather uses one of these macros; as a comment it still takes its operands.
 COPIES = {"hopper.cuh": "COPY_16", "wgrad.cu": "COPY"}
 INSTRUCTION = '"cp.async.cg.shared.global.L2::256B "'
 
 
 def without_copies() -> None:
-    """Put the CUDA sources into a directory, the gathers' copies as comments, and have kernels built from there."""
+    """Copy the CUDA sources to a directory, with the gathers' copies as comments, and build kernels from there."""
     directory = Path(tempfile.mkdtemp())
     shutil.copytree(sources.cuda_directory(), directory, dirs_exist_ok=True)
     for file, name in COPIES.items():

@@ -6,8 +6,8 @@
 H = 2048, I = 1024, SwiGLU, top-8 (top-2 with 8 experts), uniform routing, all threads. "of bound" is the share of the
 ceiling of moekern.bench.ceiling; loop (transformers' own) and grouped_mm are in multiples of moekern's time. A round
 runs each once; times are medians of the rounds. GB/s: memory read and, with the backward pass, written. --json writes
-the record, of which `make figures` makes the page and the blocks `figures:NAME grid`; with --add it keeps the cases of
-a record that is there, and measured ones replace theirs: a long grid can be made in short runs.
+the record, from which `make figures` makes the page and the blocks `figures:NAME grid`. With --add an existing record
+keeps its other cases, and measured cases replace theirs: a long grid can be made in short runs.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ def shape_of(experts: int, tokens: int) -> Shape:
 
 
 def place(row: Row) -> tuple[str, int, int, str]:
-    """Where a row stands in the grid."""
+    """The position of a row in the grid."""
     return row.dtype, row.experts, row.tokens, row.verb
 
 
 def line(rows: dict[str, Row], session: Session) -> str:
-    """One row of the table, of one verb; "-" for a peer without a time."""
+    """One row of the table, for one verb; "-" for a peer without a time."""
     ours = rows[MOEKERN]
     if ours.seconds is None or ours.share is None or ours.tflops is None:
         raise SystemExit(f"moekern {ours.status}: {ours.reason}")

@@ -4,19 +4,19 @@
         [--peers grouped_mm,sonicmoe] [--forward-only | --backward-only] [--tokens 1,4,16,64,256 | --rows 128,256,512]
         [--json FILE]
 
-The whole layer is what `moekern bench` measures, and the forward pass of training besides. --parts adds each kernel;
---backward-only takes the backward pass by itself, its plan and forward pass not counted ("serial" is the same with the
-combine of the input gradient on the same stream). With --tokens the shapes have so few tokens, and a line says what a
-call and a synchronisation take on the host, another what a pass takes in a CUDA graph, beside a copy of as many bytes.
-With --rows they have the tokens that give an expert so many rows on average: what configuration.py goes by.
+The whole layer is measured as by `moekern bench`, and also the forward pass of training. --parts adds each kernel.
+--backward-only measures the backward pass alone, without its plan and forward pass ("serial" is the same with the
+combine of the input gradient on the same stream). With --tokens the shapes have this few tokens; one line is the time
+of a call and a synchronisation on the host, another that of a pass in a CUDA graph, both against a copy of as many
+bytes. With --rows they have this many rows per expert on average, the number by which configuration.py decides.
 
 Every measured run directly follows a run of its ceiling in the same process, in random order; the figure is the median
 of the paired ratios, because the clock of a power-limited card drifts by more than the differences of interest
-(moekern.bench.timing). The L2 cache is swept before both. Data are random normal, the routing is given, plans are made
-inside the timing; results are compared with float32 first, and a wrong one is named and not timed. FILE, by default
-`$OUT/gpu_experts.json`, gets all figures as `python benches/records/figures.py` reads them, after every shape.
+(moekern.bench.timing). The L2 cache is swept before both. Data are random normal, the routing is given, plans are timed
+too. Results are compared with float32 first; a wrong one is named and not timed. FILE, by default
+`$OUT/gpu_experts.json`, gets all figures in the form that `python benches/records/figures.py` reads, after every shape.
 
---without-copies builds the gathering kernels without their cp.async: the bound that their gather has to reach.
+--without-copies builds the gathering kernels without their cp.async: the limit of their gather.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from moekern.bench.timing import GpuClock
 
 
 class Run:
-    """What the command line asks for, what was measured so far, and what was not."""
+    """The options of the command line, the figures so far, and notes on lines that were not measured."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -65,11 +65,11 @@ class Run:
 
     @cached_property
     def memory(self) -> Copy:
-        """To copy in; only few tokens are measured beside a copy."""
+        """Memory for copies; only few tokens are measured against a copy."""
         return Copy("cuda")
 
     def attempt(self, what: str, work: Callable[..., Any], *arguments: Any) -> Any:
-        """The result of `work`; a failure is noted and must not cost the others. Nothing survives a lost GPU."""
+        """The result of `work`, or None after a failure, which is noted; the others go on, unless the GPU is lost."""
         try:
             return work(*arguments)
         except Exception as error:
@@ -113,7 +113,7 @@ class Run:
             self.figures += measure(items, name, clock, self.options.rounds)
 
     def record(self) -> dict[str, object]:
-        """As `python benches/records/figures.py` reads it."""
+        """The record in the form that `python benches/records/figures.py` reads."""
         figures = [{key: value for key, value in asdict(f).items() if value is not None} for f in self.figures]
         return {
             "card": torch.cuda.get_device_name(), "torch": torch.__version__, "routing": self.options.routing,
@@ -123,14 +123,14 @@ class Run:
         }  # fmt: skip
 
     def show(self, shown: int) -> None:
-        """A line for each figure but the first ones."""
+        """Print one line for each figure after the first ones."""
         for f in self.figures[shown:]:
             rate = f"{f.tflops:8.1f} {f.share:6.3f}" if f.share is not None else ""
             print(f"{f.shape:<24} {f.what:<38} {f.ms:9.4f} {rate}".rstrip(), flush=True)
 
 
 def at_rows(shape: Shape, rows: int) -> Shape:
-    """The shape with `rows` rows an expert on average, or a little less where K does not divide them."""
+    """The shape with `rows` rows per expert on average, or a little less where K does not divide them."""
     return replace(shape, name=f"{shape.name}, {rows} rows", tokens=rows * shape.experts // shape.top_k)
 
 
@@ -151,10 +151,10 @@ def parser() -> argparse.ArgumentParser:
     one_pass.add_argument("--forward-only", action="store_true")
     one_pass.add_argument("--backward-only", action="store_true")
     size = made.add_mutually_exclusive_group()
-    size.add_argument("--tokens", type=numbers, default=[], help="numbers with commas, in place of the shapes' own")
-    size.add_argument("--rows", type=numbers, default=[], help="the same, by rows an expert")
+    size.add_argument("--tokens", type=numbers, default=[], help="numbers with commas, instead of the shapes' own")
+    size.add_argument("--rows", type=numbers, default=[], help="the same, by rows per expert")
     made.add_argument("--only", default="", help="only lines of these names, with semicolons")
-    made.add_argument("--without-copies", action="store_true", help="the gather's bound: wrong results")
+    made.add_argument("--without-copies", action="store_true", help="the gather's limit: wrong results")
     made.add_argument("--json", type=Path, default=Path(os.environ.get("OUT", ".")) / "gpu_experts.json")
     return made
 

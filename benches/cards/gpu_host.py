@@ -1,9 +1,9 @@
-"""What a call costs the host on a GPU: the layer for few tokens, the planners, a layer's first call in a process.
+"""The host's time of a call on a GPU: the layer for few tokens, the planners, a layer's first call in a process.
 
     python benches/cards/gpu_host.py [--rounds 300]
 
-Calls follow a synchronisation each, so that no queue is full: median and least microseconds until a call returns, and
-for planners until the plan is there. First calls come from processes of their own, with kernels that are compiled.
+Each call follows a synchronisation, so that no queue is full. Figures are the median and the least microseconds until
+a call returns, and for planners until the plan is complete. First calls run in new processes, with compiled kernels.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ print(1e3 * (made - begin), 1e3 * (time.perf_counter() - made))
 
 
 def microseconds(run: Callable[[], object], rounds: int, until_done: bool = False) -> tuple[float, float]:
-    """Median and least of many calls."""
+    """Median and least time of many calls."""
     times = []
     for i in range(rounds + 20):
         torch.cuda.synchronize()
@@ -72,7 +72,7 @@ def layer(rounds: int) -> dict[str, tuple[float, float]]:
 
 
 def planners(rounds: int) -> dict[str, tuple[float, float]]:
-    """A plan of many slots until it is there, and when the host's call returns."""
+    """The time of a plan of many slots until it is complete, and until the host's call returns."""
     ids = torch.randint(0, EXPERTS, (SLOTS // 8, 8), device="cuda")
     return {
         f"mk.plan of {SLOTS} slots, device, done": microseconds(lambda: mk.plan(ids, EXPERTS), rounds, True),
@@ -86,7 +86,7 @@ def planners(rounds: int) -> dict[str, tuple[float, float]]:
 
 
 def first_call(tokens: int, mode: str) -> list[float]:
-    """Milliseconds in which a process makes its first layer, and calls it for the first time."""
+    """Milliseconds that a process needs to make its first layer, and to call it for the first time."""
     for _ in range(2):  # the first process may compile
         command = [sys.executable, "-c", FIRST, str(tokens), mode]
         result = subprocess.run(command, capture_output=True, text=True, check=True)

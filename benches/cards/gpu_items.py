@@ -1,4 +1,4 @@
-"""A line of gpu_experts.py, and its timing: all run in turns, each directly after cuBLAS of the same FLOPs."""
+"""A line of gpu_experts.py, and its timing: all run alternately, each directly after cuBLAS of the same FLOPs."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from moekern.bench.timing import Clock, GpuClock, Wait, in_turns
 class Item:
     """One line.
 
-    run: What is timed; it gets what `prepare` made before the clock started, if there is one.
+    run: The timed work; its argument is the result of `prepare`, which runs before the clock starts, if there is one.
     base: The ceiling: dense products of the same FLOPs, or a copy of the same bytes.
-    flops: 0 if the ceiling says nothing about it.
-    passes: How often it does what `base` stands for.
+    flops: 0 if the ceiling does not apply.
+    passes: How often `run` does the work of `base`.
     """
 
     name: str
@@ -47,12 +47,12 @@ class Figure:
 
 
 def base_of(dense: Dense, *products: str) -> Callable[[Clock], Wait]:
-    """The ceiling of some products, of all where none is named."""
+    """The ceiling of the named products, by default of all."""
     return lambda clock: clock(lambda: dense.run(products))
 
 
 class WallClock(GpuClock):
-    """The time of a call and a synchronisation, as one caller sees it; the L2 cache is swept before."""
+    """The time of a call and a synchronisation, as a caller sees it; the L2 cache is swept before."""
 
     def __call__(self, work: Callable[[], object]) -> Wait:
         self.sweep.sum()
@@ -65,7 +65,7 @@ class WallClock(GpuClock):
 
 
 class Preparing:
-    """A clock that starts when an item has prepared itself."""
+    """A clock that starts when an item is prepared."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock, self.wait = clock, clock.wait

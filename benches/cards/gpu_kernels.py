@@ -1,4 +1,4 @@
-"""The kernels of both passes as lines of gpu_experts.py, each beside cuBLAS doing its product densely."""
+"""The kernels of both passes as lines of gpu_experts.py, each against cuBLAS on the same product, densely."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def of_forward(problem: Problem, dense: Dense) -> list[Item]:
 
 
 def of_backward(problem: Problem, dense: Dense, parts: bool = True) -> list[Item]:
-    """The whole backward pass, its launches counted, and its kernels; "serial": with the combine on the same stream."""
+    """The whole backward pass with its launches, and its kernels; "serial": with the combine on the same stream."""
     p, s = problem, problem.shape
     plan = order, inverse, offsets = reference.plan(p.ids, s.experts)
 

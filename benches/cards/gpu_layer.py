@@ -1,4 +1,4 @@
-"""The whole layer, moekern's and its peers', as lines of gpu_experts.py; each is checked before it is timed."""
+"""The whole layer, of moekern and of its peers, as lines of gpu_experts.py; each is checked before it is timed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LABELS = {"grouped_mm": "torch grouped_mm"}  # as in the records so far
 
 
 class WrongError(Exception):
-    """A result is not what float32 gives."""
+    """A result differs from float32 by more than rounding."""
 
 
 def label(peer: Peer) -> str:
@@ -22,10 +22,10 @@ def label(peer: Peer) -> str:
 
 
 def checked(peer: Peer, problem: Problem, backward: bool, check: bool = True) -> Layer:
-    """The layer of a peer, its results right within the rounding of the dtype.
+    """The layer of a peer, checked to be right within the rounding of the dtype.
 
     Raises:
-        WrongError: They are not.
+        WrongError: Its results are wrong.
         ImportError: It is not installed, or cannot run this problem.
     """
     if reason := peer.missing(problem):

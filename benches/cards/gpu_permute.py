@@ -7,8 +7,8 @@ Lines are moekern's functions as a caller sees them, the same on the backend "re
 shortest torch code that moves the same rows (index_select and index_add_, whose sums are in the dtype and in no fixed
 order). Bytes are those that have to move: each tensor read or written once. Every measured run directly follows a copy,
 in random order, the L2 cache swept before both; "of copy" is the median of the pairs' ratios. Results are compared
-with float32 first. --shares adds the gradients of combine with so many slots of a token per warp, from which `share_of`
-chooses. FILE, by default `$OUT/gpu_permute.json`, is in the form of benches/cards/gpu_experts.py.
+with float32 first. --shares adds the gradients of combine with this many slots of a token per warp; `share_of` chooses
+among them. FILE, by default `$OUT/gpu_permute.json`, is in the form of benches/cards/gpu_experts.py.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ VERBS = ("permute", "permute, backward", "combine", "combine, backward")
 
 
 class WrongError(Exception):
-    """A result is not what float32 gives."""
+    """A result differs from float32 by more than rounding."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """Something to time, and the bytes that it has to move."""
+    """A function to time, and the bytes that it has to move."""
 
     name: str
     run: Callable[[], object]
@@ -81,7 +81,7 @@ class Rows:
         }[verb])  # fmt: skip
 
     def functions(self, backend: str = "auto") -> dict[str, Callable[[], object]]:
-        """moekern's on this backend; the backward passes of one forward pass."""
+        """moekern's functions on this backend; backward passes repeat over one forward pass."""
         x, y, w = (t.detach().requires_grad_() for t in (self.x, self.rows, self.weights))
         with mk.backend(backend):
             permuted, combined = mk.permute(x, self.plan), mk.combine(y, self.plan, w)
@@ -151,7 +151,7 @@ class Rows:
         return [Line(f"combine, backward, share {n}", lambda n=n: run(n), moved) for n in shares]  # type: ignore[misc]
 
     def lines(self, shares: list[int], peers: bool) -> list[Line]:
-        """Everything to time."""
+        """All lines to time."""
         found = [Line(verb, run, self.bytes(verb)) for verb, run in self.functions().items()]
         found += self.with_shares(shares)
         if peers:
@@ -161,7 +161,7 @@ class Rows:
 
 
 def measure(lines: list[Line], name: str, clock: Clock, memory: Copy, rounds: int) -> list[Figure]:
-    """A figure for each line; prints them."""
+    """Measure and print one figure per line."""
     for line in lines:
         line.run()
     clock.wait()
@@ -186,7 +186,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--shapes", default="qwen3-30b-a3b,mixtral-8x7b,deepseek-v3-rank", help="names with commas")
     made.add_argument("--tokens", type=numbers, default=[16384], help="numbers with commas")
-    made.add_argument("--hidden", type=int, help="in place of the shapes' own")
+    made.add_argument("--hidden", type=int, help="instead of the shapes' own")
     made.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
     made.add_argument("--shares", type=numbers, default=[], help="slots of a token per warp, numbers with commas")
     made.add_argument("--rounds", type=int, default=12)

@@ -1,4 +1,4 @@
-"""Pictures of records for the texts: one SVG file that needs nothing else, light or dark as the reader's system is."""
+"""Pictures of records for the texts: one SVG file without other files, light or dark like the reader's system."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from moekern.bench.units import figure
 from moekern.report.page import COLOURS
 
 WIDTH, MARGIN, GAP, HEAD, CAPTION, FOOT = 980, 20, 20, 62, 26, 34
-# Letters larger than in the reports, whose drawings stand alone: here two share a line, and pages shrink the whole.
+# Letters are larger than in the reports: here two drawings share a line, and pages shrink the whole.
 STYLE = """
 .paper{fill:var(--card);stroke:var(--rule)}
 text{font-family:system-ui,-apple-system,"Segoe UI",Roboto,Helvetica,Arial,sans-serif;fill:var(--ink)}
@@ -80,7 +80,7 @@ def bars_of(of: dict[str, Row], colours: dict[str, str], across: int) -> tuple[s
 
 
 def alternative(record: Record) -> str:
-    """The picture in words, for those who do not see it."""
+    """The picture in words, for readers who cannot see it."""
     words = []
     for of in summary.cases(summary.singles(record)).values():
         factor, unit = report.unit_of_rates(of.values())

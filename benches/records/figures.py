@@ -4,9 +4,9 @@ Each record benches/results/NAME.json gets its page NAME.md. In README.md, docs/
 
     <!-- figures:NAME VIEW … -->anything<!-- /figures -->
 
-is filled anew from the record NAME. Views:
+is filled again from the record NAME. Views:
 
-- of a record of `moekern bench`: `shapes` (a row per shape and verb), `wide` (a row per shape), `grid` (sizes in place
+- of a record of `moekern bench`: `shapes` (a row per shape and verb), `wide` (a row per shape), `grid` (sizes instead
   of names), `memory`, `series tokens` (or experts, top_k), `summary` (sentences), `machine`, `command`; `chart FILE`, a
   picture, which is drawn into that file (from the root of the repository) and shown;
 - of one of pytest-benchmark: `table GROUP`; `range GROUP COLUMN [PARAMETER=VALUE …]`, the smallest and largest value of
@@ -14,7 +14,7 @@ is filled anew from the record NAME. Views:
 - of one of benches/cards/gpu_experts.py: `columns NAME …`;
 - of a page without a record: `match PATTERN`, the first group of a regular expression.
 
-Tables and pictures stand on lines of their own, everything else in its sentence.
+Tables and pictures take their own lines; everything else is part of its sentence.
 
 `--check` writes nothing and exits with 1 if anything would change.
 """
@@ -37,7 +37,7 @@ from moekern.bench.units import duration, figure
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"<!-- figures:(.*?) -->(.*?)<!-- /figures -->", re.DOTALL)
-UNTRACKED = "latest"  # the record that `make bench` writes without a name: nobody's text
+UNTRACKED = "latest"  # the record that `make bench` writes without a name; git ignores it
 TEXTS = ("README.md", "docs/*.md", "cuda/*.md", "benches/results/README.md")
 
 
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
 
 
 def wanted(root: Path) -> dict[Path, str]:
-    """What every page of a record and every text with blocks should contain."""
+    """The contents that every page of a record and every text with blocks should have."""
     results = root / "benches" / "results"
     pages = {path.with_suffix(".md"): tables.page(path) for path in sorted(results.glob("*.json"))}
     paths = [path for pattern in TEXTS for path in sorted(root.glob(pattern)) if path not in pages]
@@ -71,7 +71,7 @@ def wanted(root: Path) -> dict[Path, str]:
 
 
 def filled(text: str, results: Path, where: str = "text") -> str:
-    """The text with all its blocks made anew.
+    """The text with all its blocks filled again.
 
     Raises:
         ValueError: A block names no record, no view of its record, is not closed, or starts a line of its sentence.

@@ -1,7 +1,7 @@
-"""Markdown tables of the records in benches/results, one form of record after the other.
+"""Markdown tables of the records in benches/results, for each form of record.
 
 Three programs write records: `moekern bench` (:mod:`moekern.bench.record`), pytest-benchmark through `make bench`, and
-benches/cards/gpu_experts.py, which takes single CUDA kernels too. :func:`page` makes a whole page of any of them.
+benches/cards/gpu_experts.py, which also measures single CUDA kernels. :func:`page` makes a whole page of any of them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Cells = Sequence[str]
 
 
 def page(path: Path) -> str:
-    """The page of a record, named like its file.
+    """The page of a record, titled like its file.
 
     Raises:
         ValueError: The file is in none of the three forms, or a field is missing.
@@ -38,7 +38,7 @@ def page(path: Path) -> str:
 
 
 def markdown(header: Cells, rows: Iterable[Cells]) -> str:
-    """A table; columns that are empty throughout are left out."""
+    """A table without empty columns."""
     rows = [list(row) for row in rows]
     kept = [i for i in range(len(header)) if any(row[i] for row in rows)]
     lines = [" | ".join(header[i] for i in kept), " | ".join("---" for _ in kept)]
@@ -63,7 +63,7 @@ def of_bench(record: Record) -> list[str]:
 
 
 def machine_sentence(record: Record) -> str:
-    """What the record was made on and with."""
+    """The machine and the versions of a record, in one sentence."""
     m = record.machine
     cpu = f"{m.cpu}, {m.cpu_threads} threads, `{m.isa}`"
     copy = f", memory copies {figure(m.copy_gbps)} GB/s" if m.copy_gbps else ""
@@ -82,7 +82,7 @@ def shapes(record: Record) -> str:
 
 
 def series(record: Record, sweep: str) -> str:
-    """The same for what varies one size."""
+    """The same for a series over one size."""
     return case_table([row for row in record.rows if row.sweep == sweep], (sweep,))
 
 
@@ -110,7 +110,7 @@ def case_table(rows: list[Row], sizes: Cells, *, named: bool = True) -> str:
 
 
 def grid(record: Record) -> str:
-    """The same for shapes that differ in few sizes, which stand in place of their names."""
+    """The same for shapes that differ in few sizes, which replace their names."""
     rows = summary.singles(record)
     sizes = {"experts": "E", "top_k": "K", "tokens": "T", "hidden": "H", "intermediate": "I"}
     varying = [what for what in sizes if len({getattr(row, what) for row in rows}) > 1]
@@ -120,7 +120,7 @@ def grid(record: Record) -> str:
 
 
 def time_of(row: Row) -> str:
-    """A time, or why there is none; that of a wrong result is said to be so."""
+    """A time, marked if the result is wrong; or why there is none."""
     if not row.seconds:
         return row.status
     return duration(row.seconds) + (" (wrong)" if row.status == WRONG else "")
@@ -142,7 +142,7 @@ def share_of(row: Row) -> str:
 
 
 def wide(record: Record) -> str:
-    """A row for each shape, all verbs beside each other, and the fastest correct peer of each."""
+    """A row for each shape: its verbs next to each other, with the fastest correct peer of each."""
     by_shape: dict[tuple[Any, ...], dict[str, dict[str, Row]]] = {}
     for of in summary.cases(summary.singles(record)).values():
         if MOEKERN in of and of[MOEKERN].seconds:
@@ -170,7 +170,7 @@ def wide(record: Record) -> str:
 
 
 def memory(record: Record) -> str:
-    """Saved and peak bytes of every implementation, a row a case that has them."""
+    """Saved and peak bytes of every implementation, one row per case that has them."""
     lines = []
     for of in summary.cases(summary.singles(record)).values():
         lines += [
@@ -185,10 +185,10 @@ def memory(record: Record) -> str:
 
 
 def of_pytest(record: dict[str, Any]) -> list[str]:
-    """A section a benchmark group, a row a case.
+    """One section per benchmark group, one row per case.
 
-    Columns are the parameters that vary, the median with the middle half of the rounds, and whatever the benchmark put
-    into ``extra_info``: rates, shares of a bound, what it was compared with.
+    Columns are the parameters that vary, the median with the middle half of the rounds, and the entries of
+    ``extra_info``: rates, shares of a bound, comparisons.
     """
     facts = record["machine_info"]
     parts = [
@@ -205,7 +205,7 @@ def of_pytest(record: dict[str, Any]) -> list[str]:
 
 
 def groups(record: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """The benchmarks by group; those without are grouped by file."""
+    """The benchmarks by group; those without a group, by file."""
     found: dict[str, list[dict[str, Any]]] = {}
     for benchmark in record["benchmarks"]:
         found.setdefault(benchmark.get("group") or benchmark["fullname"].split("::")[0], []).append(benchmark)
@@ -263,7 +263,7 @@ def of_kernels(record: dict[str, Any]) -> list[str]:
 
 
 def kernel_columns(record: dict[str, Any], whats: Cells) -> str:
-    """A row a shape, and for each of the named figures its share in per cent and its milliseconds.
+    """One row per shape; for each named figure, its share in per cent and its milliseconds.
 
     Raises:
         ValueError: The record has no figure of a name.

@@ -1,4 +1,4 @@
-"""The table of benches/cards/cpu_experts.py is made once, small, so that the program cannot rot."""
+"""Runs benches/cards/cpu_experts.py once, on a small grid, so that the program keeps working."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The experts: forward as inference runs it, forward and backward as training does, and decode."""
+"""The experts: forward as in inference, forward and backward as in training, and decode."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""cards/gpu_experts.py without a GPU: its lines over kernels that only check how they are called; with one, whole."""
+"""cards/gpu_experts.py: without a GPU, its lines over kernels that only check their arguments; with one, as a whole."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from moekern.bench.shapes import SHAPES
 from moekern.bench.timing import CpuClock
 
 TINY = SHAPES["tiny"]
-SINGLE = ("plan", "tiles", "combine", "combine of gradients")  # lines that no matmul stands beside
+SINGLE = ("plan", "tiles", "combine", "combine of gradients")  # lines without a matmul to compare with
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def bench_kernels(problem: Problem) -> None:
 
 
 def bench_layer(problem: Problem) -> None:
-    """Ours and a peer, on the CPU, to the table of a record."""
+    """moekern and a peer, on the CPU, up to the table of a record."""
     dense = Dense(problem, BOTH)
     items = [item for peer in (OURS, PEERS["grouped_mm"]) for item in whole(peer, problem, dense, forward_only=False)]
     figures = measure(items, "tiny", CpuClock(), 1)
@@ -90,7 +90,7 @@ def bench_rows() -> None:
 
 
 def bench_wrong_layer(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not timed but named."""
+    """A wrong or missing peer is named, not timed."""
     ours, dense = OURS.build(problem), Dense(problem, FORWARD)
     wrong = Layer(lambda x, scores, *weights: ours.forward(x, 2 * scores, *weights), ours.weights)
     monkeypatch.setattr(type(OURS), "build", lambda self, problem: wrong)

@@ -1,4 +1,4 @@
-"""Grouped matrix products: groups of rows by a matrix each (varlen-M), and by each other (varlen-K)."""
+"""Grouped matrix products: each group of rows times a matrix (varlen-M), or times other rows (varlen-K)."""
 
 from __future__ import annotations
 

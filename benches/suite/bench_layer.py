@@ -1,4 +1,4 @@
-"""The layer end to end, router and experts, as it stands in a model: inference, and a training step's two passes."""
+"""The whole layer with router and experts: inference, and the two passes of a training step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moekern.bench.record import BOTH, FORWARD
 
 
 def layer_of(case: Case) -> tuple[mk.MoE, Problem]:
-    """A layer with the problem's weights. Its own router decides, whatever the routing of the case."""
+    """A layer with the problem's weights. Its own router decides; the case's routing is ignored."""
     problem, s = case.problem(), case.shape
     layer = mk.MoE(s.hidden, s.intermediate, s.experts, s.top_k, device=case.device, dtype=case.torch_dtype)
     with torch.no_grad():

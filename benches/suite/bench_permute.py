@@ -1,4 +1,4 @@
-"""Permute and combine, forward and backward, beside a copy of as many bytes and torch's indexing."""
+"""Permute and combine, forward and backward, against a copy of as many bytes and torch's indexing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def inputs_of(case: Case) -> tuple[Problem, mk.Plan, Tensor, Tensor]:
 
 
 def beside(benchmark: Any, case: Case, peer: Callable[[], object]) -> None:
-    """Adds torch's time; pytest-benchmark has the other one."""
+    """Add torch's time; pytest-benchmark has moekern's."""
     if not benchmark.enabled:
         return
     times = []

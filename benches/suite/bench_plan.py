@@ -1,4 +1,4 @@
-"""The host planner, called from Python, beside the same plan made of torch's sort and bincount."""
+"""The host planner, called from Python, against the same plan from torch's sort and bincount."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 def seconds(f: Callable[[], object], rounds: int = 15) -> float:
-    """The median time of a call that takes long enough to be timed alone."""
+    """The median time of a call that is long enough to be timed alone."""
     times = []
     for _ in range(rounds):
         start = perf_counter()
@@ -35,7 +35,7 @@ def seconds(f: Callable[[], object], rounds: int = 15) -> float:
 
 
 def sort_and_bincount(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """What a layer without a planner does; the inverse permutation, which would cost a scatter more, is left out."""
+    """The plan of a layer without a planner; the inverse permutation, one more scatter, is left out."""
     order = torch.sort(ids.reshape(-1), stable=True).indices
     return order, torch.bincount(ids.reshape(-1), minlength=num_experts).cumsum(0)
 
@@ -76,7 +76,7 @@ def bench_plan(benchmark: Any, slots: int, num_experts: int, routing: str, threa
     ("slots", "num_experts"), [(1 << 18, 64), (1 << 18, 1024), (1 << 20, 64), (1 << 22, 64), (1 << 24, 256)]
 )
 def bench_plan_in_place(benchmark: Any, slots: int, num_experts: int, threads: int) -> None:
-    """The planner alone: fresh megabytes cost the system's page faults on top, whoever writes them."""
+    """The planner alone: fresh memory would add the system's page faults, for any writer."""
     ids = ids_of("uniform", slots, num_experts)
     order, inverse, offsets = (torch.empty(n, dtype=torch.int32) for n in (slots, slots, num_experts + 1))
     addresses = order.data_ptr(), inverse.data_ptr(), offsets.data_ptr()

@@ -1,4 +1,4 @@
-"""Choosing experts with ties to the lowest index, beside torch.topk, which leaves them open."""
+"""Choosing experts with ties to the lowest index, against torch.topk, which does not define ties."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHAPES = [(1, 128, 8), (4096, 8, 2), (4096, 128, 8), (16384, 128, 8), (4096, 256
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """The choice is many short passes: with two threads on a busy machine one would time the scheduler."""
+    """One thread: the choice is many short passes, and with two on a busy machine the scheduler would decide."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

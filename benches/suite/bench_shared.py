@@ -1,8 +1,9 @@
-"""A shared expert beside the routed ones, or as further experts that every token chooses.
+"""A shared expert, separate ("beside") or fused: further experts that every token chooses.
 
-A gated MLP of n times the routed width is the sum of n experts, so it can be fused where its width is a multiple of
-theirs. State dicts keep its three matrices apart from the routed experts': either they are joined at every pass, or the
-parameters are the joined ones. Both are timed, the dense MLP through moekern's kernels too, and the layer both ways.
+A gated MLP of n times the routed width is the sum of n experts, so it can be fused if its width is a multiple of
+theirs. State dicts keep its three matrices apart from those of the routed experts: either they are joined at every
+pass, or the parameters are the joined matrices. Both are timed, and also the dense MLP through moekern's kernels, and
+the layer with a separate and with a fused shared expert.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Shape(NamedTuple):
     shared: int
 
     def on_a_gpu(self) -> Shape:
-        """The sizes of the model, and more tokens unless one is the point."""
+        """The sizes of the model, with more tokens unless one token is measured."""
         tokens = self.tokens if self.tokens == 1 else 32 * self.tokens
         return self._replace(tokens=tokens, hidden=2 * self.hidden, inter=2 * self.inter)
 
@@ -137,7 +138,7 @@ def bench_shared(benchmark: Any, way: str, shape: str, dtype: str, train: bool, 
 @pytest.mark.benchmark(group="layer with a shared expert")
 @pytest.mark.parametrize(
     "fused", [False, True], ids=["beside", "fused"]
-)  # the first varies fastest: side by side in time
+)  # the first varies fastest, so that the ways follow each other in time
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("train", [False, True], ids=["forward", "with backward"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

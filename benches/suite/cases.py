@@ -1,4 +1,4 @@
-"""Which problems the suite runs, and what it says about each beside its time.
+"""The problems of the suite, and the figures that it adds to each time.
 
 The usual problem of a machine is one of its named shapes with uniform routing in bfloat16 on the fastest backend; from
 there one thing at a time is varied: the routing, the dtype, the backend.
@@ -59,8 +59,8 @@ class Case:
 def cases(once: bool, benchmark: str, names: Sequence[str] = ()) -> list[Any]:
     """Parameters for the fixture `case` of a benchmark; those of the GPU are marked so.
 
-    Benchmarks of decode get decode shapes; those of the layer and of the router, which decide themselves where tokens
-    go, do not vary the routing.
+    Benchmarks of decode get decode shapes. Those of the layer and of the router do not vary the routing, which their
+    own router decides.
     """
     decode, decides = "decode" in benchmark, "layer" in benchmark or "route" in benchmark
     found: list[Any] = []
@@ -90,7 +90,7 @@ def the_clock(device: str) -> Clock:
 
 
 def streamed(case: Case, bytes: float) -> Ceiling:
-    """The ceiling of what only moves memory: a copy of as many bytes."""
+    """The ceiling of work that only moves memory: a copy of as many bytes."""
     return Streamed(bytes, memory_of(case.device))
 
 
@@ -111,7 +111,7 @@ def run(
     saved: int | None = None,
     repeats: int = 1,
 ) -> Any:
-    """Benchmark `work` on the case's backend and note beside it what it cost and what the machine could do.
+    """Benchmark `work` on the case's backend, and add its cost and the ceiling of the machine.
 
     `error` gives the relative error of the result, which must be within the dtype's rounding.
     """
