@@ -196,7 +196,7 @@ def test_a_damaged_kernel_is_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> N
     cubin = loader.start(COMBINES[0]).result()
     path.write_bytes(path.read_bytes()[:1000])
     monkeypatch.setattr(kernel_cache, "_said", set())
-    with pytest.warns(UserWarning, match=f"{path.name} is damaged.*compiled anew"):
+    with pytest.warns(UserWarning, match=f"{path.name} is damaged.*compiled again"):
         loader.compile_missing(COMBINES[:1])
     assert loader._present[COMBINES[0]] == cubin == loader.start(COMBINES[0]).result()
     assert path.stat().st_size > 1000

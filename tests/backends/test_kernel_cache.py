@@ -127,7 +127,7 @@ def test_damage_is_found_said_once_and_mended(folder: Path, kind: str) -> None:
         (folder / name).write_bytes(damaged()[kind])
     if kind == "another's":
         (folder / NAMES[1]).write_bytes(b"")
-    with told(rf"{NAME} is damaged.*compiled anew"):
+    with told(rf"{NAME} is damaged.*compiled again"):
         assert [cache.find(name) for name in NAMES[:2]] == [None, None]
     assert len(cache.survey(folder).unusable) == 2
     for name in NAMES[:2]:

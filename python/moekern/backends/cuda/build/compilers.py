@@ -1,7 +1,7 @@
-"""A handful of NVRTC processes that work through compilations side by side, started when there is something to do.
+"""A few NVRTC processes that compile side by side, started when there is work.
 
-A layer's first call compiles ten kernels of up to some seconds each. NVRTC compiles one at a time in a process, so each
-gets one (nvrtc_process.py). Where no process can be started, the caller's thread compiles.
+A layer's first call compiles ten kernels of up to several seconds each. Within a process NVRTC compiles one program at
+a time, so each compilation gets a process (nvrtc_process.py). If none can be started, the caller's thread compiles.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 Job = tuple[str, str, tuple[str, ...]]  # name, text, options
 Answer = tuple[bytes | str, str]  # cubin or error, log
 MOST_PROCESSES = 16
-IDLE_SECONDS = 2.0  # after which a process is let go
+IDLE_SECONDS = 2.0  # of idleness, after which a process ends
 
 
 class NoProcessError(RuntimeError):
@@ -31,7 +31,7 @@ class NoProcessError(RuntimeError):
 
 
 class AbandonedError(RuntimeError):
-    """A compilation was given up because the program ends or was interrupted."""
+    """A compilation was abandoned because the program ends or was interrupted."""
 
 
 def _cores() -> int:
@@ -53,7 +53,7 @@ def loaded_library() -> str:
 
 class _Process:
     def __init__(self, version: tuple[int, ...]):
-        # An application that embeds Python is not to be started a second time.
+        # An application that embeds Python must not be started a second time.
         if not sys.executable or not Path(sys.executable).name.startswith("python"):
             raise NoProcessError(f"sys.executable is {sys.executable!r}")
         script = Path(__file__).with_name("nvrtc_process.py")
@@ -87,27 +87,27 @@ class _Process:
     def close(self) -> None:
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
-                with contextlib.suppress(OSError):  # unsent bytes of a process that is gone
+                with contextlib.suppress(OSError):  # unsent bytes to a process that has ended
                     pipe.close()
         self._process.wait()
 
 
 class Compilers:
-    """Compiles jobs in the order they come, as many at once as there are cores."""
+    """Compiles jobs in the order of their submission, as many at once as there are cores."""
 
     def __init__(self, version: tuple[int, ...], in_this_process: Callable[[Job], Answer], most: int | None = None):
-        """Prepare; `version` is that of the loaded NVRTC, and `in_this_process` compiles where no process starts."""
+        """Prepare; `version` is that of the loaded NVRTC; `in_this_process` compiles if no process can be started."""
         self._version, self._fallback = version, in_this_process
         self._most = min(_cores(), MOST_PROCESSES) if most is None else most
         self._jobs: queue.SimpleQueue[tuple[Job, Future[Answer]]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._threads = self._waiting = 0
         self._processes: set[_Process] = set()
-        self._abandoned = 0  # how often: what began before the latest time gets no second chance
+        self._abandoned = 0  # how often; a job from before the latest time is not tried again
         _all.add(self)
 
     def abandon(self) -> None:
-        """Give up all that is submitted and not done: its futures raise AbandonedError. Later jobs run as usual."""
+        """Abandon all submitted jobs that are not done: their futures raise AbandonedError. Later jobs run as usual."""
         with self._lock:
             self._abandoned += 1
             waiting: list[Future[Answer]] = []
@@ -146,7 +146,7 @@ class Compilers:
             task = self._next()
             if task is None:
                 with self._lock:
-                    if not self._jobs.empty():  # came in the meantime, counting on this thread
+                    if not self._jobs.empty():  # submitted in the meantime, relying on this thread
                         continue
                     self._threads -= 1
                 break
@@ -185,6 +185,6 @@ _all: weakref.WeakSet[Compilers] = weakref.WeakSet()
 
 @atexit.register
 def _at_exit() -> None:
-    """A program that ends while kernels still compile in the background does not wait for them, nor they for it."""
+    """A program that ends while kernels compile in the background does not wait for them; they end too."""
     for compilers in list(_all):
         compilers.abandon()

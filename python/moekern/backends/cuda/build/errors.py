@@ -1,4 +1,4 @@
-"""What the CUDA backend raises when a kernel cannot be had."""
+"""The errors of the CUDA backend about kernels."""
 
 
 class KernelError(RuntimeError):
@@ -6,4 +6,4 @@ class KernelError(RuntimeError):
 
 
 class CacheError(KernelError):
-    """Compiled kernels cannot be kept where they are wanted."""
+    """Compiled kernels cannot be kept in the chosen folder."""

@@ -1,10 +1,10 @@
 """Compiled kernels on disk: private, checked when read, and never the reason why a call fails.
 
 A file is a cubin followed by a digest of its name and content, which finds damage: a file cut short by a power loss,
-a bad disk. Against other users the digest is no help, for who can write the one can write the other: that is what
-owners and modes are for (trust.py). What is not trusted or damaged is not there: the kernel
-is compiled anew, which is said once. Where the folder cannot be used a private one in the temporary folder takes its
-place. Callers get the bytes that were checked, not a path to read again.
+a bad disk. The digest does not protect against other users, since they could write it too; owners and modes do
+(trust.py). A damaged or untrusted file counts as absent: the kernel is compiled again, with one warning. If
+the folder cannot be used, a private one in the temporary folder replaces it. Callers get the bytes that were checked,
+not a path to read again.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from .trust import distrust, distrust_folder
 
 FOLDER, LIMIT, TRUSTED = "MOEKERN_CACHE_DIR", "MOEKERN_CACHE_LIMIT", "MOEKERN_TRUSTED_CACHE"
 USUAL_LIMIT = "1GiB"
-LARGEST = 64 * 2**20  # bytes of a file that is read; kernels have some 0.1 MiB
+LARGEST = 64 * 2**20  # most bytes of a file that is read; kernels have about 0.1 MiB
 _SEAL = b"moekern\0"
 _SEALED = len(_SEAL) + hashlib.sha256().digest_size
 _NAME = re.compile(r"[A-Za-z0-9_]+-[0-9a-f]{40}\.cubin")
-_EARLIER = re.compile(r"[A-Za-z0-9_]+-[0-9a-f]{32}\.cubin")  # without a digest; never read, to be removed like others
+_EARLIER = re.compile(r"[A-Za-z0-9_]+-[0-9a-f]{32}\.cubin")  # without a digest; never read, but removed like the others
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
-_STALE = 3600.0  # seconds: half-written files of processes that were killed; and how precise "last used" is
+_STALE = 3600.0  # seconds: age of half-written files of killed processes; also the precision of "last used"
 
 _said: set[str] = set()
 
@@ -45,13 +45,13 @@ def _say_once(topic: str, text: str) -> None:
 
 def _absolute(text: str) -> Path:
     path = Path(text)
-    with suppress(RuntimeError):  # ~ of a user that is not known
+    with suppress(RuntimeError):  # ~ of an unknown user
         path = path.expanduser()
     return path if path.is_absolute() else Path(os.getcwd(), path)
 
 
 def directory() -> Path | None:
-    """Where compiled kernels are wanted: `MOEKERN_CACHE_DIR`, by default `~/.cache/moekern`; None without a home."""
+    """The chosen folder of kernels: `MOEKERN_CACHE_DIR`, by default `~/.cache/moekern`; None without a home."""
     chosen = os.environ.get(FOLDER)
     if chosen:
         return _absolute(chosen)
@@ -63,7 +63,7 @@ def directory() -> Path | None:
 
 
 def temporary_directory() -> Path | None:
-    """The private folder that stands in for a cache that cannot be used; None where there is none to be had."""
+    """The private folder that replaces a cache that cannot be used; None if it cannot be made."""
     with suppress(OSError):
         user = str(os.geteuid()) if hasattr(os, "geteuid") else "kernels"
         return Path(tempfile.gettempdir(), f"moekern-{user}").absolute()
@@ -71,7 +71,7 @@ def temporary_directory() -> Path | None:
 
 
 def limit() -> int:
-    """Bytes that the cache may take: `MOEKERN_CACHE_LIMIT`, as 500MB or 2GiB, by default 1 GiB.
+    """The most bytes of the cache: `MOEKERN_CACHE_LIMIT`, as 500MB or 2GiB, by default 1 GiB.
 
     Raises:
         CacheError: It is not a size.
@@ -84,7 +84,7 @@ def limit() -> int:
 
 
 def why_not_trusted(folder: Path) -> str | None:
-    """Why kernels from a folder are not to be run, or None; a folder that `MOEKERN_TRUSTED_CACHE` names may be."""
+    """Why kernels from a folder must not be run, or None. A folder that `MOEKERN_TRUSTED_CACHE` names is trusted."""
     return None if _trusted_by_name(folder) else distrust_folder(folder)
 
 
@@ -98,9 +98,9 @@ def _not_trusted(folder: Path, reason: str) -> str:
 
 
 def how_to_trust(folder: Path) -> str:
-    """What a user can do about a folder that is not trusted."""
+    """Advice to a user about a folder that is not trusted."""
     return (
-        f"take the right to write from others (chmod go-w), set {FOLDER} to a folder of your own, or set "
+        f"remove the others' right to write (chmod go-w), set {FOLDER} to a folder of your own, or set "
         f"{TRUSTED}={folder} if all who can write there may run code as you"
     )
 
@@ -111,13 +111,13 @@ def sealed(name: str, cubin: bytes) -> bytes:
 
 
 def _opened(name: str, content: bytes) -> bytes | None:
-    """The cubin, or None where the file is damaged."""
+    """The cubin, or None if the file is damaged."""
     cubin = content[:-_SEALED]
     return cubin if len(content) > _SEALED and sealed(name, cubin) == content else None
 
 
 def _read(path: Path, by_name: bool, used: bool = True) -> tuple[bytes | None, str]:
-    """The cubin in a file; or None and what is wrong with it, nothing if it is not there or not for us to read."""
+    """The cubin in a file; or None and the file's problem, which is empty if it is absent or may not be read."""
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
         file = os.open(path, flags)
@@ -138,7 +138,7 @@ def _read(path: Path, by_name: bool, used: bool = True) -> tuple[bytes | None, s
         if cubin is None:
             return None, f"is damaged ({state.st_size} bytes that its digest does not fit)"
         if used and time.time() - state.st_mtime > _STALE and os.utime in os.supports_fd:
-            with suppress(OSError):  # not ours, or read-only: then it is not for us to remove either
+            with suppress(OSError):  # not ours, or read-only: then it must not be removed either
                 os.utime(file)
         return cubin, ""
     except OSError as error:
@@ -148,7 +148,7 @@ def _read(path: Path, by_name: bool, used: bool = True) -> tuple[bytes | None, s
 
 
 def find(name: str) -> bytes | None:
-    """The cubin that is kept under a name, checked; None if it is to be compiled."""
+    """The cubin that is kept under a name, checked; None if it must be compiled."""
     folder = directory()
     for place in (folder, temporary_directory()):
         if place is None:
@@ -161,14 +161,14 @@ def find(name: str) -> bytes | None:
         if wrong is None:
             cubin, wrong = _read(place / name, _trusted_by_name(place))
             if wrong:
-                _say_once(f"bad {place}", f"the cached kernel {place / name} {wrong}; such kernels are compiled anew")
+                _say_once(f"bad {place}", f"the cached kernel {place / name} {wrong}; such kernels are compiled again")
         if cubin is not None:
             return cubin
     return None
 
 
 def _usable(folder: Path) -> bool:
-    """Whether kernels can be kept in a folder, as far as can be seen."""
+    """Whether kernels can be kept in a folder, judged without writing."""
     return f"unusable {folder}" not in _said and _writable(folder) and why_not_trusted(folder) is None
 
 
@@ -183,7 +183,7 @@ def _writable(folder: Path) -> bool:
 
 
 def _make(folder: Path) -> None:
-    """Make a folder and those above it that are missing, for the user alone."""
+    """Make a folder and the missing ones above it, for the user alone."""
     if folder.is_dir():
         return
     if folder.parent != folder:
@@ -202,7 +202,7 @@ def _write(folder: Path, name: str, cubin: bytes) -> None:
     if len(content) > most:
         raise CacheError(f"{name} has {len(content)} bytes; {LIMIT} allows {most}")
     try:
-        for step in (lambda: None, lambda: _make(folder)):  # before and after: in /tmp another user may be quicker
+        for step in (lambda: None, lambda: _make(folder)):  # checks before and after: in /tmp another user may be first
             step()
             reason = why_not_trusted(folder)
             if reason:
@@ -251,7 +251,7 @@ def _files(folder: Path) -> list[tuple[Path, os.stat_result]]:
 
 
 def _shrink(folder: Path, most: int, newest: str) -> None:
-    """Remove what killed processes left half-written and, above the limit, the kernels not used for longest."""
+    """Remove half-written files of killed processes and, above the limit, the kernels unused for longest."""
     kernels = []
     for path, state in _files(folder):
         if path.suffix == ".cubin":
@@ -270,7 +270,7 @@ def _shrink(folder: Path, most: int, newest: str) -> None:
 
 
 def keep(name: str, cubin: bytes) -> None:
-    """Keep a cubin for later processes; where the wanted folder cannot be used in the temporary one, said once."""
+    """Keep a cubin for later processes; if the chosen folder cannot be used, in the temporary one, with one warning."""
     folder, spare = directory(), temporary_directory()
     try:
         _write(wanted(), name, cubin)
@@ -286,7 +286,7 @@ def keep(name: str, cubin: bytes) -> None:
 
 
 def wanted() -> Path:
-    """The folder where kernels are wanted. Raises CacheError if there is none, or none that is trusted."""
+    """The chosen folder of kernels. Raises CacheError if there is none, or if it is not trusted."""
     folder = directory()
     if folder is None:
         raise CacheError(f"there is no home directory to keep compiled kernels in; set {FOLDER} to a folder")
@@ -297,10 +297,10 @@ def wanted() -> Path:
 
 
 def kept(name: str, cubin: bytes) -> Path:
-    """The file of a cubin in the folder where kernels are wanted, written if need be.
+    """The file of a cubin in the chosen folder, written if needed.
 
     Raises:
-        CacheError: It cannot be kept there; says why and what to do.
+        CacheError: It cannot be kept there; the message says why and what to do.
     """
     folder = wanted()
     if _read(folder / name, _trusted_by_name(folder))[0] is None:
@@ -310,15 +310,15 @@ def kept(name: str, cubin: bytes) -> Path:
 
 @dataclass
 class Survey:
-    """What a folder of compiled kernels holds."""
+    """The contents of a folder of compiled kernels."""
 
     folder: Path
     distrust: str | None  # why its kernels are not run
-    by_name: bool  # trusted because MOEKERN_TRUSTED_CACHE says so
+    by_name: bool  # trusted because MOEKERN_TRUSTED_CACHE names it
     writable: bool
     files: int = 0
     size: int = 0  # bytes
-    unusable: list[str] = field(default_factory=list)  # file and what is wrong with it
+    unusable: list[str] = field(default_factory=list)  # each file and its problem
 
 
 def survey(folder: Path) -> Survey:

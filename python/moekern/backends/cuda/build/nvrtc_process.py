@@ -1,8 +1,9 @@
 """NVRTC in a process of its own, run as a script: reads jobs on standard input, writes cubins on standard output.
 
-Within a process NVRTC compiles one program at a time, whatever the threads. The script needs the standard library
-alone, so that it starts in some 20 ms: the library's path is its argument. Messages are pickles: first the
-library's version; then for every (name, text, options) a (cubin, log), or with a string for the cubin what went wrong.
+Within a process NVRTC compiles one program at a time, with any number of threads. The script needs the standard library
+alone, so that it starts in about 20 ms; its argument is the path of the NVRTC library. Messages are pickles: first the
+library's version; then a (cubin, log) for every (name, text, options), with an error message as a string for the cubin
+if it failed.
 """
 
 import ctypes
@@ -16,7 +17,7 @@ import sys
 def open_builtins(path: str) -> None:
     """Open the second half of an NVRTC library, which NVRTC itself opens by its name alone.
 
-    The wheel of 13.0 does not say where it lies, so what is found beside the library is opened here, and NVRTC finds it
+    The wheel of 13.0 does not say where it is, so the file next to the library is opened here, and NVRTC finds it
     loaded. Toolkits keep theirs where the dynamic linker looks.
     """
     for builtins in glob.glob(os.path.join(os.path.dirname(path), "libnvrtc-builtins.so.*")):
@@ -50,7 +51,7 @@ class Library:
         return major.value, minor.value
 
     def compile(self, name: str, text: str, options: "tuple[str, ...]") -> "tuple[bytes | str, str]":
-        """The cubin and the log of a program, or what went wrong and the log."""
+        """The cubin and the log of a program, or an error message and the log."""
         program = ctypes.c_void_p()
         result = self._call("nvrtcCreateProgram", ctypes.byref(program), text.encode(), name.encode(), 0, None, None)
         if result == 0:
@@ -69,7 +70,7 @@ def main() -> None:
     """Serve jobs until standard input ends, or nobody reads the answers."""
     # A terminal interrupts the parent too, which ends this process by closing its input.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Whatever the library prints must not come between the messages.
+    # Text that the library prints must not come between the messages.
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     library = Library(sys.argv[1])
@@ -83,8 +84,8 @@ def main() -> None:
         while True:
             name, text, options = pickle.load(sys.stdin.buffer)
             send(library.compile(name, text, options))
-    except (EOFError, pickle.UnpicklingError, BrokenPipeError):  # the parent is gone, maybe in mid-message
-        os._exit(0)  # at once: flushing what cannot be sent would complain
+    except (EOFError, pickle.UnpicklingError, BrokenPipeError):  # the parent has ended, maybe within a message
+        os._exit(0)  # at once: flushing text that cannot be sent would raise
 
 
 if __name__ == "__main__":

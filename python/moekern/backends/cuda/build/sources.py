@@ -62,7 +62,7 @@ def _lines_of(path: str, changed: int, size: int) -> list[tuple[str, str | None]
 
 
 def expand(file: str) -> str:
-    """The text of a source with its quoted includes put in place, each file once."""
+    """The text of a source with its quoted includes inserted, each file once."""
     directory = cuda_directory()
     seen: set[str] = set()
 

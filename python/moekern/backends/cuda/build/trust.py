@@ -1,9 +1,9 @@
 """Whether another user could have written a file, or could put another one in its place.
 
-What lies in a cache of machine code runs with the rights of whoever loads it. So a file counts only if it, its folder
+The machine code in a cache runs with the rights of the user who loads it. So a file is trusted only if it, its folder
 and every folder above belong to the user or to root, and nobody else may write to them. A folder above may be writable
-by all if it is sticky, as `/tmp` is: there only its owner may rename an entry. A symbolic link on the way counts as an
-entry of its own. A group that holds nobody but the user (the usual group of a person on Linux) may write.
+by all if it is sticky, as `/tmp` is: there only its owner may rename an entry. A symbolic link on the path counts as an
+entry of its own. A group without other members (the usual group of a person on Linux) may write.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MOST_LINKS = 40  # on one path, as in Linux
 
 @lru_cache(maxsize=64)
 def _only_member(group: int, user: int) -> bool:
-    """Whether the group is the user's own: it bears their name, is their first one and lists no one else."""
+    """Whether the group is the user's own: it has their name, is their first one and has no other members."""
     import grp
     import pwd
 
@@ -31,13 +31,13 @@ def _only_member(group: int, user: int) -> bool:
 
 
 def distrust(path: Path | str, state: os.stat_result, above: bool = False) -> str | None:
-    """Why others could change what has this state, or None; `above`: a sticky folder protects what lies in it."""
+    """Why others could change the entry with this state, or None; `above`: a sticky folder protects its entries."""
     if not hasattr(os, "geteuid"):
         return None
     me = os.geteuid()
     if state.st_uid not in (0, me):
         return f"{path} belongs to user {state.st_uid}, not to user {me} or root"
-    if stat.S_ISLNK(state.st_mode):  # its mode means nothing
+    if stat.S_ISLNK(state.st_mode):  # the mode of a link means nothing
         return None
     if above and state.st_mode & stat.S_ISVTX:
         return None
@@ -49,9 +49,9 @@ def distrust(path: Path | str, state: os.stat_result, above: bool = False) -> st
 
 
 def distrust_folder(folder: Path) -> str | None:
-    """Why others could change what lies in a folder, or None: the folder, those above it and the links between.
+    """Why others could change a folder's contents, or None: by the folder, those above it or the links between.
 
-    What does not exist or cannot be reached is not counted. The path must be absolute.
+    Entries that do not exist or cannot be reached are ignored. The path must be absolute.
     """
     rest = list(reversed(folder.parts))
     here = Path(rest.pop())
@@ -64,9 +64,9 @@ def distrust_folder(folder: Path) -> str | None:
             continue
         try:
             state = (here / part).lstat()
-        except OSError:  # nor can anything be read there
+        except OSError:  # nothing can be read there either
             return None
-        # The last one is the folder itself: sticky or not, who may write there may add files.
+        # The last one is the folder itself: even in a sticky one, users who may write can add files.
         reason = distrust(here / part, state, above=bool(rest))
         if not stat.S_ISLNK(state.st_mode):
             here /= part

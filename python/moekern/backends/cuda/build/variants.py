@@ -1,4 +1,4 @@
-"""Which kernel variants exist: for `moekern compile`, and for the tests that compile them without a GPU."""
+"""The kernel variants: for `moekern compile`, and for the tests that compile them without a GPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ UP_FORMS = (  # saving the pre-activation; few rows, one tile
     (True, False, False), (False, False, False), (False, True, False), (True, True, False), (True, True, True),
     (False, True, True),
 )  # fmt: skip
-LAUNCH_REGISTERS = (168, 160)  # of the weight gradient: alone, and beside the combine
+LAUNCH_REGISTERS = (168, 160)  # of the weight gradient: alone, and while the combine runs
 WGRAD_STAGES = (3, 4)
 
 
@@ -85,7 +85,7 @@ def _distinct(groups: Iterable[list[KernelSource]]) -> list[KernelSource]:
 
 
 def usual() -> list[KernelSource]:
-    """What today's models need: SwiGLU without bias in Hugging Face's layout, gpt-oss's own; bfloat16."""
+    """The variants that today's models need: SwiGLU without bias in Hugging Face's layout, gpt-oss's own; bfloat16."""
     oai = layer(torch.bfloat16, "swiglu_oai", transposed=True, interleaved=True, bias=True)
     return _distinct((layer(torch.bfloat16, "swiglu"), oai, products(torch.bfloat16), rows(torch.bfloat16, (16,))))
 
@@ -110,7 +110,7 @@ def covering() -> list[KernelSource]:
 
 
 def every() -> list[KernelSource]:
-    """All of them: some hundreds."""
+    """All variants: several hundred."""
     yes_no = (False, True)
     layers = (layer(*c) for c in itertools.product(DTYPES, ACTIVATIONS, yes_no, yes_no, yes_no))
     return _distinct((*layers, *map(products, DTYPES), *map(rows, (*DTYPES, torch.float32))))

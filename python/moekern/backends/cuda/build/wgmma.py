@@ -4,8 +4,8 @@
 def wgmma_source() -> str:
     """Specialisations of `Wgmma<N, Element, TransposeA, TransposeB>` for N = 8, 16 … 256 and both 16-bit types.
 
-    `issue` starts one m64nNk16 multiplication of two shared-memory operands into N / 2 fp32 registers a thread;
-    `accumulate` false ignores their old values, so that nobody has to zero them.
+    `issue` starts one m64nNk16 multiplication of two shared-memory operands into N / 2 fp32 registers per
+    thread; with `accumulate` false it ignores their old values, so that they need not be zeroed.
     """
     lines = ["// Generated: see moekern/backends/cuda/build/wgmma.py."]
     for element, name in (("Bf16", "bf16"), ("F16", "f16")):
