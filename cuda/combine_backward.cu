@@ -5,7 +5,7 @@
 // A warp takes `share` slots of a token. It goes through them in windows of 128 bytes x VECTOR: dout's window stays in
 // registers while each slot's is read, multiplied, summed over the warp and written. Lane k keeps the sum of the k-th slot.
 //
-// Macros: ELEMENT (Bf16, F16, F32), VECTOR (16, 8, 4 or 2 bytes, at least an element's).
+// Macros: ELEMENT (Bf16, F16, F32), VECTOR (bytes: vectors.cuh).
 #include "vectors.cuh"
 
 struct Params {
@@ -16,8 +16,7 @@ struct Params {
   const int* offsets;    // [E + 1]
   u8* drows;             // [S, H], or null
   float* dweights;       // [T, K], or null
-  u64 row_bytes;
-  int tokens, top_k, experts;
+  int tokens, hidden, top_k, experts;
   int share;  // slots of a token that a warp takes, at most 32
 };
 static_assert(sizeof(Params) == 80, "filled by the launcher");
@@ -50,6 +49,7 @@ DEVICE float sum_of_lanes(float value) {
 extern "C" __global__ void __launch_bounds__(256) combine_backward(const __grid_constant__ Params p) {
   const u32 lane = threadIdx.x & 31;
   const int end = __ldg(p.offsets + p.experts);
+  const u64 row_bytes = (u64)p.hidden * Values::SIZE;
   const u64 shares = (p.top_k + p.share - 1) / p.share, units = (u64)p.tokens * shares;
   for (u64 unit = (u64)blockIdx.x * 8 + threadIdx.x / 32; unit < units; unit += (u64)gridDim.x * 8) {
     const u64 token = unit / shares;
@@ -59,19 +59,19 @@ extern "C" __global__ void __launch_bounds__(256) combine_backward(const __grid_
     const int my_row = exists ? __ldg(p.inverse + slot) : 0;
     const float my_weight = exists && p.weights ? __ldg(p.weights + slot) : 1.0f;
     float total = 0.0f;
-    for (u64 byte = lane * VECTOR; byte < p.row_bytes + lane * VECTOR; byte += SPAN) {
-      const u8* source = p.dout + token * p.row_bytes + byte;
+    for (u64 byte = lane * VECTOR; byte < row_bytes + lane * VECTOR; byte += SPAN) {
+      const u8* source = p.dout + token * row_bytes + byte;
       Vector<VECTOR> d[LOADS];
       bool inside[LOADS];
 #pragma unroll
       for (int i = 0; i < LOADS; i++) {
-        inside[i] = byte + i * PIECE < p.row_bytes;
+        inside[i] = byte + i * PIECE < row_bytes;
         d[i] = inside[i] ? Vector<VECTOR>::load(source + i * PIECE) : Vector<VECTOR>{};
       }
       for (int k = 0; k < count; k++) {
         const int row = __shfl_sync(0xffffffffu, my_row, k);
         const float weight = __shfl_sync(0xffffffffu, my_weight, k);
-        const u64 place = (u64)(u32)row * p.row_bytes + byte;
+        const u64 place = (u64)(u32)row * row_bytes + byte;
         const bool real = row < end;
         if (p.dweights && real) {
           Vector<VECTOR> y[LOADS];

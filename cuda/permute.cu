@@ -4,7 +4,7 @@
 // A warp takes 64 bytes x VECTOR of a token, reads them once and writes them to the token's K rows: so x is read once, where a
 // gather by row would read it K times, mostly from memory. Rows are written whole, in pieces of 512 bytes and more.
 //
-// Macros: VECTOR (16, 8, 4 or 2 bytes).
+// Macros: VECTOR (bytes: vectors.cuh).
 #include "vectors.cuh"
 
 struct Params {
@@ -12,27 +12,27 @@ struct Params {
   const int* inverse;  // slot -> row
   const int* offsets;  // [E + 1]
   u8* rows;            // [S, H]
-  u64 row_bytes;
-  int tokens, top_k, experts, unused;
+  int vectors;         // of a row
+  int tokens, top_k, experts;
 };
-static_assert(sizeof(Params) == 56, "filled by the launcher");
+static_assert(sizeof(Params) == 48, "filled by the launcher");
 
-constexpr int LOADS = 2;                   // of a lane, in flight at once
-constexpr int PIECE = 32 * VECTOR;         // bytes of a warp's load or store
-constexpr int SPAN = LOADS * PIECE;        // bytes of a token that a warp takes
+constexpr int LOADS = 2;             // of a lane, in flight at once
+constexpr int PIECE = 32 * VECTOR;   // bytes of a warp's load or store
+constexpr int SPAN = LOADS * PIECE;  // bytes of a token that a warp takes
 
 extern "C" __global__ void __launch_bounds__(256) permute(const __grid_constant__ Params p) {
   const u32 lane = threadIdx.x & 31;
   const int end = __ldg(p.offsets + p.experts);
-  const u64 spans = (p.row_bytes + SPAN - 1) / SPAN, units = (u64)p.tokens * spans;
+  const u64 row_bytes = (u64)p.vectors * VECTOR, spans = (row_bytes + SPAN - 1) / SPAN, units = (u64)p.tokens * spans;
   for (u64 unit = (u64)blockIdx.x * 8 + threadIdx.x / 32; unit < units; unit += (u64)gridDim.x * 8) {
     const u64 token = unit / spans, byte = unit % spans * SPAN + lane * VECTOR;
-    const u8* source = p.x + token * p.row_bytes + byte;
+    const u8* source = p.x + token * row_bytes + byte;
     Vector<VECTOR> v[LOADS];
     bool inside[LOADS];
 #pragma unroll
     for (int i = 0; i < LOADS; i++) {
-      inside[i] = byte + i * PIECE < p.row_bytes;
+      inside[i] = byte + i * PIECE < row_bytes;
       if (inside[i]) v[i] = Vector<VECTOR>::load(source + i * PIECE);
     }
     for (int first = 0; first < p.top_k; first += 32) {
@@ -41,7 +41,7 @@ extern "C" __global__ void __launch_bounds__(256) permute(const __grid_constant_
 #pragma unroll 4
       for (int k = 0; k < count; k++) {
         const int row = __shfl_sync(0xffffffffu, mine, k);
-        u8* target = p.rows + (u64)(u32)row * p.row_bytes + byte;
+        u8* target = p.rows + (u64)(u32)row * row_bytes + byte;
         const bool real = row < end;
 #pragma unroll
         for (int i = 0; i < LOADS; i++)

@@ -114,13 +114,20 @@ def permute(x: Tensor, plan: Parts, top_k: int, backend: str) -> Tensor:
     """The rows of every token, sorted by expert; see :func:`moekern.permute`."""
     if direct.batched_gradients():
         return reference.permute(x, plan, top_k)
-    function = _DualPermute if forward_mode() else _Permute
-    return function.apply(x, *plan, top_k, backend)  # type: ignore[no-any-return]
+    if forward_mode():
+        return _DualPermute.apply(x, *plan, top_k, backend)  # type: ignore[no-any-return]
+    if direct.transformed() or (torch.is_grad_enabled() and x.requires_grad):
+        return _Permute.apply(x, *plan, top_k, backend)  # type: ignore[no-any-return]
+    return ops.permute(x, plan, top_k, backend)  # type: ignore[no-any-return]
 
 
 def combine(y: Tensor, weights: Tensor | None, plan: Parts, top_k: int, backend: str) -> Tensor:
     """The sum of every token's rows; see :func:`moekern.combine`. The weights have the dtype of the sums."""
     if direct.batched_gradients():
         return reference.combine(y, weights, plan, top_k)
-    function = _DualCombine if forward_mode() else _Combine
-    return function.apply(y, weights, *plan, top_k, backend)  # type: ignore[no-any-return]
+    if forward_mode():
+        return _DualCombine.apply(y, weights, *plan, top_k, backend)  # type: ignore[no-any-return]
+    wanted = y.requires_grad or (weights is not None and weights.requires_grad)
+    if direct.transformed() or (torch.is_grad_enabled() and wanted):
+        return _Combine.apply(y, weights, *plan, top_k, backend)  # type: ignore[no-any-return]
+    return ops.combine(y, weights, plan, top_k, backend)  # type: ignore[no-any-return]

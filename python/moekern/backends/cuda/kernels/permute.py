@@ -38,8 +38,8 @@ def permute(x: Tensor, inverse: Tensor, offsets: Tensor, out: Tensor, top_k: int
     row_bytes = hidden * x.dtype.itemsize
     vector = vector_of(row_bytes, x, out)
     params = struct.pack(
-        "<5Q4i", x.data_ptr(), inverse.data_ptr(), offsets.data_ptr(), out.data_ptr(), row_bytes,
-        tokens, top_k, offsets.shape[0] - 1, 0,
+        "<4Q4i", x.data_ptr(), inverse.data_ptr(), offsets.data_ptr(), out.data_ptr(), row_bytes // vector,
+        tokens, top_k, offsets.shape[0] - 1,
     )  # fmt: skip
     units = tokens * -(-row_bytes // (32 * vector * PERMUTE_LOADS))
     function = function_of(device, "permute.cu", "permute", 0, permute_variant(vector))
@@ -71,8 +71,8 @@ def combine_backward(
     vector = vector_of(row_bytes, *(t for t in (dout, rows, drows) if t is not None))
     share = share or share_of(tokens, top_k, multiprocessors(device))
     params = struct.pack(
-        "<8Q4i", dout.data_ptr(), rows.data_ptr(), address(weights), inverse.data_ptr(), offsets.data_ptr(),
-        address(drows), address(dweights), row_bytes, tokens, top_k, offsets.shape[0] - 1, share,
+        "<7Q5i4x", dout.data_ptr(), rows.data_ptr(), address(weights), inverse.data_ptr(), offsets.data_ptr(),
+        address(drows), address(dweights), tokens, hidden, top_k, offsets.shape[0] - 1, share,
     )  # fmt: skip
     units = tokens * -(-top_k // share)
     macros = combine_backward_variant(dout.dtype, vector)
