@@ -175,6 +175,9 @@ class Pages:
 def memory_rate(start: int, bytes: int, threads: int, write: bool) -> float:
     """Bytes a second at which threads read, or overwrite past the caches, the memory at `start`."""
 
+def codes() -> dict[str, dict[str, int]]:
+    """The codes of ``dtype``, ``id_type`` and ``activation`` by the names that Rust gives them."""
+
 def cpu_isa() -> str:
     """The instruction set in use: scalar, avx2, avx512 or avx512bf16. ValueError if the one requested is lacking."""
 

@@ -34,7 +34,7 @@ LAYERS = (
     ("moekern.backends.reference", "moekern.backends.cpu"),
     ("moekern.backends.call",),
     ("moekern.backends.activations",),
-    ("moekern.backends.pointers", "moekern.backends.observers"),
+    ("moekern.backends.pointers", "moekern.backends.observers", "moekern.backends.codes"),
     ("moekern._core",),
     ("moekern_python",),
     ("moekern_core",),

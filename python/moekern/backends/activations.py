@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moekern.backends.codes import ACTIVATION
 from moekern.backends.observers import forward_mode
 
 # gpt-oss, https://huggingface.co/openai/gpt-oss-20b: slope of the sigmoid and bound of both halves.
@@ -140,7 +141,7 @@ _TABLE: tuple[tuple[str, bool, tuple[Forward, Backward]], ...] = (
 )
 
 ACTIVATIONS: dict[str, Activation] = {
-    name: Activation(name, code, gated, *functions) for code, (name, gated, functions) in enumerate(_TABLE)
+    name: Activation(name, ACTIVATION[name], gated, *functions) for name, gated, functions in _TABLE
 }
 
 

@@ -13,13 +13,10 @@ from torch import Tensor
 
 from moekern import _core
 from moekern.backends import reference
-from moekern.backends.activations import ACTIVATIONS
 from moekern.backends.call import Form, PlanTensors, Weights, sizes_of
+from moekern.backends.codes import ACTIVATION, DTYPE, ID_TYPE, KIND
 from moekern.backends.pointers import address
 
-_DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_ID_TYPE = {torch.uint8: 0, torch.uint16: 1, torch.int32: 2, torch.int64: 3}
-_KIND = {"nt": 0, "nn": 1, "tn": 2}
 _LARGE = 32 << 20  # bytes
 _LARGE_PLAN = 1 << 18  # slots: order and inverse take 1 MiB each
 
@@ -55,7 +52,7 @@ def plan(topk_ids: Tensor, num_experts: int) -> PlanTensors:
     inverse, order = _indices(slots), _indices(slots)
     offsets = torch.empty(num_experts + 1, dtype=torch.int32, device="cpu")
     _core.plan(
-        ids.data_ptr(), _ID_TYPE[ids.dtype], slots, num_experts,
+        ids.data_ptr(), ID_TYPE[ids.dtype], slots, num_experts,
         order.data_ptr(), inverse.data_ptr(), offsets.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return PlanTensors(order, inverse, offsets)
@@ -67,15 +64,17 @@ def experts_forward(
     """See :func:`moekern.backends.reference.experts_forward`."""
     if x.dtype == torch.float64:
         return reference.experts_forward(x, scores, plan, weights, form, save)
-    x, w_gate_up, w_down = _aligned(x), _aligned(weights.w_gate_up), _aligned(weights.w_down)
+    order, inverse, offsets = plan
+    w_gate_up, w_down, b_gate_up, b_down = weights
+    x, w_gate_up, w_down = _aligned(x), _aligned(w_gate_up), _aligned(w_down)
     experts, hidden, intermediate, features = sizes_of(weights, form)
     out = torch.empty_like(x)
-    pre = _result((plan.order.shape[0], features), x) if save else x.new_empty(0)
+    pre = _result((order.shape[0], features), x) if save else x.new_empty(0)
     _core.experts_forward(
-        _DTYPE[x.dtype], torch.get_num_threads(), x.shape[0], hidden, intermediate, experts, form.top_k,
-        ACTIVATIONS[form.activation].code, form.transposed, form.interleaved,
-        x.data_ptr(), address(scores), plan.order.data_ptr(), plan.inverse.data_ptr(), plan.offsets.data_ptr(),
-        w_gate_up.data_ptr(), w_down.data_ptr(), address(weights.b_gate_up), address(weights.b_down),
+        DTYPE[x.dtype], torch.get_num_threads(), x.shape[0], hidden, intermediate, experts, form.top_k,
+        ACTIVATION[form.activation], form.transposed, form.interleaved,
+        x.data_ptr(), address(scores), order.data_ptr(), inverse.data_ptr(), offsets.data_ptr(),
+        w_gate_up.data_ptr(), w_down.data_ptr(), address(b_gate_up), address(b_down),
         pre.data_ptr() if save else 0, out.data_ptr(),
     )  # fmt: skip
     return out, pre
@@ -101,8 +100,8 @@ def experts_backward(
     dout, x, w_gate_up, w_down = map(_aligned, (dout, x, weights.w_gate_up, weights.w_down))
     experts, hidden, intermediate, _ = sizes_of(weights, form)
     _core.experts_backward(
-        _DTYPE[x.dtype], torch.get_num_threads(), x.shape[0], hidden, intermediate, experts, form.top_k,
-        ACTIVATIONS[form.activation].code, form.transposed, form.interleaved,
+        DTYPE[x.dtype], torch.get_num_threads(), x.shape[0], hidden, intermediate, experts, form.top_k,
+        ACTIVATION[form.activation], form.transposed, form.interleaved,
         dout.data_ptr(), x.data_ptr(), pre.data_ptr(), address(scores),
         plan.order.data_ptr(), plan.inverse.data_ptr(), plan.offsets.data_ptr(),
         w_gate_up.data_ptr(), w_down.data_ptr(), address(weights.b_gate_up), address(weights.b_down),
@@ -120,7 +119,7 @@ def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor, kind: str) -> Tensor:
     n = b.shape[1] if kind != "nn" else b.shape[2]
     out = _result((experts, k, n) if kind == "tn" else (rows, n), a)
     _core.grouped_mm(
-        _DTYPE[a.dtype], torch.get_num_threads(), _KIND[kind], experts, rows, k, n,
+        DTYPE[a.dtype], torch.get_num_threads(), KIND[kind], experts, rows, k, n,
         a.data_ptr(), b.data_ptr(), offsets.data_ptr(), out.data_ptr(),
     )  # fmt: skip
     return out
@@ -136,7 +135,7 @@ def permute(x: Tensor, plan: Sequence[Tensor], top_k: int) -> Tensor:
     tokens, hidden = x.shape
     out = x.new_empty(inverse.shape[0], hidden)
     _core.permute(
-        _DTYPE[x.dtype], torch.get_num_threads(), tokens, hidden, top_k, offsets.shape[0] - 1,
+        DTYPE[x.dtype], torch.get_num_threads(), tokens, hidden, top_k, offsets.shape[0] - 1,
         x.data_ptr(), inverse.data_ptr(), offsets.data_ptr(), out.data_ptr(),
     )  # fmt: skip
     return out
@@ -149,7 +148,7 @@ def combine(y: Tensor, weights: Tensor | None, plan: Sequence[Tensor], top_k: in
     tokens, hidden = y.shape[0] // top_k, y.shape[1]
     out = y.new_empty(tokens, hidden)
     _core.combine(
-        _DTYPE[y.dtype], torch.get_num_threads(), tokens, hidden, top_k, offsets.shape[0] - 1,
+        DTYPE[y.dtype], torch.get_num_threads(), tokens, hidden, top_k, offsets.shape[0] - 1,
         y.data_ptr(), address(weights), inverse.data_ptr(), offsets.data_ptr(), out.data_ptr(),
     )  # fmt: skip
     return out
@@ -165,7 +164,7 @@ def combine_backward(
     dy = torch.empty_like(y) if needs[0] else y.new_empty(0)
     dweights = torch.empty_like(weights) if needs[1] and weights is not None else None
     _core.combine_backward(
-        _DTYPE[y.dtype], torch.get_num_threads(), tokens, hidden, top_k, offsets.shape[0] - 1,
+        DTYPE[y.dtype], torch.get_num_threads(), tokens, hidden, top_k, offsets.shape[0] - 1,
         dout.data_ptr(), y.data_ptr(), address(weights), inverse.data_ptr(), offsets.data_ptr(),
         dy.data_ptr() if needs[0] else 0, address(dweights),
     )  # fmt: skip

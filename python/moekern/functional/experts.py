@@ -303,11 +303,10 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 def _autocast(x: Tensor, weights: Weights) -> tuple[Tensor, Weights]:
     """All tensors contiguous, and in autocast's dtype where it is on."""
     dtype = _autocast_dtype(x) or x.dtype
-
-    def cast(t: Tensor) -> Tensor:
-        return (t if t.dtype == dtype else t.to(dtype)).contiguous()
-
-    return cast(x), Weights._make(None if t is None else cast(t) for t in weights)
+    cast = [
+        t if t is None or (t.dtype == dtype and t.is_contiguous()) else t.to(dtype).contiguous() for t in (x, *weights)
+    ]
+    return cast[0], Weights(*cast[1:])  # type: ignore[return-value, arg-type]
 
 
 def _as_stored(weights: Weights, form: Form) -> tuple[Weights, Form]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moekern import _core
 from moekern.backends.call import PlanTensors
+from moekern.backends.codes import ID_TYPE
 from moekern.verbs import checks, direct, ops
 from moekern.verbs.backend import resolve
 
@@ -150,7 +151,6 @@ def plan(topk_ids: Tensor, num_experts: int, *, planner: str = "auto") -> Plan:
 # Below, the way around the dispatcher. For a handful of slots an operator costs three times the work: 12 us against 4.
 
 _MOST_EXPERTS = 2**31 - 3  # offsets are counted in int32 too
-_ID_TYPE = {torch.uint8: 0, torch.uint16: 1, torch.int32: 2, torch.int64: 3}
 _MANY_SLOTS = 1 << 14  # what the backend's own function costs on top no longer counts
 _empty_int32 = torch.empty(0, dtype=torch.int32, device="cpu").new_empty  # half the cost of torch.empty
 _get_num_threads = torch.get_num_threads
@@ -158,7 +158,7 @@ _get_num_threads = torch.get_num_threads
 
 def _plan_eagerly(topk_ids: Tensor, num_experts: int, planner: str) -> Plan | None:
     """The plan, or None if an argument is wrong, or unusual enough for the careful way."""
-    id_type = _ID_TYPE.get(topk_ids.dtype)
+    id_type = ID_TYPE.get(topk_ids.dtype)
     if type(planner) is not str or planner not in PLANNERS:
         return None
     if id_type is None or topk_ids.ndim != 2 or not 0 < num_experts < _MOST_EXPERTS:

@@ -1,5 +1,6 @@
 //! `moekern._core`: a thin Python shell over `moekern-core`.
 
+mod codes;
 mod cuda;
 mod cuda_plan;
 mod experts;
@@ -12,6 +13,7 @@ use pyo3::prelude::*;
 
 #[pymodule]
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    codes::register(module)?;
     cuda::register(module)?;
     cuda_plan::register(module)?;
     experts::register(module)?;

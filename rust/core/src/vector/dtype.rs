@@ -15,9 +15,12 @@ pub enum DType {
 }
 
 impl DType {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::F32, Self::F64, Self::Bf16, Self::F16];
+
     /// The type with this code, if there is one.
     pub fn from_code(code: u8) -> Option<Self> {
-        [Self::F32, Self::F64, Self::Bf16, Self::F16].into_iter().find(|d| *d as u8 == code)
+        Self::ALL.into_iter().find(|d| *d as u8 == code)
     }
 
     /// Bytes of one element.
@@ -45,8 +48,11 @@ pub enum IdType {
 }
 
 impl IdType {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::U8, Self::U16, Self::I32, Self::I64];
+
     /// The type with this code, if there is one.
     pub fn from_code(code: u8) -> Option<Self> {
-        [Self::U8, Self::U16, Self::I32, Self::I64].into_iter().find(|d| *d as u8 == code)
+        Self::ALL.into_iter().find(|d| *d as u8 == code)
     }
 }
