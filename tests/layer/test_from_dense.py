@@ -62,7 +62,7 @@ def test_the_activation_that_computes_the_same_is_named(
     function: Callable[[Tensor], Tensor], name: str, dtype: torch.dtype
 ) -> None:
     dense = Mlp(gated(function), bias=True).to(dtype)
-    with pytest.raises(ValueError, match=f"forward computes something else .* activation='{name}' computes the same"):
+    with pytest.raises(ValueError, match=f"forward is not its projections .* activation='{name}' computes the same"):
         mk.MoE.from_dense(dense, 4, 2)
     others = {"swiglu", "geglu", "geglu_tanh", "reglu", "swiglu_oai"} - {name}
     for other in others:  # tanh's GELU for erf's too, in half precision too
@@ -99,7 +99,7 @@ OTHER_FUNCTIONS: dict[str, Callable[[Mlp, Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", OTHER_FUNCTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_forward_that_does_something_else_is_refused(name: str, dtype: torch.dtype) -> None:
-    with pytest.raises(ValueError, match=r"Mlp's forward computes something else .*no scaling, norm, residual or hook"):
+    with pytest.raises(ValueError, match=r"Mlp's forward is not its projections .*no scaling, norm, residual or hook"):
         mk.MoE.from_dense(Mlp(OTHER_FUNCTIONS[name]).to(dtype), 4, 2)
 
 
@@ -224,7 +224,7 @@ def test_forwards_of_some_shapes_and_dtypes_only() -> None:
 
     for compute in (tokens, sequences, half, wide):
         assert mk.MoE.from_dense(Mlp(compute).bfloat16(), 4, 2).activation == "swiglu"
-    with pytest.raises(ValueError, match="computes something else"):
+    with pytest.raises(ValueError, match="forward is not its projections"):
         mk.MoE.from_dense(Mlp(lambda m, x: half(m, x) * 1.1).bfloat16(), 4, 2)
 
 

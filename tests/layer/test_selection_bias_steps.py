@@ -132,7 +132,7 @@ def test_what_holds_no_optimiser_is_refused_by_name() -> None:
     itself.__dict__["optimizer"] = itself
     for wrong in (torch.optim.lr_scheduler.StepLR(sgd, 1), Wrapper("other", sgd), itself, NoOptimizer(None), moe, None):
         with pytest.raises(
-            TypeError, match=rf"optimizer: got {type(wrong).__name__}.*\.optimizer`; pass the optimizer"
+            TypeError, match=rf"optimizer: got {type(wrong).__name__}.*\.optimizer`; pass the wrapped optimizer"
         ):
             mk.bias_update_hook(wrong, moe)
 
