@@ -2,7 +2,7 @@
 // (gpt-oss), 5 silu, 6 gelu (erf), 7 gelu_tanh, 8 relu, 9 relu2. Codes below 5 are gated: they read gate and up.
 // ACTIVATION selects one at compile time.
 #pragma once
-#include "hopper.cuh"
+#include "base.cuh"
 
 constexpr bool GATED = ACTIVATION < 5;
 

@@ -8,6 +8,8 @@
 // Macros: ELEMENT (Bf16, F16, F32), VECTOR (bytes: vectors.cuh), TOP_K (1, 2, 4, 8, or 0 for any).
 #include "vectors.cuh"
 
+constexpr int THREADS = 256;
+
 struct Params {
   const u8* rows;          // [S, H]
   const int* inverse;      // slot -> row
@@ -16,7 +18,6 @@ struct Params {
   u8* out;                 // [T, H]
   int tokens, hidden, top_k, experts;
 };
-static_assert(sizeof(Params) == 56, "filled by the launcher");
 
 constexpr int IN_FLIGHT = 8;
 
@@ -46,7 +47,7 @@ DEVICE Vector<VECTOR> load_row(const Params& p, int row, u64 byte, bool inside) 
   return row >= 0 && inside ? Vector<VECTOR>::load(p.rows + (u64)(u32)row * pitch_of(p) + byte) : Vector<VECTOR>{};
 }
 
-extern "C" __global__ void __launch_bounds__(256) combine(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS) combine(const __grid_constant__ Params p) {
   const u32 lane = threadIdx.x & 31;
   const int slices = (p.hidden + 32 * Values::COUNT - 1) / (32 * Values::COUNT), end = __ldg(p.offsets + p.experts);
   constexpr int TOKENS = TOP_K ? IN_FLIGHT / TOP_K : 1;  // of a warp at once
@@ -62,12 +63,12 @@ extern "C" __global__ void __launch_bounds__(256) combine(const __grid_constant_
       const Slots slots(p, token * TOP_K, here * TOP_K, lane, end);
       Vector<VECTOR> v[IN_FLIGHT];
 #pragma unroll
-      for (int i = 0; i < IN_FLIGHT; i++) v[i] = load_row(p, __shfl_sync(0xffffffffu, slots.row, i), byte, inside);
+      for (int i = 0; i < IN_FLIGHT; i++) v[i] = load_row(p, __shfl_sync(ALL_LANES, slots.row, i), byte, inside);
 #pragma unroll
       for (int t = 0; t < TOKENS; t++) {
         float sum[Values::COUNT] = {};
 #pragma unroll
-        for (int k = 0; k < TOP_K; k++) add_scaled(sum, __shfl_sync(0xffffffffu, slots.score, t * TOP_K + k), v[t * TOP_K + k]);
+        for (int k = 0; k < TOP_K; k++) add_scaled(sum, __shfl_sync(ALL_LANES, slots.score, t * TOP_K + k), v[t * TOP_K + k]);
         if (t < here && inside) Values::narrow(sum).store(target + (u64)t * pitch_of(p));
       }
     } else {
@@ -76,10 +77,10 @@ extern "C" __global__ void __launch_bounds__(256) combine(const __grid_constant_
         const Slots slots(p, token * p.top_k + first, min(IN_FLIGHT, p.top_k - first), lane, end);
         Vector<VECTOR> v[IN_FLIGHT];
 #pragma unroll
-        for (int i = 0; i < IN_FLIGHT; i++) v[i] = load_row(p, __shfl_sync(0xffffffffu, slots.row, i), byte, inside);
+        for (int i = 0; i < IN_FLIGHT; i++) v[i] = load_row(p, __shfl_sync(ALL_LANES, slots.row, i), byte, inside);
 #pragma unroll
         for (int i = 0; i < IN_FLIGHT; i++) {
-          const float score = __shfl_sync(0xffffffffu, slots.score, i);
+          const float score = __shfl_sync(ALL_LANES, slots.score, i);
           if (first + i < p.top_k) add_scaled(sum, score, v[i]);
         }
       }

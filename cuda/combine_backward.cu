@@ -8,6 +8,8 @@
 // Macros: ELEMENT (Bf16, F16, F32), VECTOR (bytes: vectors.cuh).
 #include "vectors.cuh"
 
+constexpr int THREADS = 256;
+
 struct Params {
   const u8* dout;        // [T, H]
   const u8* rows;        // [S, H], not read without dweights
@@ -19,7 +21,6 @@ struct Params {
   int tokens, hidden, top_k, experts;
   int share;  // slots of a token that a warp takes, at most 32
 };
-static_assert(sizeof(Params) == 80, "filled by the launcher");
 
 typedef Elements<ELEMENT, VECTOR> Values;
 
@@ -40,13 +41,7 @@ DEVICE Vector<VECTOR> scaled(float weight, const Vector<VECTOR>& v) {
   return Values::narrow(x);
 }
 
-DEVICE float sum_of_lanes(float value) {
-#pragma unroll
-  for (int step = 16; step; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
-  return value;
-}
-
-extern "C" __global__ void __launch_bounds__(256) combine_backward(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS) combine_backward(const __grid_constant__ Params p) {
   const u32 lane = threadIdx.x & 31;
   const int end = __ldg(p.offsets + p.experts);
   const u64 row_bytes = (u64)p.hidden * Values::SIZE;
@@ -69,8 +64,8 @@ extern "C" __global__ void __launch_bounds__(256) combine_backward(const __grid_
         d[i] = inside[i] ? Vector<VECTOR>::load(source + i * PIECE) : Vector<VECTOR>{};
       }
       for (int k = 0; k < count; k++) {
-        const int row = __shfl_sync(0xffffffffu, my_row, k);
-        const float weight = __shfl_sync(0xffffffffu, my_weight, k);
+        const int row = __shfl_sync(ALL_LANES, my_row, k);
+        const float weight = __shfl_sync(ALL_LANES, my_weight, k);
         const u64 place = (u64)(u32)row * row_bytes + byte;
         const bool real = row < end;
         if (p.dweights && real) {
@@ -81,7 +76,7 @@ extern "C" __global__ void __launch_bounds__(256) combine_backward(const __grid_
           float sum = 0.0f;
 #pragma unroll
           for (int i = 0; i < LOADS; i++) sum = dot(d[i], y[i], sum);
-          sum = sum_of_lanes(sum);
+          sum = sum_of_warp(sum);
           if ((int)lane == k) total += sum;
         }
         if (p.drows) {

@@ -7,7 +7,9 @@
 // while this one's rows are on their way.
 //
 // Macros: ELEMENT, TOP_K (1, 2, 4, 8).
-#include "hopper.cuh"
+#include "base.cuh"
+
+constexpr int THREADS = 128, FEATURES = 4 * THREADS;  // of a block
 
 struct Params {
   const u8* rows;      // [S, H]
@@ -15,9 +17,8 @@ struct Params {
   const int* offsets;  // [E + 1]
   u8* out;             // [T, H]
   int tokens, hidden, experts;
-  int span;            // blocks that share a token: ceil(hidden / 512)
+  int span;            // blocks that share a token: ceil(hidden / FEATURES)
 };
-static_assert(sizeof(Params) == 48, "filled by the launcher");
 
 // Eight bytes of a row, zeros where there is none (row < 0).
 DEVICE uint2 load_row(const u8* column, int row, u32 pitch) {
@@ -50,7 +51,7 @@ extern "C" __global__ void __maxnreg__(32) combine_beside(const __grid_constant_
   for (; token < p.tokens; token += step) {
     uint2 v[TOP_K];
 #pragma unroll
-    for (int k = 0; k < TOP_K; k++) v[k] = load_row(column, __shfl_sync(0xffffffffu, row, k), pitch);
+    for (int k = 0; k < TOP_K; k++) v[k] = load_row(column, __shfl_sync(ALL_LANES, row, k), pitch);
     row = row_of(token + step);
     float sum[4] = {};
 #pragma unroll

@@ -29,31 +29,29 @@
 //   ring           tickets.cuh
 // Hand-off: stmatrix and ld.shared are both of the generic proxy, an mbarrier orders them, no proxy fence.
 #include "activation_gradient.cuh"
-#include "mainloop.cuh"
-#include "tickets.cuh"
+#include "epilogue.cuh"
 
-constexpr u32 BOX = 64 * 128;  // bytes of 64 weight rows or features, 64 wide: one swizzle atom
+constexpr int THREADS = 512, STAGES = 3, GATHER_THREADS = 96;
+constexpr int FEATURES = 256;  // of a tile, and of one partial sum of dS
 constexpr int ROWS = BLOCK_ROWS;
 constexpr bool TIGHT = ROWS > 136;  // no room for a second slot of pre: it lies where the hand-off has been read
-constexpr int CONSUMER_REGISTERS = TIGHT ? 176 : 168, EPILOGUE_REGISTERS = 456 - 2 * CONSUMER_REGISTERS;
-constexpr int GATHER_THREADS = 96;
+constexpr int PRODUCER_REGISTERS = 56, CONSUMER_REGISTERS = TIGHT ? 176 : 168;
+constexpr int EPILOGUE_REGISTERS = 512 - PRODUCER_REGISTERS - 2 * CONSUMER_REGISTERS;
+constexpr u32 WEIGHT_BYTES = FEATURES * 128, STAGE_BYTES = WEIGHT_BYTES + ROWS * 128;
+constexpr u32 TILE_BYTES = ROWS * 128;           // a tile of the hand-off: [rows][64 features], swizzled; four of them
+constexpr u32 SLOTS = 2, SLOT_BYTES = 128 * 32;  // pre on its way to the epilogue: 32 bytes a thread and slot
+constexpr u32 HAND_OFF_BYTES = 4 * TILE_BYTES, PRE_BYTES = (TIGHT ? 1 : SLOTS) * SLOT_BYTES;
+// All that a block can have, where it is tight: shared memory is declared as aligned, so that nothing is lost to that.
+constexpr u32 SHARED_BYTES = STAGES * STAGE_BYTES + HAND_OFF_BYTES + PRE_BYTES + (TIGHT ? 1024 : FRAME_BYTES);
 
 struct Shape {
   typedef ELEMENT Element;
-  static constexpr int STAGES = 3;
-  static constexpr u32 B_OFFSET = 4 * BOX, STAGE_BYTES = B_OFFSET + ROWS * 128;
+  static constexpr int STAGES = ::STAGES;
+  static constexpr u32 STAGE_BYTES = ::STAGE_BYTES, B_OFFSET = WEIGHT_BYTES;
   static constexpr int BLOCKS = 2, WIDTH = ROWS, NARROWEST = 16;
   static DEVICE constexpr int wider(int n) { return n < 64 ? n + 16 : n + 8; }  // up.cuh
   static constexpr bool A_MN_MAJOR = !TRANSPOSED, B_MN_MAJOR = false, GATHERED = true;
 };
-
-constexpr u32 TILE_BYTES = ROWS * 128;            // a tile of the hand-off: [rows][64 features], swizzled; four of them
-constexpr u32 SLOTS = 2, SLOT_BYTES = 128 * 32;   // pre on its way to the epilogue: 32 bytes a thread and slot
-constexpr u32 HAND_OFF = Shape::STAGES * Shape::STAGE_BYTES, PRE = HAND_OFF + 4 * TILE_BYTES;
-constexpr u32 FULL = PRE + (TIGHT ? 1 : SLOTS) * SLOT_BYTES;
-constexpr u32 EMPTY = FULL + Shape::STAGES * 8, HANDED = EMPTY + Shape::STAGES * 8, TAKEN = HANDED + 8;
-constexpr u32 RING_AT = (TAKEN + 8 + 15) / 16 * 16;
-static_assert(RING_AT + RING_BYTES + (TIGHT ? 0 : 1024) <= SHARED_BYTES, "the launch reserves SHARED_BYTES");
 
 struct Params {
   const int4* table;       // tickets.cuh
@@ -68,18 +66,6 @@ struct Params {
   int hidden, inter, columns;
   u32 source_pitch_16;     // row length of dO in units of 16 bytes: 32-bit products reach 64 GiB
 };
-static_assert(sizeof(Params) == 88, "filled by the launcher");
-
-// This block's share of a cluster tile: half of its rows, rounded up to 8 (a width of wgmma). Both blocks multiply the same
-// width; the second may own no row at all.
-struct Share {
-  int expert, row, rows, width, feature, column;
-};
-DEVICE Share share_of(const Tile& tile, u32 rank) {
-  const int half = ((tile.rows + 1) / 2 + 7) & ~7;
-  const int before = (int)rank * half;
-  return {tile.expert, tile.row + before, min(max(tile.rows - before, 0), half), half, tile.column * 256, tile.column};
-}
 
 // One gathering thread: chunk `chunk` (8 of the 64 k) of the rows first + 12 i, i = 0..11 (i = 11 as far as the width goes: whole
 // warps). Rows step by 12 = 4 mod 8, so odd i have bit 6 of the swizzled address flipped: see wgrad.cu. Rows past the
@@ -93,7 +79,7 @@ DEVICE void gather_rows(const Params& p, Pipeline pipe, TileReader tiles, u32 ra
   const int whole_blocks = p.hidden / 64, k_blocks = (p.hidden + 63) / 64;
   Tile tile;
   while (tiles.next(tile)) {
-    const Share share = share_of(tile, rank);
+    const Share share = share_of(tile, rank, FEATURES);
     const u8* row[STEPS];  // all made before the first wait, and advanced in place: see up.cuh
 #pragma unroll
     for (int i = 0; i < STEPS; i++) {
@@ -280,18 +266,18 @@ DEVICE void load(const Params& p, const TensorMap* weights, Pipeline pipe, TileR
   if (schedules) scheduler.begin();
   Tile tile;
   while (tiles.next(tile)) {
-    const int feature = tile.column * 256 + (int)rank * 128;
+    const int feature = tile.column * FEATURES + (int)rank * 128;
     for (int block = 0; block < k_blocks; block++) {
       if (schedules) scheduler.step(block, k_blocks);
       pipe.wait_empty();
-      const u32 target = pipe.address<Shape>() + rank * 2 * BOX, full = pipe.full_barrier();
-      barrier_arrive_expect(full, 4 * BOX);
+      const u32 target = pipe.address<Shape>() + rank * 2 * BLOCK_BYTES, full = pipe.full_barrier();
+      barrier_arrive_expect(full, 4 * BLOCK_BYTES);
 #pragma unroll
       for (int i = 0; i < 2; i++)
         if constexpr (TRANSPOSED)
-          tma_multicast_3d(target + i * BOX, weights, full, block * 64, feature + i * 64, tile.expert);
+          tma_multicast_3d(target + i * BLOCK_BYTES, weights, full, block * 64, feature + i * 64, tile.expert);
         else
-          tma_multicast_3d(target + i * BOX, weights, full, feature + i * 64, block * 64, tile.expert);
+          tma_multicast_3d(target + i * BLOCK_BYTES, weights, full, feature + i * 64, block * 64, tile.expert);
       pipe.advance<Shape>();
     }
   }
@@ -304,9 +290,9 @@ DEVICE void consume(const Params& p, Pipeline pipe, TileReader tiles, u32 rank, 
   u32 parity = 1;  // the buffer is free at first
   Tile tile;
   while (tiles.next(tile)) {
-    const Share share = share_of(tile, rank);
+    const Share share = share_of(tile, rank, FEATURES);
     Accumulators<Shape> sums;
-    multiply_class<Shape>(share.width, sums, pipe, warpgroup * 2 * BOX, k_blocks);
+    multiply_class<Shape>(share.width, sums, pipe, warpgroup * 2 * BLOCK_BYTES, k_blocks);
     barrier_wait(taken, parity);
     parity ^= 1;
 #pragma unroll
@@ -327,40 +313,32 @@ DEVICE void finish(const Params& p, TileReader tiles, u32 rank, u32 hand_off, u3
   u32 parity = 0;
   Tile tile;
   while (tiles.next(tile)) {
-    epilogue.run(share_of(tile, rank), handed, parity);
+    epilogue.run(share_of(tile, rank, FEATURES), handed, parity);
     parity ^= 1;
     __syncwarp();
     if (epilogue.lane == 0) barrier_arrive(taken);
   }
 }
 
-extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(512, 1)
+extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1)
     dh(const __grid_constant__ TensorMap weights, const __grid_constant__ Params p) {
   extern __shared__ __align__(1024) u8 shared[];
-  const u32 base = align_1024(shared_address(shared)), rank = cluster_rank(), warpgroup = warpgroup_index();
-  const Pipeline pipe{base + FULL, base + EMPTY, base, 0, 0};
-  const TileReader tiles{base + RING_AT, 0};
-  if (threadIdx.x == 0) {
-    pipeline_init<Shape>(pipe, GATHER_THREADS + 1);
-    barrier_init(base + HANDED, 8);
-    barrier_init(base + TAKEN, 4);
-    ring_init(base + RING_AT);
-    fence_barrier_init();
-  }
-  cluster_sync();
-  if (warpgroup == 0) {
-    give_registers<56>();
+  const Frame<Shape, HAND_OFF_BYTES + PRE_BYTES, GATHER_THREADS + 1, 8, 4> frame(shared);
+  const u32 hand_off = frame.buffers(), slots = hand_off + HAND_OFF_BYTES;
+  const u32 handed = frame.barrier(0), taken = frame.barrier(1);
+  if (frame.warpgroup == 0) {
+    give_registers<PRODUCER_REGISTERS>();
     if (threadIdx.x == 0)
-      load(p, &weights, pipe, tiles, rank, base + RING_AT);
+      load(p, &weights, frame.pipe, frame.tiles, frame.rank, frame.ring());
     else if (threadIdx.x >= 32)
-      gather_rows(p, pipe, tiles, rank, threadIdx.x - 32);
-  } else if (warpgroup == 3) {
+      gather_rows(p, frame.pipe, frame.tiles, frame.rank, threadIdx.x - 32);
+  } else if (frame.warpgroup == 3) {
     give_registers<EPILOGUE_REGISTERS>();
-    finish(p, tiles, rank, base + HAND_OFF, base + PRE, base + HANDED, base + TAKEN);
+    finish(p, frame.tiles, frame.rank, hand_off, slots, handed, taken);
   } else {
     take_registers<CONSUMER_REGISTERS>();
-    consume(p, pipe, tiles, rank, warpgroup - 1, base + HAND_OFF, base + HANDED, base + TAKEN);
+    consume(p, frame.pipe, frame.tiles, frame.rank, frame.warpgroup - 1, hand_off, handed, taken);
   }
   __syncwarp();
-  cluster_sync();  // a block must not leave while its peer may still write to it
+  frame.end();
 }

@@ -18,13 +18,15 @@
 // and STORE_ROWS 128 where experts have few rows: a longer ring, two stores.
 //
 // Macros: ELEMENT, TRANSPOSED (weights [E, k, features]), BIAS, RING_STAGES, STORE_ROWS.
-#include "mainloop.cuh"
-#include "tickets.cuh"
+#include "epilogue.cuh"
 
-constexpr int FEATURES = 128, ROWS = 256;  // of a block
-constexpr u32 WEIGHT_BYTES = FEATURES * 128;
-constexpr u32 BLOCK_BYTES = 8192;
-constexpr int TAIL_ROWS = 32;  // box of a tile with fewer than 256 rows
+constexpr int THREADS = 384;
+constexpr int PRODUCER_REGISTERS = 56, CONSUMER_REGISTERS = 224;
+constexpr int FEATURES = 128, ROWS = 256;           // of a block
+constexpr int BOX_ROWS = ROWS / 2, TAIL_ROWS = 32;  // a tile of 256 rows comes in boxes of the one, a shorter one in boxes of the other
+constexpr u32 WEIGHT_BYTES = FEATURES * 128, STAGE_BYTES = WEIGHT_BYTES + ROWS * 128;
+constexpr u32 STORE_BYTES = STORE_ROWS * 128;  // of a consumer warpgroup: [rows][64 features]
+constexpr u32 SHARED_BYTES = RING_STAGES * STAGE_BYTES + 2 * STORE_BYTES + FRAME_BYTES;
 
 struct Params {
   const int4* table;
@@ -34,23 +36,16 @@ struct Params {
   int inner;         // k
   int features;
 };
-static_assert(sizeof(Params) == 40, "filled by the launcher");
 
 struct Shape {
   typedef ELEMENT Element;
   static constexpr int STAGES = RING_STAGES;
-  static constexpr u32 STAGE_BYTES = WEIGHT_BYTES + ROWS * 128, B_OFFSET = WEIGHT_BYTES;
+  static constexpr u32 STAGE_BYTES = ::STAGE_BYTES, B_OFFSET = WEIGHT_BYTES;
   static constexpr int BLOCKS = 1, WIDTH = ROWS, NARROWEST = 32;
   // 32, 64, 96, 128, 144, 160 … 256: an expert split over several tiles has 144 rows in each and more, near 256 if it has many.
   static DEVICE constexpr int wider(int n) { return n < 128 ? n + 32 : n + 16; }
   static constexpr bool A_MN_MAJOR = TRANSPOSED, B_MN_MAJOR = false, GATHERED = false;
 };
-
-constexpr u32 STORE_BYTES = STORE_ROWS * 128;  // of a consumer warpgroup: [rows][64 features]
-constexpr u32 STORES = Shape::STAGES * Shape::STAGE_BYTES, BARRIERS = STORES + 2 * STORE_BYTES;
-constexpr u32 FULL = BARRIERS, EMPTY = FULL + Shape::STAGES * 8, BEGUN = EMPTY + Shape::STAGES * 8;
-constexpr u32 RING_AT = (BEGUN + 8 + 15) / 16 * 16;
-static_assert(RING_AT + RING_BYTES + 1024 <= SHARED_BYTES, "the launch reserves SHARED_BYTES");
 
 // One thread of each block.
 DEVICE void load(const Params& p, const TensorMap* weights, const TensorMap* rows, const TensorMap* few_rows, Pipeline pipe,
@@ -76,17 +71,13 @@ DEVICE void load(const Params& p, const TensorMap* weights, const TensorMap* row
       }
       // Rows beyond the tile are the next expert's, or zeros past the tensor's end: columns that are never stored.
       if (whole)
-        tma_multicast_2d(target + rank * (ROWS / 2) * 128, rows, full, k, tile.row + rank * (ROWS / 2));
+        tma_multicast_2d(target + rank * BOX_ROWS * 128, rows, full, k, tile.row + rank * BOX_ROWS);
       else
         for (int box = rank; box < boxes; box += 2)
           tma_multicast_2d(target + box * TAIL_ROWS * 128, few_rows, full, k, tile.row + box * TAIL_ROWS);
       pipe.advance<Shape>();
     }
   }
-}
-
-DEVICE float bias_of(const Params& p, int expert, int feature) {
-  return BIAS && feature < p.features ? ELEMENT::low(__ldg(p.bias + (u64)expert * p.features + feature)) : 0.0f;
 }
 
 DEVICE void consume(const Params& p, const TensorMap* out, Pipeline pipe, TileReader tiles, u32 rank, u32 warpgroup, u32 stores) {
@@ -100,7 +91,8 @@ DEVICE void consume(const Params& p, const TensorMap* out, Pipeline pipe, TileRe
     multiply_class<Shape>(tile.rows, sums, pipe, warpgroup * BLOCK_BYTES, k_blocks);
     const int feature = tile.column * 256 + rank * FEATURES + warpgroup * 64;
     const int own_feature = feature + warp * 16 + lane / 4;
-    const float low = bias_of(p, tile.expert, own_feature), high = bias_of(p, tile.expert, own_feature + 8);
+    const float low = bias_of(p.bias, tile.expert, p.features, own_feature, own_feature < p.features);
+    const float high = bias_of(p.bias, tile.expert, p.features, own_feature + 8, own_feature + 8 < p.features);
 #pragma unroll
     for (int first = 0; first < ROWS; first += STORE_ROWS)
       if (first < tile.rows) {
@@ -120,28 +112,21 @@ DEVICE void consume(const Params& p, const TensorMap* out, Pipeline pipe, TileRe
   if (storing) tma_store_wait<0>();
 }
 
-extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
-    grouped_mm(const __grid_constant__ TensorMap weights, const __grid_constant__ TensorMap rows, const __grid_constant__ TensorMap few_rows,
-               const __grid_constant__ TensorMap out, const __grid_constant__ Params p) {
+extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1)
+    grouped_mm(const __grid_constant__ TensorMap weights, const __grid_constant__ TensorMap rows,
+               const __grid_constant__ TensorMap few_rows, const __grid_constant__ TensorMap out,
+               const __grid_constant__ Params p) {
   extern __shared__ u8 shared[];
-  const u32 base = align_1024(shared_address(shared)), rank = cluster_rank(), warpgroup = warpgroup_index();
-  const Pipeline pipe{base + FULL, base + EMPTY, base, 0, 0};
-  const TileReader tiles{base + RING_AT, 0};
-  if (threadIdx.x == 0) {
-    pipeline_init<Shape>(pipe, 1);
-    barrier_init(base + BEGUN, 1);
-    ring_init(base + RING_AT);
-    fence_barrier_init();
-  }
-  cluster_sync();
-  if (warpgroup == 0) {
-    give_registers<56>();
-    if (threadIdx.x == 0) load(p, &weights, &rows, &few_rows, pipe, tiles, rank, base + BEGUN);
-    if (threadIdx.x == 32 && rank == 0) draw_tickets(p.table, p.columns, p.counter, base + RING_AT, base + BEGUN);
+  const Frame<Shape, 2 * STORE_BYTES, 1, 1> frame(shared);
+  const u32 begun = frame.barrier(0);
+  if (frame.warpgroup == 0) {
+    give_registers<PRODUCER_REGISTERS>();
+    if (threadIdx.x == 0) load(p, &weights, &rows, &few_rows, frame.pipe, frame.tiles, frame.rank, begun);
+    if (threadIdx.x == 32 && frame.rank == 0) draw_tickets(p.table, p.columns, p.counter, frame.ring(), begun);
   } else {
-    take_registers<224>();
-    consume(p, &out, pipe, tiles, rank, warpgroup - 1, base + STORES);
+    take_registers<CONSUMER_REGISTERS>();
+    consume(p, &out, frame.pipe, frame.tiles, frame.rank, frame.warpgroup - 1, frame.buffers());
   }
   __syncwarp();
-  cluster_sync();  // a block must not leave while its peer may still write to it
+  frame.end();
 }

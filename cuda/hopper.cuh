@@ -1,24 +1,16 @@
 // Hopper's asynchronous machinery as one-line functions named by what they do: mbarriers, bulk tensor copies, wgmma,
-// cp.async gathers, stmatrix, register hand-over. Every kernel of this directory is written in these verbs.
+// cp.async gathers, stmatrix, register hand-over. Every kernel that multiplies is written in these verbs.
 //
-// Conventions: a shared-memory address is a u32 in the shared window (see shared_address); `barrier` is the address of
-// an 8-byte mbarrier; `bytes` counts what a transaction barrier still expects. Functions that must be executed by all
-// threads of a warp or a warpgroup say so; everything else is meant for one elected thread.
-//
-// No header is included anywhere in this directory: NVRTC compiles these files on machines without a CUDA toolkit.
+// Conventions: `barrier` is the address of an 8-byte mbarrier; `bytes` counts what a transaction barrier still expects.
+// Functions that must be executed by all threads of a warp or a warpgroup say so; everything else is meant for one elected
+// thread.
 #pragma once
-
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
+#include "base.cuh"
 
 // CUtensorMap, opaque; passed by value as a __grid_constant__ kernel parameter.
 struct alignas(128) TensorMap {
   u64 opaque[16];
 };
-
-#define DEVICE __device__ __forceinline__
 
 // ---------------------------------------------------------------------------------------------- places and identities
 
@@ -41,7 +33,7 @@ DEVICE u32 in_block(u32 address, u32 rank) {
 }
 
 // Warpgroup index, known to the compiler to be uniform: setmaxnreg and role branches need that.
-DEVICE u32 warpgroup_index() { return __shfl_sync(0xffffffffu, threadIdx.x / 128, 0); }
+DEVICE u32 warpgroup_index() { return __shfl_sync(ALL_LANES, threadIdx.x / 128, 0); }
 
 // ------------------------------------------------------------------------------------------------------------ mbarriers
 
@@ -176,16 +168,19 @@ constexpr int RAGGED_STORE = 512, RAGGED_LOAD = 1 << 30;
 
 // ---------------------------------------------------------------------------------------------------------------- wgmma
 
+// Operands are made of swizzled blocks: 64 lines of 64 16-bit elements.
+constexpr u32 BLOCK_BYTES = 64 * 128;
+// The next 64 rows of a K-major tile, the next 64 m of an MN-major one: a block further.
+constexpr int BLOCK_STEP = BLOCK_BYTES / 16;
+
 // Operand descriptors for 128-byte swizzled tiles of 64 16-bit elements a row.
 // K-major: rows of 64 k; stride between groups of 8 rows 1024 B. 16 k further: address + 32 B, descriptor + 2.
 DEVICE u64 descriptor_k_major(u32 address) { return (1ull << 62) | (64ull << 32) | (1ull << 16) | ((address & 0x3FFFF) >> 4); }
 constexpr int K_MAJOR_STEP = 2;
-// MN-major: rows of 64 m (or n), 64 k rows a block of 8192 B; the leading offset steps to the next 64 m. 16 k further:
+// MN-major: rows of 64 m (or n), 64 k rows a block; the leading offset steps to the next 64 m. 16 k further:
 // 16 rows of 128 B = 2048 B, descriptor + 128.
-DEVICE u64 descriptor_mn_major(u32 address) { return (1ull << 62) | (64ull << 32) | (512ull << 16) | ((address & 0x3FFFF) >> 4); }
+DEVICE u64 descriptor_mn_major(u32 address) { return (1ull << 62) | (64ull << 32) | ((u64)BLOCK_STEP << 16) | ((address & 0x3FFFF) >> 4); }
 constexpr int MN_MAJOR_STEP = 128;
-// 8192 B further (the next 64 rows of a K-major tile, the next 64 m of an MN-major one): descriptor + 512.
-constexpr int BLOCK_8192 = 512;
 
 DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -193,41 +188,8 @@ template <int Pending> DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group
 
 // Wgmma<N, Element, TransposeA, TransposeB>::issue(accumulators, a, b, accumulate): m64nNk16, fp32 accumulators. The
 // 64 specialisations are text without information, so the loader generates them (moekern/backends/cuda/build/wgmma.py).
-struct Bf16;
-struct F16;
 template <int N, class Element, int TransposeA, int TransposeB> struct Wgmma;
 #include "wgmma.cuh"
-
-// -------------------------------------------------------------------------------------------------------- element types
-
-// Two 16-bit elements in a register: `low` is the one at the lower address.
-struct Bf16 {
-  static DEVICE u32 pack(float low, float high) {
-    u32 packed;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-    return packed;
-  }
-  static DEVICE float low(u32 packed) { return __uint_as_float(packed << 16); }
-  static DEVICE float high(u32 packed) { return __uint_as_float(packed & 0xffff0000u); }
-};
-
-struct F16 {
-  static DEVICE u32 pack(float low, float high) {
-    u32 packed;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-    return packed;
-  }
-  static DEVICE float low(u32 packed) {
-    float value;
-    asm("{ .reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l; }" : "=f"(value) : "r"(packed));
-    return value;
-  }
-  static DEVICE float high(u32 packed) {
-    float value;
-    asm("{ .reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h; }" : "=f"(value) : "r"(packed));
-    return value;
-  }
-};
 
 // ------------------------------------------------------------------------------------------------------ gather: cp.async
 
@@ -264,7 +226,7 @@ template <int Pending> DEVICE void copy_wait() { asm volatile("cp.async.wait_gro
 // The 16-byte chunk of a row inside a 128-byte swizzled tile: what the copy engine writes with SWIZZLE_128B.
 DEVICE u32 swizzled(u32 row, u32 chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
 
-// ----------------------------------------------------------------------------------------------- shared and global vectors
+// ------------------------------------------------------------------------------------------------- matrices to shared memory
 
 // Four 8x8 matrices of 16-bit elements; lane l supplies the address of row l % 8 of matrix l / 8. All lanes.
 DEVICE void store_matrices(u32 address, u32 a, u32 b, u32 c, u32 d) {
@@ -277,25 +239,4 @@ DEVICE void store_matrices_transposed(u32 address, u32 a, u32 b, u32 c, u32 d) {
 // Two of them: lanes 0 to 15 supply the addresses.
 DEVICE void store_two_matrices_transposed(u32 address, u32 a, u32 b) {
   asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(a), "r"(b) : "memory");
-}
-
-DEVICE uint4 load_shared(u32 address) {
-  uint4 v;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
-  return v;
-}
-DEVICE void store_shared(u32 address, uint4 v) {
-  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
-}
-// Global vectors used once: streamed past what the L2 should keep.
-DEVICE uint4 load_streamed(const void* address) {
-  uint4 v;
-  asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address));
-  return v;
-}
-DEVICE void store_streamed(void* address, uint4 v) {
-  asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
-}
-DEVICE void store_global(void* address, uint4 v) {
-  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }

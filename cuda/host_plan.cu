@@ -2,7 +2,7 @@
 // comes back is a 16-bit rank a slot and a table of rows, whose sum is the slot's row (rust/core/src/plan/ranks.rs). Host
 // memory is read and written in place (pinned memory has an address on the device), so that each way is one launch and no copy of
 // the driver's. Whatever is read is asked for at once, before any of it is used: a trip over the bus takes a microsecond.
-#include "hopper.cuh"
+#include "base.cuh"
 
 constexpr int THREADS = 256;
 
@@ -52,7 +52,7 @@ struct NarrowParams {
   u32 epoch;   // what a mark becomes when its block's ids are there
   u32 unused;
 };
-static_assert(sizeof(NarrowParams) == 48, "filled by the launcher");
+static_assert(sizeof(NarrowParams) == 48, "filled by rust/python/src/cuda_plan.rs");
 
 constexpr int MARK_WORDS = 16;  // from one mark to the next: a cache line of the host's
 
@@ -95,7 +95,7 @@ struct SpreadParams {
   int experts, id_type;
   int chunk;           // slots, half of it a multiple of a block's
 };
-static_assert(sizeof(SpreadParams) == 64, "filled by the launcher");
+static_assert(sizeof(SpreadParams) == 64, "filled by rust/python/src/cuda_plan.rs");
 
 constexpr int RANKS = 8;  // of a thread: 16 bytes
 constexpr int MOST_IN_SHARED = 4096;

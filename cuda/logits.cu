@@ -6,7 +6,7 @@
 // multiplies together is the same for tokens and weights, so the order within a sum is all that differs.
 //
 // Macros: ELEMENT.
-#include "hopper.cuh"
+#include "base.cuh"
 
 struct Params {
   const u8* x;       // [T, H]
@@ -16,9 +16,9 @@ struct Params {
   int tokens, hidden, experts;
   int expert_blocks; // blocks that share a token
 };
-static_assert(sizeof(Params) == 48, "filled by the launcher");
 
-constexpr int WARPS = 8, TOKENS = 16, EXPERTS = 8;
+constexpr int WARPS = 8, TOKENS = 16, EXPERTS = 8;  // of a block
+constexpr int THREADS = 32 * WARPS;
 
 template <class Element> DEVICE void multiply(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1);
 
@@ -38,7 +38,7 @@ DEVICE uint4 load(const u8* row, int feature, int hidden) {
   return feature < hidden ? __ldg((const uint4*)(row + 2 * feature)) : make_uint4(0, 0, 0, 0);
 }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS) logits(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS) logits(const __grid_constant__ Params p) {
   __shared__ float partial[WARPS][TOKENS * EXPERTS];
   const int warp = threadIdx.x / 32, lane = threadIdx.x & 31, group = lane / 4, quad = lane & 3;
   const int token = blockIdx.x / p.expert_blocks * TOKENS, expert = blockIdx.x % p.expert_blocks * EXPERTS;

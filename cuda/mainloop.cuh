@@ -6,7 +6,7 @@
 //   STAGES             ring length
 //   STAGE_BYTES        bytes of a stage: operand A (features, wgmma's M), then operand B (tokens, wgmma's N)
 //   B_OFFSET           bytes of operand A
-//   BLOCKS             m64 tiles of a consumer warpgroup; each is 8192 bytes of operand A
+//   BLOCKS             m64 tiles of a consumer warpgroup; each is BLOCK_BYTES of operand A
 //   WIDTH              most tokens (N) of a tile, at most 256
 //   NARROWEST          the first N class: a short tile runs the narrowest class that holds it
 //   wider(n)           the class after n, the last one is WIDTH; each costs a tenth of a second to compile
@@ -70,7 +70,7 @@ template <class Shape, int N, int Steps> DEVICE void multiply_block(Accumulators
   for (int k = 0; k < Steps; k++)
 #pragma unroll
     for (int m = 0; m < Shape::BLOCKS; m++)
-      Wgmma<N, typename Shape::Element, Shape::A_MN_MAJOR, Shape::B_MN_MAJOR>::issue(sums[m], a + m * BLOCK_8192 + k * A_STEP,
+      Wgmma<N, typename Shape::Element, Shape::A_MN_MAJOR, Shape::B_MN_MAJOR>::issue(sums[m], a + m * BLOCK_STEP + k * A_STEP,
                                                                                      b + k * B_STEP, !first || k != 0);
   wgmma_commit();
   wgmma_wait<0>();
@@ -120,37 +120,5 @@ DEVICE void multiply_class(int columns, Accumulators<Shape>& sums, Pipeline& pip
       multiply<Shape, N>(sums, pipe, a_offset, k_blocks);
     else
       multiply_class<Shape, Shape::wider(N)>(columns, sums, pipe, a_offset, k_blocks);
-  }
-}
-
-// wgmma's accumulator layout, as far as the epilogues need it: in an m64 tile, warp w of the warpgroup holds rows
-// 16 w … 16 w + 15; a thread has rows lane / 4 and lane / 4 + 8 of them, and of every 8 columns the two at 2 (lane % 4):
-// sums[4 j], [4 j + 1] in the first row, [4 j + 2], [4 j + 3] in the second, for columns 8 j ….
-
-// With BIAS its two rows get their bias; without, no zero is added: 128 additions a tile and thread are 1 % of a short one.
-#ifdef BIAS
-constexpr bool ADDS_BIAS = BIAS;
-#else
-constexpr bool ADDS_BIAS = false;
-#endif
-DEVICE float biased(float sum, float bias) { return ADDS_BIAS ? sum + bias : sum; }
-
-// Writes 16 columns (j, j + 1 of the above) as 16 token rows of 16 features into a [tokens][64 features] tile, swizzled.
-template <class Element> DEVICE void store_token_rows(u32 tile, int column, u32 warp, u32 lane, const float* s, float low, float high) {
-  const u32 token = column + (lane & 7) + ((lane >> 4) << 3), chunk = warp * 2 + ((lane >> 3) & 1);
-  store_matrices_transposed(tile + swizzled(token, chunk), Element::pack(biased(s[0], low), biased(s[1], low)),
-                            Element::pack(biased(s[2], high), biased(s[3], high)), Element::pack(biased(s[4], low), biased(s[5], low)),
-                            Element::pack(biased(s[6], high), biased(s[7], high)));
-}
-
-// The same in a tile of `Width` rows that may end after eight of the sixteen.
-template <class Element, int Width>
-DEVICE void store_token_columns(u32 tile, int column, u32 warp, u32 lane, const float* s, float low, float high) {
-  if (column + 16 <= Width) {
-    store_token_rows<Element>(tile, column, warp, lane, s, low, high);
-  } else {
-    const u32 token = column + (lane & 7), chunk = warp * 2 + ((lane >> 3) & 1);
-    store_two_matrices_transposed(tile + swizzled(token, chunk), Element::pack(biased(s[0], low), biased(s[1], low)),
-                                  Element::pack(biased(s[2], high), biased(s[3], high)));
   }
 }

@@ -7,6 +7,8 @@
 // Macros: VECTOR (bytes: vectors.cuh).
 #include "vectors.cuh"
 
+constexpr int THREADS = 256;
+
 struct Params {
   const u8* x;         // [T, H]
   const int* inverse;  // slot -> row
@@ -15,13 +17,12 @@ struct Params {
   int vectors;         // of a row
   int tokens, top_k, experts;
 };
-static_assert(sizeof(Params) == 48, "filled by the launcher");
 
 constexpr int LOADS = 2;             // of a lane, in flight at once
 constexpr int PIECE = 32 * VECTOR;   // bytes of a warp's load or store
 constexpr int SPAN = LOADS * PIECE;  // bytes of a token that a warp takes
 
-extern "C" __global__ void __launch_bounds__(256) permute(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS) permute(const __grid_constant__ Params p) {
   const u32 lane = threadIdx.x & 31;
   const int end = __ldg(p.offsets + p.experts);
   const u64 row_bytes = (u64)p.vectors * VECTOR, spans = (row_bytes + SPAN - 1) / SPAN, units = (u64)p.tokens * spans;
@@ -40,7 +41,7 @@ extern "C" __global__ void __launch_bounds__(256) permute(const __grid_constant_
       const int mine = (int)lane < count ? __ldg(p.inverse + token * p.top_k + first + lane) : 0;
 #pragma unroll 4
       for (int k = 0; k < count; k++) {
-        const int row = __shfl_sync(0xffffffffu, mine, k);
+        const int row = __shfl_sync(ALL_LANES, mine, k);
         u8* target = p.rows + (u64)(u32)row * row_bytes + byte;
         const bool real = row < end;
 #pragma unroll

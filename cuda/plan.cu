@@ -6,7 +6,7 @@
 //   plan_scatter  every block sums the columns of `counts` (all chunks: the experts' totals; earlier chunks: its own start
 //                 in each expert), then ranks its slots in order and writes them
 // Buckets are the E experts and one more, E, for sentinels (ids outside 0 … E - 1).
-#include "hopper.cuh"
+#include "base.cuh"
 
 struct PlanParams {
   const void* ids;
@@ -16,14 +16,11 @@ struct PlanParams {
   int* offsets;        // [E + 1]
   int slots, experts, chunks, chunk_slots;
   int id_type;         // 0 u8, 1 u16, 2 i32, 3 i64
-  int unused;
 };
-static_assert(sizeof(PlanParams) == 64, "filled by the launcher");
 
 constexpr int WARPS = 32, THREADS = 1024;
 constexpr int PER_THREAD = 2;
 constexpr int PASS = THREADS * PER_THREAD;  // slots ranked at once
-constexpr u32 ALL = 0xffffffffu;
 
 DEVICE int bucket_of(const PlanParams& p, int slot) {
   long long id;
@@ -55,7 +52,7 @@ DEVICE int scan_block(int value, int* partial) {
   int sum = value;
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) {
-    const int other = __shfl_up_sync(ALL, sum, step);
+    const int other = __shfl_up_sync(ALL_LANES, sum, step);
     if (lane >= step) sum += other;
   }
   if (lane == 31) partial[warp] = sum;
@@ -64,7 +61,7 @@ DEVICE int scan_block(int value, int* partial) {
     int total = partial[lane];
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
-      const int other = __shfl_up_sync(ALL, total, step);
+      const int other = __shfl_up_sync(ALL_LANES, total, step);
       if (lane >= step) total += other;
     }
     partial[lane] = total;
@@ -132,7 +129,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) plan_scatter(const __grid_
     }
 #pragma unroll
     for (int i = 0; i < PER_THREAD; i++) {
-      const u32 same = __match_any_sync(ALL, bucket[i]);
+      const u32 same = __match_any_sync(ALL_LANES, bucket[i]);
       if (bucket[i] >= 0) rank[i] = own[bucket[i]] + __popc(same & ((1u << lane) - 1));
       __syncwarp();
       if (bucket[i] >= 0 && lane == __ffs(same) - 1) own[bucket[i]] += __popc(same);
@@ -165,6 +162,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) plan_scatter(const __grid_
 
 // The tables of one verb: row tiles (tickets.cuh), experts by rows (most first, then by number), and the ticket counters
 // set to zero. Block b < 3 writes the table of tiles of up to 256 + 16 b rows, block 3, if there is one, the experts' order.
+//
+// 256 is what one wgmma can take. A block of up.cu and dh.cu has half of a tile's rows and so takes somewhat more: where an
+// expert has 256 rows on average, as powers of two make it, half of the experts have some more and need no second tile.
+constexpr int TABLES = 3, LOWEST_TILES = 256, TILES_STEP = 16;
+
 struct TilesParams {
   const int* offsets;    // [E + 1]
   int4* table[3];        // [1 + row tiles]
@@ -172,12 +174,8 @@ struct TilesParams {
   int* counters;
   int experts, counter_count;
 };
-static_assert(sizeof(TilesParams) == 56, "filled by the launcher");
 
 constexpr int BAND = 8, GRANULE = 16;
-// 256 is what one wgmma can take. A block of up.cu and dh.cu has half of a tile's rows and so takes somewhat more: where an
-// expert has 256 rows on average, as powers of two make it, half of the experts have some more and need no second tile.
-constexpr int TABLES = 3;
 
 // Rows of a tile: as few tiles as possible, all of one size in multiples of 16 (256 + 14 rows would cost two full tiles).
 DEVICE int even_split(int rows, int most) {
@@ -203,7 +201,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) tiles(const __grid_constan
   if (blockIdx.x == 0)
     for (int i = e; i < p.counter_count; i += THREADS) p.counters[i] = 0;
 
-  const int most = 256 + 16 * (int)blockIdx.x;
+  const int most = LOWEST_TILES + TILES_STEP * (int)blockIdx.x;
   int4* const table = p.table[blockIdx.x];
   const int size = even_split(rows, most), count = (rows + size - 1) / size;
   const int before = scan_block(count, partial);

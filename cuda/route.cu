@@ -5,7 +5,7 @@
 // torch sorts it; the two zeros equal). K times: every lane finds its best, five exchanges find the warp's.
 //
 // Macros: PER_LANE, logits a lane holds: E is at most 32 * PER_LANE.
-#include "hopper.cuh"
+#include "base.cuh"
 
 struct Params {
   const float* logits;  // [T, E]
@@ -16,25 +16,18 @@ struct Params {
   int normalised;       // 2, 3: weights are divided by their sum
   float scale;
 };
-static_assert(sizeof(Params) == 48, "filled by the launcher");
 
-constexpr u32 ALL = 0xffffffffu;
 constexpr int TOKENS = 8;     // of a block, a warp each
+constexpr int THREADS = 32 * TOKENS;
 constexpr int MOST_TOP_K = 64;
 
 DEVICE u32 ordered(float value) {
-  if (value != value) return ALL;
+  if (value != value) return 0xffffffffu;
   const u32 bits = __float_as_uint(value + 0.0f);
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
 DEVICE float value_of(u32 key) { return __uint_as_float(key & 0x80000000u ? key ^ 0x80000000u : ~key); }
-
-DEVICE float sum_of_warp(float value) {
-#pragma unroll
-  for (int step = 16; step; step /= 2) value += __shfl_xor_sync(ALL, value, step);
-  return value;
-}
 
 DEVICE float score(const Params& p, float logit, float largest) {
   if (p.formula == 2) return 1.0f / (1.0f + expf(-logit));
@@ -42,7 +35,7 @@ DEVICE float score(const Params& p, float logit, float largest) {
   return expf(logit - largest);
 }
 
-extern "C" __global__ void __launch_bounds__(32 * TOKENS) route(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS) route(const __grid_constant__ Params p) {
   const int lane = threadIdx.x & 31;
   const long long token = (long long)blockIdx.x * TOKENS + threadIdx.x / 32;
   if (token >= p.tokens) return;
@@ -65,8 +58,8 @@ extern "C" __global__ void __launch_bounds__(32 * TOKENS) route(const __grid_con
       if (key[i] > best) best = key[i], index = i * 32 + lane;
 #pragma unroll
     for (int step = 16; step; step /= 2) {
-      const u32 other = __shfl_xor_sync(ALL, best, step);
-      const int other_index = __shfl_xor_sync(ALL, index, step);
+      const u32 other = __shfl_xor_sync(ALL_LANES, best, step);
+      const int other_index = __shfl_xor_sync(ALL_LANES, index, step);
       if (other > best || (other == best && other_index < index)) best = other, index = other_index;
     }
 #pragma unroll
@@ -77,7 +70,7 @@ extern "C" __global__ void __launch_bounds__(32 * TOKENS) route(const __grid_con
       if (k == i * 32 + lane) expert[i] = index, chosen[i] = best;
   }
 
-  const float largest = value_of(__shfl_sync(ALL, chosen[0], 0));
+  const float largest = value_of(__shfl_sync(ALL_LANES, chosen[0], 0));
   float weight[MOST_TOP_K / 32], sum = 0;
 #pragma unroll
   for (int i = 0; i < MOST_TOP_K / 32; i++) {

@@ -4,7 +4,7 @@
 // A warp takes a token. Lane k holds the choices k and k + 32; the logits of all experts are gone through 32 at a time.
 //
 // Macros: ELEMENT.
-#include "hopper.cuh"
+#include "base.cuh"
 
 struct Params {
   const float* logits;     // [T, E]
@@ -18,21 +18,14 @@ struct Params {
   int normalised;          // 2, 3: weights were divided by their sum
   float scale;
 };
-static_assert(sizeof(Params) == 72, "filled by the launcher");
 
-constexpr u32 ALL = 0xffffffffu;
 constexpr int TOKENS = 8;  // of a block, a warp each
+constexpr int THREADS = 32 * TOKENS;
 constexpr int HELD = 2;    // choices of a lane
-
-DEVICE float sum_of_warp(float value) {
-#pragma unroll
-  for (int step = 16; step; step /= 2) value += __shfl_xor_sync(ALL, value, step);
-  return value;
-}
 
 DEVICE float largest_of_warp(float value) {
 #pragma unroll
-  for (int step = 16; step; step /= 2) value = fmaxf(value, __shfl_xor_sync(ALL, value, step));
+  for (int step = 16; step; step /= 2) value = fmaxf(value, __shfl_xor_sync(ALL_LANES, value, step));
   return value;
 }
 
@@ -48,7 +41,7 @@ DEVICE float score(int formula, float logit, float& slope) {
   return root;
 }
 
-extern "C" __global__ void __launch_bounds__(32 * TOKENS) route_backward(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS) route_backward(const __grid_constant__ Params p) {
   extern __shared__ float chosen[];  // of every token: the gradients of the chosen logits, zero elsewhere
   const int lane = threadIdx.x & 31;
   const long long token = (long long)blockIdx.x * TOKENS + threadIdx.x / 32;

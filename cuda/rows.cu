@@ -5,7 +5,9 @@
 // No atomics: every sum has a fixed order.
 //
 // Macros: ELEMENT.
-#include "hopper.cuh"
+#include "base.cuh"
+
+constexpr int THREADS = 256;
 
 struct RowParams {
   const int* order;      // row -> slot
@@ -14,9 +16,8 @@ struct RowParams {
   float* row_score;      // [S]
   int slots, top_k;
 };
-static_assert(sizeof(RowParams) == 40, "filled by the launcher");
 
-extern "C" __global__ void __launch_bounds__(256) row_values(const __grid_constant__ RowParams p) {
+extern "C" __global__ void __launch_bounds__(THREADS) row_values(const __grid_constant__ RowParams p) {
   const int row = blockIdx.x * 256 + threadIdx.x;
   if (row >= p.slots) return;
   const int slot = __ldg(p.order + row);
@@ -31,9 +32,8 @@ struct ScoreParams {
   const u8* dout;         // [T, H]
   const u8* bias;         // [E, H], or null
   float* out;             // [T, K]
-  int slots, top_k, experts, columns, hidden, unused;
+  int slots, top_k, experts, columns, hidden;
 };
-static_assert(sizeof(ScoreParams) == 72, "filled by the launcher");
 
 // The expert whose rows include `row`: the last one that begins at or before it and is not empty.
 DEVICE int expert_of(const int* offsets, int experts, int row) {
@@ -53,7 +53,7 @@ DEVICE float dot_of_words(u32 a, u32 b, float sum) {
 }
 
 // Without a bias a thread has a slot; with one, a warp has it.
-extern "C" __global__ void __launch_bounds__(256) score_gradient(const __grid_constant__ ScoreParams p) {
+extern "C" __global__ void __launch_bounds__(THREADS) score_gradient(const __grid_constant__ ScoreParams p) {
   const int slot = p.bias ? blockIdx.x * 8 + threadIdx.x / 32 : blockIdx.x * 256 + threadIdx.x, lane = threadIdx.x & 31;
   if (slot >= p.slots) return;
   const int row = __ldg(p.inverse + slot);
@@ -68,8 +68,7 @@ extern "C" __global__ void __launch_bounds__(256) score_gradient(const __grid_co
         const uint4 v = __ldg((const uint4*)(x + byte)), w = __ldg((const uint4*)(b + byte));
         sum = dot_of_words(v.w, w.w, dot_of_words(v.z, w.z, dot_of_words(v.y, w.y, dot_of_words(v.x, w.x, sum))));
       }
-#pragma unroll
-      for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+      sum = sum_of_warp(sum);
     }
     for (int i = 0; i < p.columns; i++) sum += __ldg(p.partials + (u64)row * p.columns + i);
   }
@@ -84,11 +83,10 @@ struct BiasParams {
   u8* out;                 // [E, N]
   int features, columns;   // columns: ceil(N / 64)
 };
-static_assert(sizeof(BiasParams) == 48, "filled by the launcher");
 
 // A block sums 64 features of an expert: thread (row lane, chunk) has 8 features of every 32nd row, so that eight threads
 // read 128 bytes of a row. The 32 row lanes are then added, within warps first, then over the warps.
-extern "C" __global__ void __launch_bounds__(256) bias_gradient(const __grid_constant__ BiasParams p) {
+extern "C" __global__ void __launch_bounds__(THREADS) bias_gradient(const __grid_constant__ BiasParams p) {
   __shared__ float warps[8][64];
   const int expert = blockIdx.x / p.columns, column = blockIdx.x % p.columns;
   const int chunk = threadIdx.x & 7, feature = column * 64 + chunk * 8, lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -110,8 +108,8 @@ extern "C" __global__ void __launch_bounds__(256) bias_gradient(const __grid_con
   }
 #pragma unroll
   for (int i = 0; i < 8; i++) {
-    sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 8);
-    sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 16);
+    sum[i] += __shfl_xor_sync(ALL_LANES, sum[i], 8);
+    sum[i] += __shfl_xor_sync(ALL_LANES, sum[i], 16);
     if (lane < 8) warps[warp][chunk * 8 + i] = sum[i];
   }
   __syncthreads();

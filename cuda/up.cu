@@ -18,13 +18,13 @@
 // pre-activation a backward pass will read.
 #include "up.cuh"
 
-typedef UpShape<3> Shape;
-constexpr int CONSUMER_REGISTERS = TOKENS > 136 ? 176 : 168, EPILOGUE_REGISTERS = 456 - 2 * CONSUMER_REGISTERS;
-constexpr u32 TILE_BYTES = TOKENS * 128;  // one block of the hand-off
-constexpr u32 HAND_OFF = Shape::STAGES * STAGE_BYTES, BARRIERS = HAND_OFF + 4 * TILE_BYTES;
-constexpr u32 FULL = BARRIERS, EMPTY = FULL + Shape::STAGES * 8, HANDED = EMPTY + Shape::STAGES * 8, TAKEN = HANDED + 8;
-constexpr u32 RING_AT = (TAKEN + 8 + 15) / 16 * 16;
-static_assert(RING_AT + RING_BYTES + 1024 <= SHARED_BYTES, "the launch reserves SHARED_BYTES");
+constexpr int THREADS = 512, STAGES = 3;
+constexpr int PRODUCER_REGISTERS = 56, CONSUMER_REGISTERS = TOKENS > 136 ? 176 : 168;
+constexpr int EPILOGUE_REGISTERS = 512 - PRODUCER_REGISTERS - 2 * CONSUMER_REGISTERS;
+constexpr u32 TILE_BYTES = TOKENS * 128, HAND_OFF_BYTES = 4 * TILE_BYTES;  // one block of the hand-off, all of it
+constexpr u32 SHARED_BYTES = STAGES * STAGE_BYTES + HAND_OFF_BYTES + FRAME_BYTES;
+
+typedef UpShape<STAGES> Shape;
 
 DEVICE void consume(const Params& p, Pipeline pipe, TileReader tiles, u32 rank, u32 warpgroup, u32 hand_off, u32 handed, u32 taken) {
   const u32 lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3;
@@ -33,7 +33,7 @@ DEVICE void consume(const Params& p, Pipeline pipe, TileReader tiles, u32 rank, 
   u32 parity = 1;
   Tile tile;
   while (tiles.next(tile)) {
-    const UpTile own = own_part(tile, rank);
+    const Share own = share_of(tile, rank, FEATURES);
     Accumulators<Shape> sums;
     multiply_class<Shape>(own.width, sums, pipe, warpgroup * 2 * BLOCK_BYTES, k_blocks);
     BiasRows bias;
@@ -55,7 +55,7 @@ DEVICE void consume(const Params& p, Pipeline pipe, TileReader tiles, u32 rank, 
 }
 
 // The pre-activation leaves as it lies: four boxes of [136 tokens][64 weight rows], clipped at the expert's last row.
-DEVICE void store_pre_activation(const TensorMap* map, u32 hand_off, const UpTile& own, int inter) {
+DEVICE void store_pre_activation(const TensorMap* map, u32 hand_off, const Share& own, int inter) {
 #pragma unroll
   for (int block = 0; block < 4; block++) {
     const u32 source = hand_off + block * TILE_BYTES;
@@ -101,7 +101,7 @@ DEVICE void finish(const Params& p, const TensorMap* pre, TileReader tiles, u32 
   u32 parity = 0;
   Tile tile;
   while (tiles.next(tile)) {
-    const UpTile own = own_part(tile, rank);
+    const Share own = share_of(tile, rank, FEATURES);
     if (draws && scheduler.more) scheduler.advance<2>();  // two tiles ahead of this one
     barrier_wait(handed, parity);
     parity ^= 1;
@@ -125,31 +125,22 @@ DEVICE void finish(const Params& p, const TensorMap* pre, TileReader tiles, u32 
   __syncwarp();
 }
 
-extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(512, 1)
+extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1)
     up(const __grid_constant__ TensorMap weights, const __grid_constant__ TensorMap pre, const __grid_constant__ Params p) {
   extern __shared__ u8 shared[];
-  const u32 base = align_1024(shared_address(shared)), rank = cluster_rank(), warpgroup = warpgroup_index();
-  const Pipeline pipe{base + FULL, base + EMPTY, base, 0, 0};
-  const TileReader tiles{base + RING_AT, 0};
-  if (threadIdx.x == 0) {
-    pipeline_init<Shape>(pipe, FULL_ARRIVALS);
-    barrier_init(base + HANDED, 8);
-    barrier_init(base + TAKEN, 4);
-    ring_init(base + RING_AT);
-    fence_barrier_init();
-  }
-  cluster_sync();
-  if (warpgroup == 0) {
-    give_registers<56>();
-    gather_rows<Shape, true>(p, &weights, pipe, tiles, rank);
+  const Frame<Shape, HAND_OFF_BYTES, FULL_ARRIVALS, 8, 4> frame(shared);
+  const u32 handed = frame.barrier(0), taken = frame.barrier(1);
+  if (frame.warpgroup == 0) {
+    give_registers<PRODUCER_REGISTERS>();
+    gather_rows<Shape, true>(p, &weights, frame.pipe, frame.tiles, frame.rank);
     __syncwarp();
-  } else if (warpgroup == 3) {
+  } else if (frame.warpgroup == 3) {
     give_registers<EPILOGUE_REGISTERS>();
-    finish(p, &pre, tiles, rank, base + RING_AT, base + HAND_OFF, base + HANDED, base + TAKEN);
+    finish(p, &pre, frame.tiles, frame.rank, frame.ring(), frame.buffers(), handed, taken);
   } else {
     take_registers<CONSUMER_REGISTERS>();
-    consume(p, pipe, tiles, rank, warpgroup - 1, base + HAND_OFF, base + HANDED, base + TAKEN);
+    consume(p, frame.pipe, frame.tiles, frame.rank, frame.warpgroup - 1, frame.buffers(), handed, taken);
     __syncwarp();
   }
-  cluster_sync();  // a block must not leave while its peer may still write to it
+  frame.end();
 }

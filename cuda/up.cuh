@@ -4,7 +4,7 @@
 // block multiplies all 256 weight rows with its own at most 136 tokens, or 144, loads half of the weights and multicasts it, and gathers
 // its own token rows with cp.async (the copy engine cannot gather rows on Hopper).
 //
-// Weight rows of a tile, as four blocks of 64 (8192 bytes each); consumer warpgroup w multiplies blocks 2w and 2w + 1:
+// Weight rows of a tile, as four blocks of 64 (BLOCK_BYTES each); consumer warpgroup w multiplies blocks 2w and 2w + 1:
 //   gated, halves        features f … f + 127: gate rows of f + 64 w, up rows of f + 64 w. The accumulators of a thread then
 //                        hold gate and up of the same feature and token.
 //   gated, interleaved   256 consecutive rows g u g u … of 128 features
@@ -14,15 +14,13 @@
 // pre-activation is stored), BLOCK_TOKENS (136, or 144 where that spares most experts a second tile).
 #pragma once
 #include "activation.cuh"
-#include "mainloop.cuh"
-#include "tickets.cuh"
+#include "epilogue.cuh"
 
 constexpr bool HALVES = GATED && !INTERLEAVED;
 constexpr int FEATURES = GATED ? 128 : 256;  // of the activation, in a tile
 constexpr int TOKENS = BLOCK_TOKENS;         // of a block
 constexpr u32 WEIGHT_BYTES = 256 * 128;
 constexpr u32 STAGE_BYTES = WEIGHT_BYTES + TOKENS * 128;
-constexpr u32 BLOCK_BYTES = 8192;
 constexpr u32 FULL_ARRIVALS = 128 + 1;  // 128 gathering threads, one for the weights' bytes
 
 struct Params {
@@ -36,7 +34,6 @@ struct Params {
   int hidden, inter, top_k;
   u8* pre;                 // [S, weight rows], or null
 };
-static_assert(sizeof(Params) == 72, "filled by the launcher");
 
 template <int Stages> struct UpShape {
   typedef ELEMENT Element;
@@ -48,40 +45,24 @@ template <int Stages> struct UpShape {
   static constexpr bool A_MN_MAJOR = TRANSPOSED, B_MN_MAJOR = false, GATHERED = true;
 };
 
-// A cluster's tile as one of its blocks sees it. The tokens are halved, in multiples of 8; both blocks run the same N
-// class (`width`), and the second may own no token at all: its store is clipped away.
-struct UpTile {
-  int expert, row, rows, width, feature, any_row;
-};
-
-DEVICE UpTile own_part(const Tile& tile, u32 rank) {
-  UpTile own;
-  own.width = ((tile.rows + 1) / 2 + 7) & ~7;
-  own.expert = tile.expert;
-  own.row = tile.row + (int)rank * own.width;
-  own.rows = min(max(tile.rows - (int)rank * own.width, 0), own.width);
-  own.feature = tile.column * FEATURES;
-  own.any_row = own.rows > 0 ? own.row : tile.row;
-  return own;
-}
 
 // One thread: this block's half of the weights of 64 k, to both blocks.
-DEVICE void load_weights(u32 stage, const TensorMap* map, u32 barrier, const UpTile& tile, int k, u32 rank) {
+DEVICE void load_weights(u32 stage, const TensorMap* map, u32 barrier, const Share& own, int k, u32 rank) {
   barrier_arrive_expect(barrier, WEIGHT_BYTES);
   const u32 target = stage + rank * 2 * BLOCK_BYTES;
   if constexpr (HALVES) {  // box: 64 gate rows, then 64 up rows
-    const int feature = tile.feature + rank * 64;
+    const int feature = own.feature + rank * 64;
     if constexpr (TRANSPOSED)
-      tma_multicast_4d(target, map, barrier, feature, k, 0, tile.expert);
+      tma_multicast_4d(target, map, barrier, feature, k, 0, own.expert);
     else
-      tma_multicast_4d(target, map, barrier, k, feature, 0, tile.expert);
+      tma_multicast_4d(target, map, barrier, k, feature, 0, own.expert);
   } else {
-    const int row = tile.feature * (GATED ? 2 : 1) + rank * 128;
+    const int row = own.feature * (GATED ? 2 : 1) + rank * 128;
     if constexpr (TRANSPOSED) {
-      tma_multicast_3d(target, map, barrier, row, k, tile.expert);
-      tma_multicast_3d(target + BLOCK_BYTES, map, barrier, row + 64, k, tile.expert);
+      tma_multicast_3d(target, map, barrier, row, k, own.expert);
+      tma_multicast_3d(target + BLOCK_BYTES, map, barrier, row + 64, k, own.expert);
     } else {
-      tma_multicast_3d(target, map, barrier, k, row, tile.expert);
+      tma_multicast_3d(target, map, barrier, k, row, own.expert);
     }
   }
 }
@@ -102,12 +83,13 @@ DEVICE void gather_rows(const Params& p, const TensorMap* weights, Pipeline pipe
   const int whole_blocks = p.hidden / 64, k_blocks = (p.hidden + 63) / 64;
   Tile tile;
   while (tiles.next(tile)) {
-    const UpTile own = own_part(tile, rank);
+    const Share own = share_of(tile, rank, FEATURES);
+    const int any_row = own.rows > 0 ? own.row : tile.row;
     const u8* row[STEPS];
 #pragma unroll
     for (int i = 0; i < STEPS; i++) {
       const int r = min(first + i * STRIDE, max(own.rows - 1, 0));
-      const u32 token = (u32)__ldg(p.order + own.any_row + r) / (u32)p.top_k;
+      const u32 token = (u32)__ldg(p.order + any_row + r) / (u32)p.top_k;
       row[i] = p.x + (u64)(token * (u32)(p.hidden / 8) + chunk) * 16;
     }
     for (int block = 0; block < k_blocks; block++) {
@@ -141,7 +123,7 @@ DEVICE void gather_rows(const Params& p, const TensorMap* weights, Pipeline pipe
 struct BiasRows {
   float value[2][2];
 
-  DEVICE void load(const Params& p, const UpTile& tile, u32 warpgroup, u32 warp, u32 lane) {
+  DEVICE void load(const Params& p, const Share& own, u32 warpgroup, u32 warp, u32 lane) {
 #pragma unroll
     for (int m = 0; m < 2; m++)
 #pragma unroll
@@ -151,14 +133,14 @@ struct BiasRows {
         int row;
         bool inside;
         if constexpr (HALVES) {
-          const int feature = tile.feature + warpgroup * 64 + in_block;
+          const int feature = own.feature + warpgroup * 64 + in_block;
           inside = feature < p.inter;
           row = m * p.inter + feature;
         } else {
-          row = tile.feature * (GATED ? 2 : 1) + (warpgroup * 2 + m) * 64 + in_block;
+          row = own.feature * (GATED ? 2 : 1) + (warpgroup * 2 + m) * 64 + in_block;
           inside = row < rows;
         }
-        value[m][half] = BIAS && inside ? ELEMENT::low(__ldg(p.bias + (u64)tile.expert * rows + row)) : 0.0f;
+        value[m][half] = bias_of(p.bias, own.expert, rows, row, inside);
       }
   }
 };

@@ -19,13 +19,13 @@
 static_assert(HALVES, "other layouts use up.cu");
 static_assert(TOKENS % 16 == 0, "the epilogue takes sixteen tokens at a time");
 
-typedef UpShape<4> Shape;
+constexpr int THREADS = 512, STAGES = 4;
+constexpr int PRODUCER_REGISTERS = 56, CONSUMER_REGISTERS = 208, LOADER_REGISTERS = 40;
 constexpr int STORE_TOKENS = 96;
-constexpr u32 STORE_BYTES = STORE_TOKENS * 128;
-constexpr u32 STORES = Shape::STAGES * STAGE_BYTES, BARRIERS = STORES + 2 * STORE_BYTES;
-constexpr u32 FULL = BARRIERS, EMPTY = FULL + Shape::STAGES * 8, BEGUN = EMPTY + Shape::STAGES * 8;
-constexpr u32 RING_AT = (BEGUN + 8 + 15) / 16 * 16;
-static_assert(RING_AT + RING_BYTES + 1024 <= SHARED_BYTES, "the launch reserves SHARED_BYTES");
+constexpr u32 STORE_BYTES = STORE_TOKENS * 128;  // of a consumer warpgroup
+constexpr u32 SHARED_BYTES = STAGES * STAGE_BYTES + 2 * STORE_BYTES + FRAME_BYTES;
+
+typedef UpShape<STAGES> Shape;
 
 // One thread of each block.
 DEVICE void load(const Params& p, const TensorMap* weights, Pipeline pipe, TileReader tiles, u32 rank, u32 begun) {
@@ -33,7 +33,7 @@ DEVICE void load(const Params& p, const TensorMap* weights, Pipeline pipe, TileR
   Tile tile;
   while (tiles.next(tile)) {
     if (rank == 0) barrier_arrive(begun);
-    const UpTile own = own_part(tile, rank);
+    const Share own = share_of(tile, rank, FEATURES);
     for (int block = 0; block < k_blocks; block++) {
       pipe.wait_empty();
       load_weights(pipe.address<Shape>(), weights, pipe.full_barrier(), own, block * 64, rank);
@@ -56,47 +56,36 @@ DEVICE void store_activated(u32 tile, int column, u32 warp, u32 lane, const floa
   store_matrices_transposed(tile + swizzled(column + (lane & 7) + ((lane >> 4) << 3), chunk), out[0], out[1], out[2], out[3]);
 }
 
-
-// What the warpgroup has put into the buffer, tokens first … of its tile, goes to 64 columns of a matrix [S, columns].
-DEVICE void store_by_threads(u32 buffer, u8* matrix, u32 columns, u32 column, int columns_left, const UpTile& own, int first) {
-  const u32 thread = threadIdx.x & 127, chunk = thread & 7, line = thread >> 3, pitch = columns * 2;
-  if ((int)chunk * 8 >= columns_left) return;
-  u8* target = matrix + (u64)(u32)(own.row + first + (int)line) * pitch + (column + chunk * 8) * 2;
-#pragma unroll
-  for (int token = 0; token < STORE_TOKENS; token += 16)
-    if (first + token + (int)line < own.rows) store_global(target + (u64)((u32)token * pitch), load_shared(buffer + swizzled(token + line, chunk)));
-}
-
 // Gate and up, then the activation: each through the buffer, by the threads. The copy engine would be waited for at every
 // part, because the buffer is as small as four stages leave it.
-DEVICE void store_all(const Params& p, const UpTile& own, const Accumulators<Shape>& sums, const BiasRows& bias, u32 warpgroup, u32 buffer) {
+DEVICE void store_all(const Params& p, const Share& own, const Accumulators<Shape>& sums, const BiasRows& bias, u32 warpgroup, u32 buffer) {
   const u32 lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3;
   const int feature = own.feature + (int)warpgroup * 64;
 #pragma unroll
   for (int first = 0; first < TOKENS; first += STORE_TOKENS)
 #pragma unroll
-    for (int what = 0; what < 3; what++)
+    for (int part = 0; part < 3; part++)
       if (first < own.rows) {
         sync_consumers(warpgroup);  // the other warps have read what is overwritten
 #pragma unroll
         for (int column = first; column < first + STORE_TOKENS && column < TOKENS; column += 16)
           if (column < own.rows) {
             const float *gate = &sums[0][column / 2], *up = &sums[1][column / 2];
-            if (what == 2)
+            if (part == 2)
               store_activated(buffer, column - first, warp, lane, gate, up, bias);
             else
-              store_token_rows<ELEMENT>(buffer, column - first, warp, lane, what ? up : gate, bias.value[what][0], bias.value[what][1]);
+              store_token_rows<ELEMENT>(buffer, column - first, warp, lane, part ? up : gate, bias.value[part][0], bias.value[part][1]);
           }
         sync_consumers(warpgroup);
-        if (what == 2)
-          store_by_threads(buffer, p.activated, p.inter, feature, p.inter - feature, own, first);
+        if (part == 2)
+          store_by_threads<STORE_TOKENS>(buffer, p.activated, p.inter, feature, p.inter - feature, own, first);
         else
-          store_by_threads(buffer, p.pre, 2 * p.inter, what * p.inter + feature, p.inter - feature, own, first);
+          store_by_threads<STORE_TOKENS>(buffer, p.pre, 2 * p.inter, part * p.inter + feature, p.inter - feature, own, first);
       }
 }
 
 // The activation alone, by the copy engine.
-DEVICE void store_activation(const TensorMap* activated, const UpTile& own, const Accumulators<Shape>& sums, const BiasRows& bias,
+DEVICE void store_activation(const TensorMap* activated, const Share& own, const Accumulators<Shape>& sums, const BiasRows& bias,
                              u32 warpgroup, u32 buffer) {
   const u32 lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3;
   const bool storing = (threadIdx.x & 127) == 0;
@@ -122,7 +111,7 @@ DEVICE void consume(const Params& p, const TensorMap* activated, Pipeline pipe, 
   const int k_blocks = (p.hidden + 63) / 64;
   Tile tile;
   while (tiles.next(tile)) {
-    const UpTile own = own_part(tile, rank);
+    const Share own = share_of(tile, rank, FEATURES);
     Accumulators<Shape> sums;
     multiply_class<Shape>(own.width, sums, pipe, warpgroup * 2 * BLOCK_BYTES, k_blocks);
     BiasRows bias;
@@ -135,34 +124,23 @@ DEVICE void consume(const Params& p, const TensorMap* activated, Pipeline pipe, 
   if (!SAVE && (threadIdx.x & 127) == 0) tma_store_wait<0>();
 }
 
-extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(512, 1)
-    up_few(const __grid_constant__ TensorMap weights, const __grid_constant__ TensorMap activated, const __grid_constant__ Params p) {
+extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1)
+    up_few(const __grid_constant__ TensorMap weights, const __grid_constant__ TensorMap activated,
+           const __grid_constant__ Params p) {
   extern __shared__ u8 shared[];
-  const u32 base = align_1024(shared_address(shared)), rank = cluster_rank(), warpgroup = warpgroup_index();
-  const Pipeline pipe{base + FULL, base + EMPTY, base, 0, 0};
-  const TileReader tiles{base + RING_AT, 0};
-  if (threadIdx.x == 0) {
-    pipeline_init<Shape>(pipe, FULL_ARRIVALS);
-    barrier_init(base + BEGUN, 1);
-    ring_init(base + RING_AT);
-    fence_barrier_init();
-  }
-  cluster_sync();
-  if (warpgroup == 0) {
-    give_registers<56>();
-    gather_rows<Shape, false>(p, &weights, pipe, tiles, rank);
-  } else if (warpgroup == 3) {
-    give_registers<40>();
-    if (threadIdx.x == 384) load(p, &weights, pipe, tiles, rank, base + BEGUN);
-    if (threadIdx.x == 416 && rank == 0) {
-      TileScheduler scheduler;
-      scheduler.begin(base + RING_AT, p.table, p.columns, p.counter);
-      scheduler.follow(base + BEGUN);
-    }
+  const Frame<Shape, 2 * STORE_BYTES, FULL_ARRIVALS, 1> frame(shared);
+  const u32 begun = frame.barrier(0);
+  if (frame.warpgroup == 0) {
+    give_registers<PRODUCER_REGISTERS>();
+    gather_rows<Shape, false>(p, &weights, frame.pipe, frame.tiles, frame.rank);
+  } else if (frame.warpgroup == 3) {
+    give_registers<LOADER_REGISTERS>();
+    if (threadIdx.x == 384) load(p, &weights, frame.pipe, frame.tiles, frame.rank, begun);
+    if (threadIdx.x == 416 && frame.rank == 0) draw_tickets(p.table, p.columns, p.counter, frame.ring(), begun);
   } else {
-    take_registers<208>();
-    consume(p, &activated, pipe, tiles, rank, warpgroup - 1, base + STORES);
+    take_registers<CONSUMER_REGISTERS>();
+    consume(p, &activated, frame.pipe, frame.tiles, frame.rank, frame.warpgroup - 1, frame.buffers());
   }
   __syncwarp();
-  cluster_sync();  // a block must not leave while its peer may still write to it
+  frame.end();
 }

@@ -4,7 +4,7 @@
 // A row begins at a multiple of VECTOR bytes if the tensor does and if a row has a multiple of it: the launcher takes the
 // largest VECTOR for which both hold.
 #pragma once
-#include "hopper.cuh"
+#include "base.cuh"
 
 // float32, beside the 16-bit elements: one in each word.
 struct F32 {};

@@ -32,32 +32,28 @@
 // times zero is NaN). TMA clips through the ragged load map (hopper.cuh), cp.async through its source size. Of the last
 // k-block only the steps of 16 rows that hold any are multiplied: at 256 rows an expert half of the experts have a fifth
 // k-block that is nearly empty. An expert without rows runs one step of zeros and so stores zeros: no special case.
-#include "mainloop.cuh"
-#include "tickets.cuh"
+#include "frame.cuh"
 
-constexpr u32 BOX = 64 * 128;  // bytes of 64 rows of 64 features: one swizzle atom wide
-constexpr int K_BLOCK = 64;    // rows
-constexpr int GATHER_THREADS = 96;
+constexpr int K_BLOCK = 64;  // rows
+constexpr int THREADS = 384, GATHER_THREADS = 96;
+constexpr u32 STAGE_BYTES = 6 * BLOCK_BYTES;           // 128 features of P, 256 of Q
+constexpr u32 STORE_BYTES = 64 * STORE_FEATURES * 2;  // of a consumer warpgroup: 64 P x STORE_FEATURES of Q
+constexpr u32 SHARED_BYTES = RING_STAGES * STAGE_BYTES + 2 * STORE_BYTES + FRAME_BYTES;
 
 struct Shape {
   typedef ELEMENT Element;
   static constexpr int STAGES = RING_STAGES;
-  static constexpr u32 B_OFFSET = 2 * BOX, STAGE_BYTES = 6 * BOX;  // 128 features of P, 256 of Q
+  static constexpr u32 B_OFFSET = 2 * BLOCK_BYTES, STAGE_BYTES = ::STAGE_BYTES;
   static constexpr int BLOCKS = 1, WIDTH = 256;
   static constexpr bool A_MN_MAJOR = true, B_MN_MAJOR = true, GATHERED = GATHER;
 };
-
-constexpr u32 STORE_BYTES = 64 * STORE_FEATURES * 2;  // of a consumer warpgroup: 64 P x STORE_FEATURES of Q
-constexpr u32 STORES = Shape::STAGES * Shape::STAGE_BYTES, FULL = STORES + 2 * STORE_BYTES;
-constexpr u32 EMPTY = FULL + Shape::STAGES * 8, RING_AT = (EMPTY + Shape::STAGES * 8 + 15) / 16 * 16;
-static_assert(RING_AT + RING_BYTES + 1024 <= SHARED_BYTES, "the launch reserves SHARED_BYTES");
 
 // Registers of the producer and consumer warpgroups: producer + 2 * consumer = 3 * registers at launch.
 #if LAUNCH_REGISTERS == 160
 #define LAUNCH __maxnreg__(160)
 constexpr int PRODUCER_REGISTERS = 80, CONSUMER_REGISTERS = 200;
 #else
-#define LAUNCH __launch_bounds__(384, 1)
+#define LAUNCH __launch_bounds__(THREADS, 1)
 constexpr int PRODUCER_REGISTERS = 72, CONSUMER_REGISTERS = 216;
 #endif
 
@@ -70,7 +66,6 @@ struct Params {
   int experts, p_features, q_features;
   u32 source_pitch;         // bytes from token to token
 };
-static_assert(sizeof(Params) == 56, "filled by the launcher");
 
 // Ticket -> tile: experts by rows, most first (the short ones fill the gaps at the end); of an expert Q tiles outer, P tiles
 // inner, so that neighbours share Q in the L2. A tile's column is q tile << 16 | p tile.
@@ -125,7 +120,7 @@ DEVICE int k_blocks(const Tile& tile) { return max(1, (tile.rows + K_BLOCK - 1) 
 //
 // Addresses: the swizzle puts chunk c of row r at chunk c ^ (r & 7). 12 is 4 modulo 8, so odd i have bit 2 of the chunk,
 // bit 6 of the address, flipped: with even = stage + swizzled(first, chunk) and odd = even ^ 64, row i of box b lies at
-// (i odd ? odd : even) + 1536 i + 8192 b, and all offsets are immediates.
+// (i odd ? odd : even) + 1536 i + BLOCK_BYTES b, and all offsets are immediates.
 //
 // The row's token changes with every row: token numbers are loaded two k-blocks ahead, over the end of a tile too, by a
 // second reader of the ring (the scheduler has published that tile by then).
@@ -218,7 +213,7 @@ class RowGather {
         if ((i < 5 || sixth) && first + i * STRIDE < multiplied) {
           const u32 target = (i & 1 ? odd : even) + i * 1536;
           copy_16_or_zero(target, row[i], bytes_0[i]);
-          copy_16_or_zero(target + BOX, row[i] + 128, bytes_1[i]);
+          copy_16_or_zero(target + BLOCK_BYTES, row[i] + 128, bytes_1[i]);
         }
     }
     barrier_arrive_after_copies(pipe.full_barrier());
@@ -266,17 +261,17 @@ DEVICE void load(const Params& p, const TensorMap* p_map, const TensorMap* q_map
     for (int block = 0; block < blocks; block++) {
       if (schedules) scheduler.step(block, blocks);
       pipe.wait_empty();
-      const u32 stage = pipe.address<Shape>(), full = pipe.full_barrier(), target = stage + Shape::B_OFFSET + rank * 2 * BOX;
+      const u32 stage = pipe.address<Shape>(), full = pipe.full_barrier(), target = stage + Shape::B_OFFSET + rank * 2 * BLOCK_BYTES;
       const int row = RAGGED_LOAD - tile.rows + block * K_BLOCK;
       if constexpr (GATHER) {
-        barrier_arrive_expect(full, 4 * BOX);
+        barrier_arrive_expect(full, 4 * BLOCK_BYTES);
       } else {
-        barrier_arrive_expect(full, 6 * BOX);
+        barrier_arrive_expect(full, 6 * BLOCK_BYTES);
         tma_load_4d(stage, p_map, full, p_feature, row, RAGGED_LOAD, end);
-        tma_load_4d(stage + BOX, p_map, full, p_feature + 64, row, RAGGED_LOAD, end);
+        tma_load_4d(stage + BLOCK_BYTES, p_map, full, p_feature + 64, row, RAGGED_LOAD, end);
       }
       tma_multicast_4d(target, q_map, full, q_feature, row, RAGGED_LOAD, end);
-      tma_multicast_4d(target + BOX, q_map, full, q_feature + 64, row, RAGGED_LOAD, end);
+      tma_multicast_4d(target + BLOCK_BYTES, q_map, full, q_feature + 64, row, RAGGED_LOAD, end);
       pipe.advance<Shape>();
     }
   }
@@ -301,7 +296,7 @@ class Results {
       store_matrices_transposed(buffer + swizzled(q, chunk), a, b, c, d);
     } else {                      // STORE_FEATURES / 64 buffers [64 p][64 q]
       const u32 p = warp * 16 + (lane & 7) + ((lane >> 3) & 1) * 8, chunk = j / 8 + (lane >> 4);
-      store_matrices(buffer + (chunk >> 3) * BOX + swizzled(p, chunk & 7), a, b, c, d);
+      store_matrices(buffer + (chunk >> 3) * BLOCK_BYTES + swizzled(p, chunk & 7), a, b, c, d);
     }
   }
   DEVICE void end(const Tile& tile, int part) const {
@@ -313,7 +308,7 @@ class Results {
       tma_store_3d(map, buffer, p, q, tile.expert);
     } else {
 #pragma unroll
-      for (int i = 0; i < STORE_FEATURES / 64; i++) tma_store_3d(map, buffer + i * BOX, q + i * 64, p, tile.expert);
+      for (int i = 0; i < STORE_FEATURES / 64; i++) tma_store_3d(map, buffer + i * BLOCK_BYTES, q + i * 64, p, tile.expert);
     }
     tma_store_commit();
   }
@@ -345,7 +340,7 @@ DEVICE void consume(const TensorMap* map, Pipeline pipe, TileReader tiles, u32 r
   // The store runs on while the next tile is multiplied; it is waited for only when its buffer is written again.
   while (tiles.next(tile)) {
     Accumulators<Shape> sums;
-    multiply_ragged<Shape, 256>(sums, pipe, warpgroup * BOX, tile.rows);
+    multiply_ragged<Shape, 256>(sums, pipe, warpgroup * BLOCK_BYTES, tile.rows);
     results.store(tile, 0, [&](int i) { return rounded(sums[0], i); });
   }
 #else
@@ -360,7 +355,7 @@ DEVICE void consume(const TensorMap* map, Pipeline pipe, TileReader tiles, u32 r
   };
   while (tiles.next(tile)) {
     Accumulators<Shape> sums;
-    multiply_ragged<Shape, 256>(sums, pipe, warpgroup * BOX, tile.rows, [&](int block) {
+    multiply_ragged<Shape, 256>(sums, pipe, warpgroup * BLOCK_BYTES, tile.rows, [&](int block) {
       if (block == (int)warpgroup) store_second();
     });
     store_second();  // a tile of one k-block
@@ -375,28 +370,20 @@ DEVICE void consume(const TensorMap* map, Pipeline pipe, TileReader tiles, u32 r
 }
 
 extern "C" __global__ void __cluster_dims__(2, 1, 1) LAUNCH
-    wgrad(const __grid_constant__ TensorMap p_map, const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap result,
-          const __grid_constant__ Params params) {
+    wgrad(const __grid_constant__ TensorMap p_map, const __grid_constant__ TensorMap q_map,
+          const __grid_constant__ TensorMap result, const __grid_constant__ Params params) {
   extern __shared__ u8 shared[];
-  const u32 base = align_1024(shared_address(shared)), rank = cluster_rank(), warpgroup = warpgroup_index();
-  const Pipeline pipe{base + FULL, base + EMPTY, base, 0, 0};
-  const TileReader tiles{base + RING_AT, 0};
-  if (threadIdx.x == 0) {
-    pipeline_init<Shape>(pipe, GATHER ? GATHER_THREADS + 1 : 1);
-    ring_init(base + RING_AT);
-    fence_barrier_init();
-  }
-  cluster_sync();
-  if (warpgroup == 0) {
+  const Frame<Shape, 2 * STORE_BYTES, GATHER ? GATHER_THREADS + 1 : 1> frame(shared);
+  if (frame.warpgroup == 0) {
     give_registers<PRODUCER_REGISTERS>();
-    if (threadIdx.x == 0) load(params, &p_map, &q_map, pipe, tiles, rank, base + RING_AT);
+    if (threadIdx.x == 0) load(params, &p_map, &q_map, frame.pipe, frame.tiles, frame.rank, frame.ring());
 #if GATHER
-    if (threadIdx.x >= 32) RowGather(params, pipe, tiles, rank, threadIdx.x - 32).run();
+    if (threadIdx.x >= 32) RowGather(params, frame.pipe, frame.tiles, frame.rank, threadIdx.x - 32).run();
 #endif
   } else {
     take_registers<CONSUMER_REGISTERS>();
-    consume(&result, pipe, tiles, rank, warpgroup - 1, base + STORES);
+    consume(&result, frame.pipe, frame.tiles, frame.rank, frame.warpgroup - 1, frame.buffers());
   }
   __syncwarp();
-  cluster_sync();  // a block must not leave while its peer may still write to it
+  frame.end();
 }

@@ -23,9 +23,9 @@ from moekern.backends.cuda.build import loader, sources, variants
 from moekern.backends.cuda.build.errors import KernelError
 from moekern.backends.cuda.build.sources import KernelSource
 from moekern.backends.cuda.kernels import grouped
-from moekern.backends.cuda.launch import program
+from moekern.backends.cuda.launch import kernel, program
 
-SMALLEST = KernelSource.of("combine.cu", {"ELEMENT": "Bf16", "TOP_K": 1, "VECTOR": 16})
+SMALLEST = KernelSource.of("combine.cu", ELEMENT="Bf16", TOP_K=1, VECTOR=16)
 
 
 def disassembler() -> str:
@@ -123,7 +123,7 @@ def test_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert loader.cubin_path(SMALLEST) == path
     assert path.stat().st_mtime_ns == first
     assert [p.name for p in path.parent.iterdir()] == [path.name]
-    other = KernelSource.of("combine.cu", {"ELEMENT": "F16", "TOP_K": 1, "VECTOR": 16})
+    other = KernelSource.of("combine.cu", ELEMENT="F16", TOP_K=1, VECTOR=16)
     assert loader.cubin_path(other) != path
 
 
@@ -134,7 +134,7 @@ def test_cache_follows_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     before = loader.cubin_path(SMALLEST)
     monkeypatch.setenv("MOEKERN_CUDA_DIR", str(copy))
     assert loader.cubin_path(SMALLEST) == before
-    with (copy / "hopper.cuh").open("a") as header:
+    with (copy / "base.cuh").open("a") as header:
         header.write("// changed\n")
     assert loader.cubin_path(SMALLEST) != before
 
@@ -235,6 +235,7 @@ def test_a_verbs_variants_are_listed() -> None:
     for activation, save, few in itertools.product(("swiglu", "relu2"), (False, True), few_rows):
         chosen = Configuration("hopper", *few, *variants.DOWN_FORMS[few[0]])
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernel, "multiprocessors", lambda device: 132)
             patch.setattr(grouped, "multiprocessors", lambda device: 132)
             patch.setattr(forward, "record", lambda device, verb, meanwhile: seen.extend(program.sources_of(verb)))
             form = Form(activation, False, False, 2)
@@ -247,7 +248,6 @@ def test_a_verbs_variants_are_listed() -> None:
 
 def test_the_backward_passs_variants_are_listed() -> None:
     from moekern.backends.cuda.configuration import Configuration
-    from moekern.backends.cuda.kernels import gradients
     from moekern.backends.cuda.passes import backward
     from moekern.backends.cuda.passes.sizes import Sizes
 
@@ -259,7 +259,7 @@ def test_the_backward_passs_variants_are_listed() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grouped, "multiprocessors", lambda device: 132)
-        patch.setattr(gradients, "multiprocessors", lambda device: 132)
+        patch.setattr(kernel, "multiprocessors", lambda device: 132)
         patch.setattr(backward, "record_parts", note)
         for tokens, activation, one_tile in ((32768, "swiglu", True), (32768, "swiglu", False), (16, "relu2", False)):
             chosen = Configuration("hopper", one_tile=one_tile)

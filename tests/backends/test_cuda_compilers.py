@@ -24,7 +24,7 @@ from moekern.backends.cuda.build.compilers import AbandonedError, Answer, Compil
 from moekern.backends.cuda.build.errors import CacheError, KernelError
 from moekern.backends.cuda.build.sources import KernelSource
 
-COMBINES = [KernelSource.of("combine.cu", {"ELEMENT": "Bf16", "TOP_K": k, "VECTOR": 16}) for k in (1, 2, 4)]
+COMBINES = [KernelSource.of("combine.cu", ELEMENT="Bf16", TOP_K=k, VECTOR=16) for k in (1, 2, 4)]
 BROKEN = ("broken.cu", "int f() { return oops; }", ("--gpu-architecture=sm_90a",))
 
 

@@ -18,15 +18,15 @@ import ctypes, itertools, torch
 from moekern.backends.activations import ACTIVATIONS
 from moekern.backends.call import Form
 from moekern.backends.cuda.passes.sizes import Sizes
-from moekern.backends.cuda.kernels import gradients as backward_kernels, grouped as kernels
-from moekern.backends.cuda.launch import program
+from moekern.backends.cuda.kernels import grouped
+from moekern.backends.cuda.launch import kernel, program
 from moekern.backends.cuda.passes import backward, forward
 from moekern.backends.cuda.configuration import Configuration
 
 driver = ctypes.CDLL("libcuda.so.1")
 encoded = ctypes.c_int.in_dll(driver, "encoded")
-kernels._loaded = lambda *_: 3
-kernels.multiprocessors = backward_kernels.multiprocessors = lambda device: 132
+kernel._loaded = lambda *_: 3
+kernel.multiprocessors = grouped.multiprocessors = lambda device: 132
 program.compile_missing = lambda *_, **__: None
 program.all_present = lambda *_: True
 

@@ -299,10 +299,11 @@ def test_forward_on_two_streams_at_once() -> None:
 
 def test_first_use_inside_a_capture_is_an_error() -> None:
     from moekern.backends.cuda.kernels import grouped
+    from moekern.backends.cuda.launch import kernel
 
-    grouped._loaded.cache_clear()
+    kernel._loaded.cache_clear()
     with pytest.raises(RuntimeError, match="graph is being captured"), torch.cuda.graph(torch.cuda.CUDAGraph()):
-        grouped._loaded(0, "combine.cu", "combine", 0, grouped.combine_variant(torch.bfloat16, 3), None)
+        kernel._loaded(grouped.combine_variant(torch.bfloat16, 3), "combine", 0, 0, None)
 
 
 def test_more_than_2_31_elements() -> None:

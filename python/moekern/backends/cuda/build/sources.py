@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -23,9 +22,9 @@ class KernelSource:
     macros: tuple[tuple[str, int | str], ...] = ()
 
     @staticmethod
-    def of(file: str, macros: Mapping[str, int | str]) -> KernelSource:
-        """Make a source from a mapping of macros, in canonical order."""
-        return KernelSource(file, tuple(sorted(macros.items())))
+    def of(file: str, **macros: int | str) -> KernelSource:
+        """Make a source of its macros, in canonical order; True and False are 1 and 0."""
+        return KernelSource(file, tuple(sorted((n, int(v) if isinstance(v, bool) else v) for n, v in macros.items())))
 
     def __str__(self) -> str:
         return " ".join([self.file, *(f"{name}={value}" for name, value in self.macros)])

@@ -25,34 +25,20 @@ def layer(
     dtype: torch.dtype, activation: str, transposed: bool = False, interleaved: bool = False, bias: bool = False
 ) -> list[KernelSource]:
     """Every variant that training and inference of such a layer can launch, at any size."""
-    element = grouped.ELEMENT[dtype]
-    planners = [KernelSource.of(file, {}) for file in ("plan.cu", "host_plan.cu")]
-    routers = [KernelSource.of("route.cu", {"PER_LANE": n}) for n in router.PER_LANE]
-    by_element = [KernelSource.of(f, {"ELEMENT": element}) for f in ("logits.cu", "route_backward.cu", "rows.cu")]
-    found = [*planners, *routers, *by_element]
-    for save, few_rows, one_tile in UP_FORMS:
-        file, macros = grouped.up_variant(dtype, activation, transposed, interleaved, bias, save, few_rows, one_tile)
-        found.append(KernelSource.of(file, dict(macros)))
+    planners = [KernelSource(file) for file in ("plan.cu", "host_plan.cu")]
+    routers = [router.route_variant(32 * n) for n in router.PER_LANE]
+    small = [router.logits_variant(dtype), router.route_backward_variant(dtype), gradients.rows_variant(dtype)]
+    found = [*planners, *routers, *small]
+    found += [grouped.up_variant(dtype, activation, transposed, interleaved, bias, *form) for form in UP_FORMS]
     # The down projection, and the input gradient of the up projection: the other orientation, without bias.
     for has_bias, way in ((bias, transposed), (False, not transposed)):
-        for stages, store_rows in DOWN_FORMS:
-            macros = grouped.grouped_mm_variant(dtype, has_bias, way, stages, store_rows)
-            found.append(KernelSource.of("grouped_mm.cu", dict(macros)))
-        found.append(KernelSource.of("grouped_few.cu", dict(grouped.grouped_few_variant(dtype, has_bias, way))))
-    found += [
-        KernelSource.of("combine.cu", dict(grouped.combine_variant(dtype, top_k)))
-        for top_k in (*grouped.COMBINE_TOP_K, 0)
-    ]
-    found += [
-        KernelSource.of("combine_beside.cu", dict(gradients.combine_beside_variant(dtype, top_k)))
-        for top_k in gradients.BESIDE_TOP_K
-    ]
-    for one_tile in (False, True):
-        macros = gradients.dh_variant(dtype, activation, transposed, interleaved, one_tile)
-        found.append(KernelSource.of("dh.cu", dict(macros)))
+        found += [grouped.grouped_mm_variant(dtype, has_bias, way, *form) for form in DOWN_FORMS]
+        found.append(grouped.grouped_few_variant(dtype, has_bias, way))
+    found += [grouped.combine_variant(dtype, top_k) for top_k in (*grouped.COMBINE_TOP_K, 0)]
+    found += [gradients.combine_beside_variant(dtype, top_k) for top_k in gradients.BESIDE_TOP_K]
+    found += [gradients.dh_variant(dtype, activation, transposed, interleaved, tall) for tall in (False, True)]
     for innermost, registers, stages in itertools.product((False, True), LAUNCH_REGISTERS, WGRAD_STAGES):
-        macros = gradients.wgrad_variant(dtype, True, innermost, registers, stages)
-        found.append(KernelSource.of("wgrad.cu", dict(macros)))
+        found.append(gradients.wgrad_variant(dtype, True, innermost, registers, stages))
     return found
 
 
@@ -60,23 +46,18 @@ def products(dtype: torch.dtype) -> list[KernelSource]:
     """Every variant that grouped products launch."""
     kinds = itertools.product((False, True), DOWN_FORMS)
     found = [grouped.grouped_mm_variant(dtype, False, transposed, *form) for transposed, form in kinds]
-    sources = [KernelSource.of("grouped_mm.cu", dict(macros)) for macros in found]
-    found = [gradients.wgrad_variant(dtype, False, False, LAUNCH_REGISTERS[0], s) for s in WGRAD_STAGES]
-    weight_gradients = [KernelSource.of("wgrad.cu", dict(macros)) for macros in found]
-    tall = [grouped.grouped_few_variant(dtype, False, transposed) for transposed in (False, True)]
-    sources += [KernelSource.of("grouped_few.cu", dict(macros)) for macros in tall]
-    return [KernelSource.of("plan.cu", {}), *sources, *weight_gradients]
+    found += [grouped.grouped_few_variant(dtype, False, transposed) for transposed in (False, True)]
+    found += [gradients.wgrad_variant(dtype, False, False, LAUNCH_REGISTERS[0], n) for n in WGRAD_STAGES]
+    return [KernelSource("plan.cu"), *found]
 
 
 def rows(dtype: torch.dtype, vectors: Iterable[int] = permute.VECTORS) -> list[KernelSource]:
     """Every variant that permute and combine launch, both passes, for rows of such vectors."""
     sizes = [n for n in vectors if n >= dtype.itemsize]
-    found = [KernelSource.of("permute.cu", dict(permute.permute_variant(n))) for n in sizes]
+    found = [permute.permute_variant(n) for n in sizes]
     for n in sizes:
-        combines = [grouped.combine_variant(dtype, top_k, n) for top_k in (*grouped.COMBINE_TOP_K, 0)]
-        found += [KernelSource.of("combine.cu", dict(macros)) for macros in combines]
-        macros = permute.combine_backward_variant(dtype, n)
-        found.append(KernelSource.of("combine_backward.cu", dict(macros)))
+        found += [grouped.combine_variant(dtype, top_k, n) for top_k in (*grouped.COMBINE_TOP_K, 0)]
+        found.append(permute.combine_backward_variant(dtype, n))
     return found
 
 

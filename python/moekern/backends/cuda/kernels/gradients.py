@@ -6,29 +6,25 @@ weights, and the sum over a token's rows is its `combine`.
 
 from __future__ import annotations
 
-import struct
-
 import torch
 from torch import Tensor
 
 from moekern.backends.activations import ACTIVATIONS
+from moekern.backends.cuda.build.sources import KernelSource
 from moekern.backends.cuda.kernels.grouped import (
     BLOCK_ROWS,
     ELEMENT,
+    HOPPER,
     MAP_ELEMENT,
     MOST_ROWS,
-    RAGGED_LOAD,
     TALL_BLOCK_ROWS,
-    Macros,
     Tables,
-    function_of,
-    multiprocessors,
+    matrices,
 )
-from moekern.backends.cuda.launch.program import Map, launch
-from moekern.backends.pointers import address
+from moekern.backends.cuda.launch.constants import constants
+from moekern.backends.cuda.launch.kernel import launch
+from moekern.backends.cuda.launch.program import Map
 
-DH_SHARED = {136: 230912, 144: 232448}  # by rows of a block
-WGRAD_SHARED = {3: 214528, 4: 230912}  # by stages
 WGRAD_STORE_FEATURES = {3: 256, 4: 128}
 DH_FEATURES = 256  # of a tile, and of one partial sum of dS
 BESIDE_TOP_K = (1, 2, 4, 8)
@@ -37,36 +33,33 @@ BESIDE_FEATURES = 512  # of a block
 
 def dh_variant(
     dtype: torch.dtype, activation: str, transposed: bool, interleaved: bool, one_tile: bool = False
-) -> Macros:
-    """Macros of the pre-activation's gradient."""
+) -> KernelSource:
+    """The pre-activation's gradient."""
     act = ACTIVATIONS[activation]
-    rows = TALL_BLOCK_ROWS if one_tile else BLOCK_ROWS
-    return (
-        ("ACTIVATION", act.code), ("BLOCK_ROWS", rows), ("ELEMENT", ELEMENT[dtype]),
-        ("INTERLEAVED", int(interleaved and act.gated)), ("SHARED_BYTES", DH_SHARED[rows]),
-        ("TRANSPOSED", int(transposed)),
+    return KernelSource.of(
+        "dh.cu", ACTIVATION=act.code, BLOCK_ROWS=TALL_BLOCK_ROWS if one_tile else BLOCK_ROWS, ELEMENT=ELEMENT[dtype],
+        INTERLEAVED=interleaved and act.gated, TRANSPOSED=transposed,
     )  # fmt: skip
 
 
-def wgrad_variant(dtype: torch.dtype, gather: bool, p_innermost: bool, launch_registers: int, stages: int) -> Macros:
-    """Macros of the weight gradient."""
-    return (
-        ("ELEMENT", ELEMENT[dtype]), ("GATHER", int(gather)), ("LAUNCH_REGISTERS", launch_registers),
-        ("P_INNERMOST", int(p_innermost)), ("RING_STAGES", stages), ("SHARED_BYTES", WGRAD_SHARED[stages]),
-        ("STORE_FEATURES", WGRAD_STORE_FEATURES[stages]),
+def wgrad_variant(
+    dtype: torch.dtype, gather: bool, p_innermost: bool, launch_registers: int, stages: int
+) -> KernelSource:
+    """The weight gradient."""
+    return KernelSource.of(
+        "wgrad.cu", ELEMENT=ELEMENT[dtype], GATHER=gather, LAUNCH_REGISTERS=launch_registers, P_INNERMOST=p_innermost,
+        RING_STAGES=stages, STORE_FEATURES=WGRAD_STORE_FEATURES[stages],
     )  # fmt: skip
 
 
-def combine_beside_variant(dtype: torch.dtype, top_k: int) -> Macros:
-    """Macros of the combine that runs beside the weight gradient; `top_k` in BESIDE_TOP_K."""
-    return (("ELEMENT", ELEMENT[dtype]), ("TOP_K", top_k))
+def combine_beside_variant(dtype: torch.dtype, top_k: int) -> KernelSource:
+    """The combine that runs beside the weight gradient; `top_k` in BESIDE_TOP_K."""
+    return KernelSource.of("combine_beside.cu", ELEMENT=ELEMENT[dtype], TOP_K=top_k)
 
 
-def _launch(file: str, name: str, like: Tensor, blocks: int, params: bytes) -> None:
-    """Launch one of the small kernels, 256 threads a block."""
-    device = like.get_device()
-    function = function_of(device, file, name, 0, (("ELEMENT", ELEMENT[like.dtype]),))
-    launch(function, device, blocks, 256, 0, [], params)
+def rows_variant(dtype: torch.dtype) -> KernelSource:
+    """The small kernels that go over rows or slots."""
+    return KernelSource.of("rows.cu", ELEMENT=ELEMENT[dtype])
 
 
 class Rows:
@@ -76,8 +69,12 @@ class Rows:
         """Launch the kernel that fills `token` int32 and `score` float32, both ``[S]``; `like` has the dtype."""
         slots = order.shape[0]
         self.token, self.score = token, score
-        addresses = order.data_ptr(), address(scores), token.data_ptr(), score.data_ptr()
-        _launch("rows.cu", "row_values", like, -(-slots // 256), struct.pack("<4Q2i", *addresses, slots, top_k))
+        source = rows_variant(like.dtype)
+        params = {
+            "order": order, "scores": scores, "row_token": token, "row_score": score, "slots": slots, "top_k": top_k
+        }  # fmt: skip
+        blocks = -(-slots // constants(source)["THREADS"])
+        launch(source, "row_values", like.get_device(), params, blocks=blocks)
 
 
 def dh(
@@ -95,27 +92,22 @@ def dh(
     one_tile: bool = False,
 ) -> None:
     """Fill the gradient of `pre`, A' ``[S, I]`` and the partial sums of dS, ``[S, ceil(I / 256)]``."""
-    device, hidden, experts = dout.get_device(), dout.shape[1], w_down.shape[0]
-    inter = w_down.shape[1 if transposed else 2]
-    macros = dh_variant(dout.dtype, activation, transposed, interleaved, one_tile)
-    rows_of_block, shared = (int(dict(macros)[name]) for name in ("BLOCK_ROWS", "SHARED_BYTES"))
-    inner, outer = (hidden, inter) if transposed else (inter, hidden)
-    weights: Map = (
-        MAP_ELEMENT[dout.dtype], w_down.data_ptr(), (inner, outer, experts), (2 * inner, 2 * inner * outer), (64, 64, 1)
-    )  # fmt: skip
-    params = struct.pack(
-        "<9Q3iI", tables.for_blocks_of(rows_of_block), tables.counter(), dout.data_ptr(), rows.token.data_ptr(),
-        rows.score.data_ptr(), pre.data_ptr(), grad_pre.data_ptr(), address(scaled), address(partials),
-        hidden, inter, -(-inter // DH_FEATURES), hidden // 8,
-    )  # fmt: skip
-    function = function_of(device, "dh.cu", "dh", shared, macros)
-    launch(function, device, multiprocessors(device), 512, shared, [weights], params)
+    hidden, inter = dout.shape[1], w_down.shape[1 if transposed else 2]
+    source = dh_variant(dout.dtype, activation, transposed, interleaved, one_tile)
+    params = {
+        "table": tables.for_blocks_of(constants(source)["ROWS"]), "counter": tables.counter(), "source": dout,
+        "row_token": rows.token, "row_score": rows.score, "pre": pre, "dh": grad_pre, "scaled": scaled,
+        "partials": partials, "hidden": hidden, "inter": inter, "columns": -(-inter // DH_FEATURES),
+        "source_pitch_16": hidden // 8,
+    }  # fmt: skip
+    launch(source, "dh", dout.get_device(), params, maps={"weights": matrices(w_down, 64)})
 
 
 def _ragged_rows(tensor: Tensor) -> Map:
     """Boxes of 64 rows and 64 features that end with an expert's rows (hopper.cuh)."""
     columns, pitch = tensor.shape[1], 2 * tensor.shape[1]
-    dims, strides = (columns, RAGGED_LOAD, MOST_ROWS, MOST_ROWS), (pitch, (1 << 35) - pitch, pitch)
+    shift = constants(HOPPER)["RAGGED_LOAD"]
+    dims, strides = (columns, shift, MOST_ROWS, MOST_ROWS), (pitch, (1 << 35) - pitch, pitch)
     return MAP_ELEMENT[tensor.dtype], tensor.data_ptr(), dims, strides, (64, 64, 1, 1)
 
 
@@ -134,37 +126,35 @@ def wgrad(
 
     `p` has the rows themselves, or with `row_token` the tokens they are gathered from.
     """
-    device, experts = q.get_device(), out.shape[0]
     gather = row_token is not None
-    macros = wgrad_variant(q.dtype, gather, p_innermost, launch_registers, stages)
+    source = wgrad_variant(q.dtype, gather, p_innermost, launch_registers, stages)
     q_map = _ragged_rows(q)
-    p_map = q_map if gather else _ragged_rows(p)
-    lines = WGRAD_STORE_FEATURES[stages] if p_innermost else 64
-    result: Map = (
-        MAP_ELEMENT[q.dtype], out.data_ptr(), (out.shape[2], out.shape[1], experts),
-        (2 * out.shape[2], 2 * out.shape[2] * out.shape[1]), (64, lines, 1),
-    )  # fmt: skip
-    params = struct.pack(
-        "<5Q3iI", offsets.data_ptr(), tables.expert_order, tables.counter(), p.data_ptr(), address(row_token),
-        experts, p.shape[1], q.shape[1], 2 * p.shape[1],
-    )  # fmt: skip
-    shared = WGRAD_SHARED[stages]
-    function = function_of(device, "wgrad.cu", "wgrad", shared, macros)
-    maps = [p_map, q_map, result]
-    launch(function, device, multiprocessors(device), 384, shared, maps, params)
+    maps = {
+        "p_map": q_map if gather else _ragged_rows(p),  # with a gather not used
+        "q_map": q_map,
+        "result": matrices(out, WGRAD_STORE_FEATURES[stages] if p_innermost else 64),
+    }
+    params = {
+        "offsets": offsets, "expert_order": tables.expert_order, "counter": tables.counter(), "source": p,
+        "row_token": row_token, "experts": out.shape[0], "p_features": p.shape[1], "q_features": q.shape[1],
+        "source_pitch": 2 * p.shape[1],
+    }  # fmt: skip
+    launch(source, "wgrad", q.get_device(), params, maps=maps)
 
 
 def score_gradient(
     partials: Tensor, inverse: Tensor, offsets: Tensor, dout: Tensor, bias: Tensor | None, top_k: int, out: Tensor
 ) -> None:
     """dS of every slot from the partial sums of its row, and ``<dO_t, bias_e>``; zero for sentinels."""
-    slots, experts = out.numel(), offsets.shape[0] - 1
-    params = struct.pack(
-        "<6Q6i", partials.data_ptr(), inverse.data_ptr(), offsets.data_ptr(), dout.data_ptr(), address(bias),
-        out.data_ptr(), slots, top_k, experts, partials.shape[1], dout.shape[1], 0,
-    )  # fmt: skip
-    slots_a_block = 256 if bias is None else 8
-    _launch("rows.cu", "score_gradient", dout, -(-slots // slots_a_block), params)
+    slots, source = out.numel(), rows_variant(dout.dtype)
+    params = {
+        "partials": partials, "inverse": inverse, "offsets": offsets, "dout": dout, "bias": bias, "out": out,
+        "slots": slots, "top_k": top_k, "experts": offsets.shape[0] - 1, "columns": partials.shape[1],
+        "hidden": dout.shape[1],
+    }  # fmt: skip
+    threads = constants(source)["THREADS"]
+    slots_of_block = threads if bias is None else threads // 32
+    launch(source, "score_gradient", dout.get_device(), params, blocks=-(-slots // slots_of_block))
 
 
 def bias_gradient(
@@ -173,21 +163,19 @@ def bias_gradient(
     """``out[e] = sum over the rows of e of score_r * source_r``, ``[E, N]``; `source` by token with `row_token`."""
     experts, features = out.shape
     columns = -(-features // 64)
-    params = struct.pack(
-        "<5Q2i", source.data_ptr(), address(row_token), address(row_score), offsets.data_ptr(), out.data_ptr(),
-        features, columns,
-    )  # fmt: skip
-    _launch("rows.cu", "bias_gradient", source, experts * columns, params)
+    params = {
+        "source": source, "row_token": row_token, "row_score": row_score, "offsets": offsets, "out": out,
+        "features": features, "columns": columns,
+    }  # fmt: skip
+    launch(rows_variant(source.dtype), "bias_gradient", source.get_device(), params, blocks=experts * columns)
 
 
 def combine_beside(rows: Tensor, inverse: Tensor, offsets: Tensor, out: Tensor, top_k: int) -> None:
     """``out[t] = sum over k of rows[inverse[t, k]]``, in the registers that :func:`wgrad` with 160 leaves free."""
     device, (tokens, hidden) = out.get_device(), out.shape
-    macros = combine_beside_variant(out.dtype, top_k)
+    params = {
+        "rows": rows, "inverse": inverse, "offsets": offsets, "out": out, "tokens": tokens, "hidden": hidden,
+        "experts": offsets.shape[0] - 1, "span": -(-hidden // BESIDE_FEATURES),
+    }  # fmt: skip
     # The same split of an SM's memory as the GEMM's: blocks that ask for another one cannot share an SM with it.
-    function = function_of(device, "combine_beside.cu", "combine_beside", 0, macros, 100)
-    params = struct.pack(
-        "<4Q4i", rows.data_ptr(), inverse.data_ptr(), offsets.data_ptr(), out.data_ptr(),
-        tokens, hidden, offsets.shape[0] - 1, -(-hidden // BESIDE_FEATURES),
-    )  # fmt: skip
-    launch(function, device, multiprocessors(device), 128, 0, [], params)
+    launch(combine_beside_variant(out.dtype, top_k), "combine_beside", device, params, carve_out=100)

@@ -6,46 +6,36 @@ on 16-bit elements. A kernel is compiled and loaded when it is first used on a d
 
 from __future__ import annotations
 
-import struct
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from moekern.backends.activations import ACTIVATIONS
-from moekern.backends.cuda.build import loader, sources
-from moekern.backends.cuda.configuration import Configuration
-from moekern.backends.cuda.launch.program import Map, collected, launch
-from moekern.backends.pointers import address
+from moekern.backends.codes import ID_TYPE
+from moekern.backends.cuda.build.sources import KernelSource
+from moekern.backends.cuda.configuration import MOST_EXPERTS, Configuration
+from moekern.backends.cuda.launch.constants import constants
+from moekern.backends.cuda.launch.device import multiprocessors
+from moekern.backends.cuda.launch.kernel import launch
+from moekern.backends.cuda.launch.program import Map
 
 ELEMENT = {torch.bfloat16: "Bf16", torch.float16: "F16", torch.float32: "F32"}  # the last where only rows are moved
 MAP_ELEMENT = {torch.bfloat16: 9, torch.float16: 6}  # CU_TENSOR_MAP_DATA_TYPE_*
-ID_TYPE = {torch.uint8: 0, torch.uint16: 1, torch.int32: 2, torch.int64: 3}
-RAGGED_STORE, RAGGED_LOAD = 512, 1 << 30  # rows: hopper.cuh
+HOPPER, PLAN = KernelSource("hopper.cuh"), KernelSource("plan.cu")
 MOST_ROWS = (1 << 31) - 1
-UP_SHARED, UP_FEW_SHARED = {136: 221696, 144: 228864}, 230912  # by rows of a block
-GROUPED_SHARED, GROUPED_FEW_SHARED = {3: 214528, 4: 230912}, 230912
 TILE_ROWS = 256  # of the lower tiles: plan.cu
+TILE_FEATURES = 256  # of a cluster in every GEMM
 BLOCK_ROWS, TALL_BLOCK_ROWS = 136, 144  # of a kernel whose blocks split the rows of a tile of up to 272, or 288
-UP_FEW_STORE_TOKENS = 96  # of one store of a consumer warpgroup
 COUNTERS = 8
 COMBINE_TOP_K = (1, 2, 4, 8)
-
-
-@cache
-def multiprocessors(device: int) -> int:
-    """Streaming multiprocessors of a device, rounded down to whole clusters of two."""
-    return torch.cuda.get_device_properties(device).multi_processor_count // 2 * 2
-
-
-Macros = tuple[tuple[str, int | str], ...]
 
 
 def up_variant(
     dtype: torch.dtype, activation: str, transposed: bool, interleaved: bool, bias: bool, save: bool, few_rows: bool,
     one_tile: bool,
-) -> tuple[str, Macros]:  # fmt: skip
-    """File and macros of the up projection.
+) -> KernelSource:  # fmt: skip
+    """The up projection's variant.
 
     `few_rows` is the form with the consumers' epilogue, for gate and up halves; `one_tile` has tiles of 288 rows in the
     other form too.
@@ -54,33 +44,30 @@ def up_variant(
     halves = act.gated and not interleaved
     few_form = halves and few_rows
     rows = TALL_BLOCK_ROWS if few_form or one_tile else BLOCK_ROWS
-    macros = (
-        ("ACTIVATION", act.code), ("BIAS", int(bias)), ("BLOCK_TOKENS", rows), ("ELEMENT", ELEMENT[dtype]),
-        ("INTERLEAVED", int(interleaved and act.gated)), ("SAVE", int(save)),
-        ("SHARED_BYTES", UP_FEW_SHARED if few_form else UP_SHARED[rows]), ("TRANSPOSED", int(transposed)),
-    )  # fmt: skip
-    return "up_few.cu" if few_form else "up.cu", macros
-
-
-def grouped_mm_variant(dtype: torch.dtype, bias: bool, transposed: bool, stages: int, store_rows: int) -> Macros:
-    """Macros of the grouped GEMM over contiguous rows."""
-    return (
-        ("BIAS", int(bias)), ("ELEMENT", ELEMENT[dtype]), ("RING_STAGES", stages),
-        ("SHARED_BYTES", GROUPED_SHARED[stages]), ("STORE_ROWS", store_rows), ("TRANSPOSED", int(transposed)),
+    return KernelSource.of(
+        "up_few.cu" if few_form else "up.cu", ACTIVATION=act.code, BIAS=bias, BLOCK_TOKENS=rows, ELEMENT=ELEMENT[dtype],
+        INTERLEAVED=interleaved and act.gated, SAVE=save, TRANSPOSED=transposed,
     )  # fmt: skip
 
 
-def grouped_few_variant(dtype: torch.dtype, bias: bool, transposed: bool) -> Macros:
-    """Macros of the grouped GEMM in tiles of up to 288 rows."""
-    return (
-        ("BIAS", int(bias)), ("ELEMENT", ELEMENT[dtype]), ("SHARED_BYTES", GROUPED_FEW_SHARED),
-        ("TRANSPOSED", int(transposed)),
+def grouped_mm_variant(dtype: torch.dtype, bias: bool, transposed: bool, stages: int, store_rows: int) -> KernelSource:
+    """The grouped GEMM over contiguous rows."""
+    return KernelSource.of(
+        "grouped_mm.cu", BIAS=bias, ELEMENT=ELEMENT[dtype], RING_STAGES=stages, STORE_ROWS=store_rows,
+        TRANSPOSED=transposed,
     )  # fmt: skip
 
 
-def combine_variant(dtype: torch.dtype, top_k: int, vector: int = 16) -> Macros:
-    """Macros of the combine; `vector` is what :func:`vector_of` says of the rows."""
-    return (("ELEMENT", ELEMENT[dtype]), ("TOP_K", top_k if top_k in COMBINE_TOP_K else 0), ("VECTOR", vector))
+def grouped_few_variant(dtype: torch.dtype, bias: bool, transposed: bool) -> KernelSource:
+    """The grouped GEMM in tiles of up to 288 rows."""
+    return KernelSource.of("grouped_few.cu", BIAS=bias, ELEMENT=ELEMENT[dtype], TRANSPOSED=transposed)
+
+
+@cache
+def combine_variant(dtype: torch.dtype, top_k: int, vector: int = 16) -> KernelSource:
+    """The combine; `vector` is what :func:`vector_of` says of the rows."""
+    built_for = top_k if top_k in COMBINE_TOP_K else 0
+    return KernelSource.of("combine.cu", ELEMENT=ELEMENT[dtype], TOP_K=built_for, VECTOR=vector)
 
 
 def vector_of(row_bytes: int, *matrices: Tensor) -> int:
@@ -91,27 +78,17 @@ def vector_of(row_bytes: int, *matrices: Tensor) -> int:
     return bits & -bits
 
 
-def function_of(device: int, file: str, name: str, shared: int, macros: Macros, carve_out: int | None = None) -> int:
-    """The handle of a kernel; while a program only collects what it needs, a note of it and 0."""
-    return 0 if collected(file, macros) else _loaded(device, file, name, shared, macros, carve_out)
-
-
-@cache
-def _loaded(device: int, file: str, name: str, shared: int, macros: Macros, carve_out: int | None) -> int:
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            f"the kernel {name} is used for the first time while a CUDA graph is being captured, where nothing can be "
-            "loaded: run the layer once with these shapes and dtype before the capture"
-        )
-    return loader.load(sources.KernelSource.of(file, dict(macros)), name, device, shared, carve_out).handle
+def ragged_store() -> int:
+    """Rows by which the maps of ragged stores are shifted."""
+    return constants(HOPPER)["RAGGED_STORE"]
 
 
 def _ragged(base: int, row_bytes: int) -> int:
-    """The base address of a store map, shifted back by RAGGED_STORE rows.
+    """The base address of a store map, shifted back by :func:`ragged_store` rows.
 
     Modulo 2^64: of a tensor in the address space's first rows it is out of range, which the launch refuses by name.
     """
-    return (base - RAGGED_STORE * row_bytes) % (1 << 64)
+    return (base - ragged_store() * row_bytes) % (1 << 64)
 
 
 # ------------------------------------------------------------------------------------------------------------ planner
@@ -139,15 +116,21 @@ def plan(topk_ids: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor, coun
     device, slots, experts = topk_ids.get_device(), topk_ids.numel(), offsets.shape[0] - 1
     buckets = experts + 1
     chunks, size = _plan_chunks(slots)
-    params = struct.pack(
-        "<5Q6i", topk_ids.data_ptr(), counts.data_ptr(), order.data_ptr(), inverse.data_ptr(), offsets.data_ptr(),
-        slots, experts, chunks, size, ID_TYPE[topk_ids.dtype], 0,
-    )  # fmt: skip
+    warps = constants(PLAN)["WARPS"]
+
+    def scratch(buckets: int) -> int:
+        return 4 * (2 * buckets + warps + warps * buckets)
+
+    params = {
+        "ids": topk_ids, "counts": counts, "order": order, "inverse": inverse, "offsets": offsets, "slots": slots,
+        "experts": experts, "chunks": chunks, "chunk_slots": size, "id_type": ID_TYPE[topk_ids.dtype],
+    }  # fmt: skip
     if chunks > 1:
-        count = function_of(device, "plan.cu", "plan_count", 0, ())
-        launch(count, device, chunks, 1024, 4 * buckets, [], params)
-    scatter = function_of(device, "plan.cu", "plan_scatter", 4 * (2 * 1025 + 32 + 32 * 1025), ())
-    launch(scatter, device, chunks, 1024, 4 * (2 * buckets + 32 + 32 * buckets), [], params)
+        launch(PLAN, "plan_count", device, params, blocks=chunks, shared=4 * buckets)
+    launch(
+        PLAN, "plan_scatter", device, params, blocks=chunks, shared=scratch(buckets),
+        most_shared=scratch(MOST_EXPERTS + 1),
+    )  # fmt: skip
 
 
 class Tables:
@@ -176,9 +159,11 @@ class Tables:
         self.tallest = self.tall + 16 * self._entries(rows, experts)
         self.expert_order = self.tallest + 16 * self._entries(rows, experts)
         self._next_counter = self.expert_order + 4 * experts
-        addresses = offsets.data_ptr(), self.table, self.tall, self.tallest, self.expert_order, self._next_counter
-        params = struct.pack("<6Q2i", *addresses, experts, COUNTERS)
-        launch(function_of(device, "plan.cu", "tiles", 0, ()), device, 4 if ordered else 3, 1024, 0, [], params)
+        params = {
+            "offsets": offsets, "table": (self.table, self.tall, self.tallest), "expert_order": self.expert_order,
+            "counters": self._next_counter, "experts": experts, "counter_count": COUNTERS,
+        }  # fmt: skip
+        launch(PLAN, "tiles", device, params, blocks=4 if ordered else 3)
 
     def for_blocks_of(self, rows: int) -> int:
         """The address of the table for a kernel whose blocks take so many rows, half of a tile."""
@@ -195,23 +180,20 @@ class Tables:
 
 def _up_weights(w: Tensor, hidden: int, inter: int, halves: bool, transposed: bool) -> Map:
     element, base, experts = MAP_ELEMENT[w.dtype], w.data_ptr(), w.shape[0]
-    rows = w.shape[2 if transposed else 1]
     if halves and transposed:
         strides = (4 * inter, 2 * inter, 4 * inter * hidden)
         return element, base, (inter, hidden, 2, experts), strides, (64, 64, 2, 1)
     if halves:
         strides = (2 * hidden, 2 * hidden * inter, 4 * hidden * inter)
         return element, base, (hidden, inter, 2, experts), strides, (64, 64, 2, 1)
-    if transposed:
-        return element, base, (rows, hidden, experts), (2 * rows, 2 * rows * hidden), (64, 64, 1)
-    return element, base, (hidden, rows, experts), (2 * hidden, 2 * hidden * rows), (64, 128, 1)
+    return matrices(w, 64 if transposed else 128)
 
 
 def _ragged_rows(rows: Tensor, box_rows: int) -> Map:
     """The store map of a matrix of rows sorted by expert, clipped at an expert's last row (cuda/README.md)."""
     columns = rows.shape[1]
     base, strides = _ragged(rows.data_ptr(), 2 * columns), (2 * columns, 2 * columns)
-    return MAP_ELEMENT[rows.dtype], base, (columns, RAGGED_STORE, MOST_ROWS), strides, (64, box_rows, 1)
+    return MAP_ELEMENT[rows.dtype], base, (columns, ragged_store(), MOST_ROWS), strides, (64, box_rows, 1)
 
 
 def _pre_activation(pre: Tensor, inter: int, halves: bool, rows: int) -> Map:
@@ -219,7 +201,7 @@ def _pre_activation(pre: Tensor, inter: int, halves: bool, rows: int) -> Map:
     if not halves:
         return _ragged_rows(pre, rows)
     base, strides = _ragged(pre.data_ptr(), 2 * columns), (2 * inter, 4 * inter, 4 * inter)
-    return element, base, (inter, 2, RAGGED_STORE, MOST_ROWS), strides, (64, 1, rows, 1)
+    return element, base, (inter, 2, ragged_store(), MOST_ROWS), strides, (64, 1, rows, 1)
 
 
 def up(
@@ -245,31 +227,36 @@ def up(
     act = ACTIVATIONS[activation]
     interleaved = interleaved and act.gated
     halves = act.gated and not interleaved
-    file, macros = up_variant(
+    source = up_variant(
         x.dtype, activation, transposed, interleaved, bias is not None, pre is not None, few_rows, one_tile
     )  # fmt: skip
-    rows, shared = (int(dict(macros)[name]) for name in ("BLOCK_TOKENS", "SHARED_BYTES"))
-    params = struct.pack(
-        "<6Q4iQ", tables.for_blocks_of(rows), tables.counter(), x.data_ptr(), order.data_ptr(), activated.data_ptr(),
-        address(bias), -(-inter // (128 if act.gated else 256)), hidden, inter, top_k, address(pre),
-    )  # fmt: skip
-    weight_map = _up_weights(weights, hidden, inter, halves, transposed)
-    function = function_of(device, file, file.removesuffix(".cu"), shared, macros)
-    if file == "up_few.cu":
-        second_map = _ragged_rows(activated, UP_FEW_STORE_TOKENS)
+    stated = constants(source)
+    params = {
+        "table": tables.for_blocks_of(stated["TOKENS"]), "counter": tables.counter(), "x": x, "order": order,
+        "activated": activated, "bias": bias, "columns": -(-inter // stated["FEATURES"]), "hidden": hidden,
+        "inter": inter, "top_k": top_k, "pre": pre,
+    }  # fmt: skip
+    maps = {"weights": _up_weights(weights, hidden, inter, halves, transposed)}
+    if source.file == "up_few.cu":
+        maps["activated"] = _ragged_rows(activated, stated["STORE_TOKENS"])
+    elif pre is None:
+        maps["pre"] = maps["weights"]  # not used
     else:
-        second_map = weight_map if pre is None else _pre_activation(pre, inter, halves, rows)
-    maps = [weight_map, second_map]
-    launch(function, device, multiprocessors(device), 512, shared, maps, params)
+        maps["pre"] = _pre_activation(pre, inter, halves, stated["TOKENS"])
+    launch(source, source.file.removesuffix(".cu"), device, params, maps=maps)
 
 
-def _weights(weights: Tensor, transposed: bool) -> Map:
-    """Boxes of 64 x 64, or 64 k x 128 features."""
+def matrices(weights: Tensor, box_rows: int) -> Map:
+    """A matrix of each expert, in boxes of 64 columns."""
     experts, outer, inner = weights.shape
     strides = (2 * inner, 2 * inner * outer)
-    return MAP_ELEMENT[weights.dtype], weights.data_ptr(), (inner, outer, experts), strides, (
-        64, 64 if transposed else 128, 1
-    )  # fmt: skip
+    return MAP_ELEMENT[weights.dtype], weights.data_ptr(), (inner, outer, experts), strides, (64, box_rows, 1)
+
+
+def _rows(a: Tensor, box_rows: int) -> Map:
+    """One matrix, in boxes of 64 columns."""
+    rows, columns = a.shape
+    return MAP_ELEMENT[a.dtype], a.data_ptr(), (columns, rows), (2 * columns,), (64, box_rows)
 
 
 def grouped_mm(
@@ -284,35 +271,36 @@ def grouped_mm(
 ) -> None:
     """``out[r] = a[r] @ W_e^T + bias_e`` for the rows of every expert; `transposed` weights are ``[E, k, n]``."""
     device, inner, features = a.get_device(), a.shape[1], out.shape[1]
-    element, shared = MAP_ELEMENT[a.dtype], GROUPED_SHARED[stages]
-    macros = grouped_mm_variant(a.dtype, bias is not None, transposed, stages, store_rows)
-    weight_map = _weights(weights, transposed)
-    row_map: Map = (element, a.data_ptr(), (inner, a.shape[0]), (2 * inner,), (64, 128))
-    few_map: Map = (element, a.data_ptr(), (inner, a.shape[0]), (2 * inner,), (64, 32))
-    out_map = _ragged_rows(out, store_rows)
-    params = struct.pack(
-        "<3Q3i4x", tables.table, tables.counter(), 0 if bias is None else bias.data_ptr(),
-        -(-features // 256), inner, features,
-    )  # fmt: skip
-    function = function_of(device, "grouped_mm.cu", "grouped_mm", shared, macros)
-    maps = [weight_map, row_map, few_map, out_map]
-    launch(function, device, multiprocessors(device), 384, shared, maps, params)
+    source = grouped_mm_variant(a.dtype, bias is not None, transposed, stages, store_rows)
+    stated = constants(source)
+    params = {
+        "table": tables.table, "counter": tables.counter(), "bias": bias, "columns": -(-features // TILE_FEATURES),
+        "inner": inner, "features": features,
+    }  # fmt: skip
+    maps = {
+        "weights": matrices(weights, 64 if transposed else 128),
+        "rows": _rows(a, stated["BOX_ROWS"]),
+        "few_rows": _rows(a, stated["TAIL_ROWS"]),
+        "out": _ragged_rows(out, store_rows),
+    }
+    launch(source, "grouped_mm", device, params, maps=maps)
 
 
 def grouped_few(a: Tensor, weights: Tensor, bias: Tensor | None, out: Tensor, tables: Tables, transposed: bool) -> None:
     """:func:`grouped_mm` in tiles of up to 288 rows."""
     device, inner, features = a.get_device(), a.shape[1], out.shape[1]
-    macros = grouped_few_variant(a.dtype, bias is not None, transposed)
-    row_map, last_map = (
-        (MAP_ELEMENT[a.dtype], a.data_ptr(), (inner, a.shape[0]), (2 * inner,), (64, box)) for box in (64, 16)
-    )
-    params = struct.pack(
-        "<4Q4i", tables.for_blocks_of(TALL_BLOCK_ROWS), tables.counter(), address(bias), out.data_ptr(),
-        -(-features // 256), inner, features, 0,
-    )  # fmt: skip
-    function = function_of(device, "grouped_few.cu", "grouped_few", GROUPED_FEW_SHARED, macros)
-    maps = [_weights(weights, transposed), row_map, last_map]
-    launch(function, device, multiprocessors(device), 384, GROUPED_FEW_SHARED, maps, params)
+    source = grouped_few_variant(a.dtype, bias is not None, transposed)
+    stated = constants(source)
+    params = {
+        "table": tables.for_blocks_of(stated["ROWS"]), "counter": tables.counter(), "bias": bias, "out": out,
+        "columns": -(-features // TILE_FEATURES), "inner": inner, "features": features,
+    }  # fmt: skip
+    maps = {
+        "weights": matrices(weights, 64 if transposed else 128),
+        "rows": _rows(a, stated["BOX_ROWS"]),
+        "few_rows": _rows(a, stated["TAIL_ROWS"]),
+    }
+    launch(source, "grouped_few", device, params, maps=maps)
 
 
 def grouped_product(
@@ -334,14 +322,12 @@ def grouped_product(
 def combine(rows: Tensor, scores: Tensor | None, inverse: Tensor, offsets: Tensor, out: Tensor, top_k: int) -> None:
     """``out[t] = sum over k of scores[t, k] * rows[inverse[t, k]]``, sentinels zero."""
     device, (tokens, hidden) = out.get_device(), out.shape
+    params = {
+        "rows": rows, "inverse": inverse, "offsets": offsets, "scores": scores, "out": out, "tokens": tokens,
+        "hidden": hidden, "top_k": top_k, "experts": offsets.shape[0] - 1,
+    }  # fmt: skip
     row_bytes = hidden * out.dtype.itemsize
     vector = vector_of(row_bytes, rows, out)
-    macros = combine_variant(out.dtype, top_k, vector)
-    params = struct.pack(
-        "<5Q4i", rows.data_ptr(), inverse.data_ptr(), offsets.data_ptr(), 0 if scores is None else scores.data_ptr(),
-        out.data_ptr(), tokens, hidden, top_k, offsets.shape[0] - 1,
-    )  # fmt: skip
     units = tokens * -(-row_bytes // (32 * vector))
     blocks = min(4 * multiprocessors(device), -(-units // 8))
-    function = function_of(device, "combine.cu", "combine", 0, macros)
-    launch(function, device, blocks, 256, 0, [], params)
+    launch(combine_variant(out.dtype, top_k, vector), "combine", device, params, blocks=blocks)

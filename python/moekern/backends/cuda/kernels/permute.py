@@ -5,31 +5,34 @@ The sum over a token's rows is grouped.py's `combine`. Rows may have any length,
 
 from __future__ import annotations
 
-import struct
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from moekern.backends.cuda.kernels.grouped import ELEMENT, Macros, function_of, multiprocessors, vector_of
-from moekern.backends.cuda.launch.program import launch
-from moekern.backends.pointers import address
+from moekern.backends.cuda.build.sources import KernelSource
+from moekern.backends.cuda.kernels.grouped import ELEMENT, vector_of
+from moekern.backends.cuda.launch.constants import constants
+from moekern.backends.cuda.launch.device import multiprocessors
+from moekern.backends.cuda.launch.kernel import launch
 
 VECTORS = (16, 8, 4, 2)  # bytes of one access
-PERMUTE_LOADS = 2  # vectors of a lane, as in permute.cu
 MOST_BLOCKS = (1 << 31) - 1
 MOST_SHARE = 32  # slots of a token that a warp of combine_backward.cu takes at most: one per lane
 # Fewer warps per SM than these, and a token's slots are shared by several warps.
 WARPS = 64
 
 
-def permute_variant(vector: int) -> Macros:
-    """Macros of the permute."""
-    return (("VECTOR", vector),)
+@cache
+def permute_variant(vector: int) -> KernelSource:
+    """The permute."""
+    return KernelSource.of("permute.cu", VECTOR=vector)
 
 
-def combine_backward_variant(dtype: torch.dtype, vector: int) -> Macros:
-    """Macros of the gradients of combine."""
-    return (("ELEMENT", ELEMENT[dtype]), ("VECTOR", vector))
+@cache
+def combine_backward_variant(dtype: torch.dtype, vector: int) -> KernelSource:
+    """The gradients of combine."""
+    return KernelSource.of("combine_backward.cu", ELEMENT=ELEMENT[dtype], VECTOR=vector)
 
 
 def permute(x: Tensor, inverse: Tensor, offsets: Tensor, out: Tensor, top_k: int) -> None:
@@ -37,13 +40,13 @@ def permute(x: Tensor, inverse: Tensor, offsets: Tensor, out: Tensor, top_k: int
     device, (tokens, hidden) = x.get_device(), x.shape
     row_bytes = hidden * x.dtype.itemsize
     vector = vector_of(row_bytes, x, out)
-    params = struct.pack(
-        "<4Q4i", x.data_ptr(), inverse.data_ptr(), offsets.data_ptr(), out.data_ptr(), row_bytes // vector,
-        tokens, top_k, offsets.shape[0] - 1,
-    )  # fmt: skip
-    units = tokens * -(-row_bytes // (32 * vector * PERMUTE_LOADS))
-    function = function_of(device, "permute.cu", "permute", 0, permute_variant(vector))
-    launch(function, device, min(-(-units // 8), MOST_BLOCKS), 256, 0, [], params)
+    source = permute_variant(vector)
+    params = {
+        "x": x, "inverse": inverse, "offsets": offsets, "rows": out, "vectors": row_bytes // vector, "tokens": tokens,
+        "top_k": top_k, "experts": offsets.shape[0] - 1,
+    }  # fmt: skip
+    units = tokens * -(-row_bytes // constants(source)["SPAN"])
+    launch(source, "permute", device, params, blocks=min(-(-units // 8), MOST_BLOCKS))
 
 
 def share_of(tokens: int, top_k: int, multiprocessors: int) -> int:
@@ -70,11 +73,10 @@ def combine_backward(
     row_bytes = hidden * dout.dtype.itemsize
     vector = vector_of(row_bytes, *(t for t in (dout, rows, drows) if t is not None))
     share = share or share_of(tokens, top_k, multiprocessors(device))
-    params = struct.pack(
-        "<7Q5i4x", dout.data_ptr(), rows.data_ptr(), address(weights), inverse.data_ptr(), offsets.data_ptr(),
-        address(drows), address(dweights), tokens, hidden, top_k, offsets.shape[0] - 1, share,
-    )  # fmt: skip
-    units = tokens * -(-top_k // share)
-    macros = combine_backward_variant(dout.dtype, vector)
-    function = function_of(device, "combine_backward.cu", "combine_backward", 0, macros)
-    launch(function, device, min(-(-units // 8), MOST_BLOCKS), 256, 0, [], params)
+    params = {
+        "dout": dout, "rows": rows, "weights": weights, "inverse": inverse, "offsets": offsets, "drows": drows,
+        "dweights": dweights, "tokens": tokens, "hidden": hidden, "top_k": top_k,
+        "experts": offsets.shape[0] - 1, "share": share,
+    }  # fmt: skip
+    units, source = tokens * -(-top_k // share), combine_backward_variant(dout.dtype, vector)
+    launch(source, "combine_backward", device, params, blocks=min(-(-units // 8), MOST_BLOCKS))

@@ -5,17 +5,18 @@ Kernels: cuda/logits.cu, cuda/route.cu, cuda/route_backward.cu.
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 
-from moekern.backends.cuda.kernels.grouped import ELEMENT, Macros, function_of
-from moekern.backends.cuda.launch.program import launch
+from moekern.backends.cuda.build.sources import KernelSource
+from moekern.backends.cuda.kernels.grouped import ELEMENT
+from moekern.backends.cuda.launch.constants import constants
+from moekern.backends.cuda.launch.kernel import launch
 
 MOST_TOP_K = 64
-TOKENS = 8  # of a block
 PER_LANE = (1, 2, 4, 8, 16, 32)  # builds: the logits of up to 32 times as many experts
 
 
@@ -39,20 +40,21 @@ def formula(name: str, norm_topk_prob: bool, scale: float) -> Formula:
     return Formula(2, norm_topk_prob and name == "sigmoid_topk", scale)
 
 
-def route_variant(experts: int) -> Macros:
-    """Macros of the build for so many experts, at most 1024."""
-    return (("PER_LANE", next(n for n in PER_LANE if 32 * n >= experts)),)
+@cache
+def route_variant(experts: int) -> KernelSource:
+    """The build for so many experts, at most 1024."""
+    return KernelSource.of("route.cu", PER_LANE=next(n for n in PER_LANE if 32 * n >= experts))
 
 
 def route(logits: Any, ids: Any, weights: Any, how: Formula) -> None:
     """Fill `ids` int32 and `weights` float32, both ``[T, K]``, from `logits` float32 ``[T, E]``."""
     device, (tokens, experts), top_k = logits.get_device(), logits.shape, ids.shape[1]
-    params = struct.pack(
-        "<3Q5if", logits.data_ptr(), ids.data_ptr(), weights.data_ptr(), tokens, experts, top_k,
-        how.code, how.normalised, how.scale,
-    )  # fmt: skip
-    function = function_of(device, "route.cu", "route", 0, route_variant(experts))
-    launch(function, device, -(-tokens // TOKENS), 32 * TOKENS, 0, [], params)
+    source = route_variant(experts)
+    params = {
+        "logits": logits, "ids": ids, "weights": weights, "tokens": tokens, "experts": experts, "top_k": top_k,
+        "formula": how.code, "normalised": how.normalised, "scale": how.scale,
+    }  # fmt: skip
+    launch(source, "route", device, params, blocks=-(-tokens // constants(source)["TOKENS"]))
 
 
 LOGITS_TOKENS, LOGITS_EXPERTS = 16, 8  # of a block
@@ -65,21 +67,28 @@ def makes_logits(tokens: int, experts: int, hidden: int) -> bool:
     return tokens > 0 and hidden % 8 == 0 and blocks * hidden <= MOST_LOGITS_WORK
 
 
-def logits_variant(dtype: torch.dtype) -> Macros:
-    """Macros of the logits' kernel, and of the gradient's."""
-    return (("ELEMENT", ELEMENT[dtype]),)
+@cache
+def logits_variant(dtype: torch.dtype) -> KernelSource:
+    """The logits' kernel."""
+    return KernelSource.of("logits.cu", ELEMENT=ELEMENT[dtype])
+
+
+@cache
+def route_backward_variant(dtype: torch.dtype) -> KernelSource:
+    """The kernel of the logits' gradient."""
+    return KernelSource.of("route_backward.cu", ELEMENT=ELEMENT[dtype])
 
 
 def logits(x: Any, weight: Any, bias: Any, out: Any) -> None:
     """Fill `out` float32 ``[T, E]`` with ``x @ weight.T + bias``, of 16-bit elements; `bias` may be None."""
     device, (tokens, hidden), experts = x.get_device(), x.shape, weight.shape[0]
     expert_blocks = -(-experts // LOGITS_EXPERTS)
-    params = struct.pack(
-        "<4Q4i", x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr(),
-        tokens, hidden, experts, expert_blocks,
-    )  # fmt: skip
-    function = function_of(device, "logits.cu", "logits", 0, logits_variant(x.dtype))
-    launch(function, device, -(-tokens // LOGITS_TOKENS) * expert_blocks, 256, 0, [], params)
+    params = {
+        "x": x, "weight": weight, "bias": bias, "out": out, "tokens": tokens, "hidden": hidden, "experts": experts,
+        "expert_blocks": expert_blocks,
+    }  # fmt: skip
+    blocks = -(-tokens // LOGITS_TOKENS) * expert_blocks
+    launch(logits_variant(x.dtype), "logits", device, params, blocks=blocks)
 
 
 def route_backward(logits: Any, ids: Any, weights: Any, dweights: Any, elsewhere: Any, out: Any, how: Formula) -> None:
@@ -88,10 +97,11 @@ def route_backward(logits: Any, ids: Any, weights: Any, dweights: Any, elsewhere
     Arguments but `ids` are float32; `dweights` ``[T, K]`` and `elsewhere` ``[T, E]`` may be None.
     """
     device, (tokens, experts), top_k = logits.get_device(), logits.shape, ids.shape[1]
-    params = struct.pack(
-        "<6Q5if", logits.data_ptr(), ids.data_ptr(), weights.data_ptr(),
-        0 if dweights is None else dweights.data_ptr(), 0 if elsewhere is None else elsewhere.data_ptr(),
-        out.data_ptr(), tokens, experts, top_k, how.code, how.normalised, how.scale,
-    )  # fmt: skip
-    function = function_of(device, "route_backward.cu", "route_backward", 0, logits_variant(out.dtype))
-    launch(function, device, -(-tokens // TOKENS), 32 * TOKENS, 4 * TOKENS * experts, [], params)
+    source = route_backward_variant(out.dtype)
+    params = {
+        "logits": logits, "ids": ids, "weights": weights, "dweights": dweights, "elsewhere": elsewhere, "out": out,
+        "tokens": tokens, "experts": experts, "top_k": top_k, "formula": how.code, "normalised": how.normalised,
+        "scale": how.scale,
+    }  # fmt: skip
+    in_block = constants(source)["TOKENS"]
+    launch(source, "route_backward", device, params, blocks=-(-tokens // in_block), shared=4 * in_block * experts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,3 +24,9 @@ def on_device(device: int) -> AbstractContextManager[Any]:
 def round_up(size: int) -> int:
     """Bytes up to where the next buffer of one piece of memory begins."""
     return -(-size // 256) * 256
+
+
+@cache
+def multiprocessors(device: int) -> int:
+    """Streaming multiprocessors of a device, rounded down to whole clusters of two."""
+    return torch.cuda.get_device_properties(device).multi_processor_count // 2 * 2

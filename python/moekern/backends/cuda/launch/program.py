@@ -81,7 +81,7 @@ def _recording() -> Iterator[list[Any]]:
         _active.launches = None
 
 
-def launch(function: int, device: int, grid: int, block: int, shared: int, maps: list[Map], params: bytes) -> None:
+def submit(function: int, device: int, grid: int, block: int, shared: int, maps: list[Map], params: bytes) -> None:
     """Launch a kernel on torch's current stream, or keep the launch while a program is being recorded."""
     launches = getattr(_active, "launches", None)
     if launches is None:
@@ -94,12 +94,12 @@ def launch(function: int, device: int, grid: int, block: int, shared: int, maps:
     launches.append((function, grid, block, shared, relocated, params, pointers))
 
 
-def collected(file: str, macros: tuple[tuple[str, int | str], ...]) -> bool:
+def collected(source: KernelSource) -> bool:
     """Whether a variant is only being noted, to be compiled with others at once, and not yet wanted."""
     sources = getattr(_active, "sources", None)
     if sources is None:
         return False
-    sources.append(KernelSource.of(file, dict(macros)))
+    sources.append(source)
     return True
 
 

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from moekern import _core
 from moekern.backends.call import PlanTensors
-from moekern.backends.cuda.kernels import grouped
+from moekern.backends.codes import ID_TYPE
+from moekern.backends.cuda.build.sources import KernelSource
 from moekern.backends.cuda.launch.device import on_device, stream_of
+from moekern.backends.cuda.launch.kernel import handle
 
 MOST_STREAMS = 16  # whose memory is kept
 _must_not_wait = getattr(torch._C, "_cuda_get_sync_debug_mode", torch.cuda.get_sync_debug_mode)
@@ -59,8 +61,8 @@ _memory_of = lru_cache(maxsize=256)(_core.cuda_plan_memory)
 
 @cache
 def _kernels(device: int) -> tuple[int, int]:
-    narrow = grouped.function_of(device, "host_plan.cu", "narrow_ids", 0, ())
-    return narrow, grouped.function_of(device, "host_plan.cu", "spread_plan", 0, ())
+    source = KernelSource("host_plan.cu")
+    return handle(source, "narrow_ids", device), handle(source, "spread_plan", device)
 
 
 def _memory(staging: OrderedDict[int, _Staging], device: int, stream: int, slots: int, num_experts: int) -> _Staging:
@@ -105,7 +107,7 @@ def plan(topk_ids: Tensor, num_experts: int) -> PlanTensors:
             staging = _memory(owner.staging, device, stream, slots, num_experts)
             _core.cuda_plan(
                 *_kernels(device), device, stream, staging.marks_at, staging.next_epoch(), staging.memory_at,
-                topk_ids.data_ptr(), grouped.ID_TYPE[topk_ids.dtype], slots, num_experts, torch.get_num_threads(),
+                topk_ids.data_ptr(), ID_TYPE[topk_ids.dtype], slots, num_experts, torch.get_num_threads(),
                 allocate,
             )  # fmt: skip
     return PlanTensors(*made)

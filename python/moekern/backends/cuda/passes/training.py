@@ -107,8 +107,7 @@ class Layer:
             )
 
         def of_the_backward_pass() -> list[KernelSource]:
-            of_router = KernelSource.of("route_backward.cu", dict(router.logits_variant(sizes.dtype)))
-            return [*backward.sources(sizes), of_router]
+            return [*backward.sources(sizes), router.route_backward_variant(sizes.dtype)]
 
         with on_device(self._device):
             self._replay = record(self._device, verb, of_the_backward_pass).replay
