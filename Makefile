@@ -17,6 +17,8 @@ TORCH_TESTS := integrations/test_torch_integration integrations/test_training_st
 TRANSFORMERS_TESTS := integrations/test_hf integrations/test_hf_blocks routing/test_router layer/test_shared_expert
 # With the few of its dependencies that its experts import.
 TORCHTITAN := torchtitan==0.3.0 spmd_types==0.2.3 tyro docstring_parser
+# What transformers' own tests import.
+SUITES_NEED := parameterized datasets pytest-timeout
 # Commits made since then have subjects of 72 characters at most.
 SUBJECTS_SINCE := 2026-11-30T00:00:00Z
 # Which CuPy the tests compile the kernels with; cuda12 on a machine with an older driver, empty for none.
@@ -41,7 +43,7 @@ install = if [ -x $(BIN)/uv ]; then $(BIN)/uv pip install --python $(BIN)/python
 	else $(BIN)/python -m pip install $(1); fi
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu releases sanitize doctor lint format bench figures docs build wheel sdist dev clean
+.PHONY: help demo test test-gpu releases suites sanitize doctor lint format bench figures docs build wheel sdist dev clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -76,6 +78,13 @@ releases: $(INSTALLED) ## the tests with older releases of torch and transformer
 		beside $$release "transformers==$$release" "not gpu and not slow" $(TRANSFORMERS_TESTS:%=tests/%.py); \
 	done; \
 	beside torchtitan "--no-deps $(TORCHTITAN)" "not gpu and not slow" tests/integrations/test_torchtitan.py
+
+# Not in CI: a quarter of an hour and more, and GitHub must be reachable, or TRANSFORMERS_SOURCE=/path/to/checkout given.
+suites: $(INSTALLED) ## transformers' and peft's own tests with moekern as the experts (MODELS=all, SUITES=peft, ARGS="-k ep_")
+	@[ -d $(VENV)/suites ] || { $(call install,-q --target $(VENV)/suites $(SUITES_NEED)) || { rm -rf $(VENV)/suites; exit 1; }; }
+	PYTHONPATH=$(abspath $(VENV))/suites$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/python tests/suites/run.py \
+		$(if $(MODELS),--models $(MODELS)) $(if $(SUITES),--suites $(SUITES)) \
+		$(if $(TRANSFORMERS_SOURCE),--source $(TRANSFORMERS_SOURCE)) -- $(ARGS)
 
 # cuBLAS is left out: racecheck reports hazards in its own kernels.
 sanitize: $(INSTALLED) ## every CUDA kernel on small sizes under compute-sanitizer (needs a GPU and a CUDA toolkit)
