@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,13 @@ posix = pytest.mark.skipif(not hasattr(os, "geteuid"), reason="modes and owners 
 as_root = pytest.mark.skipif(
     not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can make files of another user"
 )
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """A folder that other users may enter; pytest's own stands below folders that only their owner may."""
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name).resolve()
 
 
 @pytest.fixture(autouse=True)
@@ -60,18 +68,13 @@ def spare() -> Path:
 @pytest.fixture
 def as_another_user(tmp_path: Path) -> Iterator[Callable[[], None]]:
     """Call to go on as a user who is not root and owns nothing here; undone at the end."""
-    above = [tmp_path, *tmp_path.parents][:3]  # pytest keeps its folders to root
-    modes = [path.stat().st_mode & 0o7777 for path in above]
 
     def become() -> None:
-        for path in above:
-            path.chmod(0o755)
+        tmp_path.chmod(0o755)
         os.seteuid(OTHER)
 
     yield become
     os.seteuid(0)
-    for path, mode in zip(above, modes, strict=True):
-        path.chmod(mode)
 
 
 def test_what_is_kept_is_found_and_synced(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
