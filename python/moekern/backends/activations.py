@@ -29,8 +29,8 @@ class Activation:
     """One activation.
 
     Attributes:
-        name: The name users pass.
-        code: The number the kernels know it by.
+        name: The name that users pass.
+        code: Its number in the kernels.
         gated: Whether it reads gate and up halves.
         forward: ``(g, u) -> a``.
         backward: ``(da, g, u) -> (dg, du)``.
@@ -50,8 +50,8 @@ def _silu(x: Tensor) -> Tensor:
     return (wide * torch.sigmoid(wide)).to(x.dtype)
 
 
-# The gradients are torch's own operators: one kernel each, float32 inside for half precision, and finite wherever
-# autograd's are.
+# The gradients are torch's own operators: one kernel each, float32 inside for half precision, and finite where those
+# of autograd are.
 def _silu_grad(da: Tensor, x: Tensor) -> Tensor:
     if not forward_mode():
         return torch.ops.aten.silu_backward(da, x)  # type: ignore[no-any-return]
@@ -69,7 +69,7 @@ def _gelu_tanh(x: Tensor) -> Tensor:
 
 
 def _gelu_tanh_grad(da: Tensor, x: Tensor) -> Tensor:
-    # From 30 on the slope is 0 or 1, and from 1e13 on the formula 0 * inf.
+    # From 30 on the slope is 0 or 1; from 1e13 on the formula gives 0 * inf.
     return torch.ops.aten.gelu_backward(da, x.clamp(-30, 30), approximate="tanh")  # type: ignore[no-any-return]
 
 
@@ -101,9 +101,9 @@ def _plain(f: Callable[[Tensor], Tensor], grad: Callable[[Tensor, Tensor], Tenso
     return lambda g, u: f(g), lambda da, g, u: (grad(da, g), None)
 
 
-# gpt-oss clamps. A clamped value is a constant, and the bound itself counts as clamped: torch's clamp has this rule
-# from 2.14 on, and let the gradient through at the bound before. Written out, it holds with every torch, and for second
-# derivatives too. NaN is not clamped.
+# gpt-oss clamps. A clamped value is a constant, and the bound itself counts as clamped. torch's clamp has this rule
+# from 2.14 on; before, it passed the gradient at the bound. Written out, the rule holds with every torch, and for
+# second derivatives too. NaN is not clamped.
 def _clamp_above(x: Tensor) -> Tensor:
     return torch.where(x >= OAI_LIMIT, OAI_LIMIT, x)
 

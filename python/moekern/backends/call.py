@@ -1,9 +1,9 @@
-"""One call of the experts as it travels through autograd, the operators and the backends: the same order for all.
+"""The arguments of the experts in autograd, operators and backends: the same order everywhere.
 
 ``experts_forward(x, scores, plan, weights, form, save)`` and
-``experts_backward(dout, x, pre, scores, plan, weights, form, needs)``. The gradients, and `needs`, which says which of
-them are wanted, are in the order ``x, scores, *weights``. An operator of torch takes no such tuples, but lists of
-tensors: it has `plan` and `weights` as lists, and the fields of `form` one by one.
+``experts_backward(dout, x, pre, scores, plan, weights, form, needs)``. The gradients are in the order
+``x, scores, *weights``, and so is `needs`, one bool for each. A torch operator takes lists of tensors but no such
+tuples: it has `plan` and `weights` as lists, and the fields of `form` one by one.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Weights(NamedTuple):
         b_gate_up: ``[E, 2I]`` (``[E, I]`` without gate) or None.
         b_down: ``[E, H]`` or None.
 
-    Whatever else belongs to each expert travels here too, as a field after these: the scales of packed weights, the
-    factors of low-rank adapters. Operators and autograd hand the fields on without a list of their own.
+    Further tensors of the experts become fields after these: the scales of packed weights, the factors of low-rank
+    adapters. Operators and autograd pass the fields on without a list of their own.
     """
 
     w_gate_up: Tensor
@@ -35,7 +35,7 @@ class Weights(NamedTuple):
 
 
 class Form(NamedTuple):
-    """The formula and the layout: everything about a call that is no tensor. It is hashable, so a key can hold it.
+    """The formula and the layout: all arguments of a call that are not tensors. It is hashable, for use in keys.
 
     Attributes:
         activation: A name of :data:`moekern.backends.activations.ACTIVATIONS`.
@@ -51,12 +51,12 @@ class Form(NamedTuple):
 
 
 class PlanTensors(NamedTuple):
-    """The tensors of a :class:`moekern.Plan`, which adds what users ask a plan for.
+    """The tensors of a :class:`moekern.Plan`, which adds methods for users.
 
     Attributes:
         order: int32 ``[S]``, row -> slot.
         inverse: int32 ``[S]``, slot -> row.
-        offsets: int32 ``[E + 1]``, where the rows of each expert begin, and where the last one's end.
+        offsets: int32 ``[E + 1]``, the first row of each expert, and the end of the last one's rows.
     """
 
     order: Tensor

@@ -1,4 +1,4 @@
-"""What watches or transforms a call in a way that the formulas themselves must know of."""
+"""Observers and transforms of a call that the formulas must take into account."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ def forward_mode() -> bool:
 
 
 def is_exporting() -> bool:
-    """As torch.compiler.is_exporting(), which torch 2.11's Dynamo takes for true in every compilation."""
+    """As torch.compiler.is_exporting(), which torch 2.11's Dynamo evaluates to true in every compilation."""
     flag: bool | None = getattr(torch.compiler, "_is_exporting_flag", None)
     return torch.compiler.is_exporting() if flag is None else flag

@@ -1,4 +1,4 @@
-"""Tensors as the kernels take them."""
+"""Addresses of tensors, for the kernels."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from torch import Tensor
 
 
 def address(tensor: Tensor | None) -> int:
-    """Where a tensor's elements begin; 0 for an absent one."""
+    """The address of a tensor's first element; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()

@@ -1,1 +1,1 @@
-"""The public functions: they check their arguments, apply autocast, and hand over to the verbs."""
+"""The public functions: they check their arguments, apply autocast, and call the verbs."""

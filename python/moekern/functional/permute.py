@@ -1,4 +1,4 @@
-"""Dispatch and combine as functions of their own: tokens to rows sorted by expert, and rows back to tokens.
+"""Dispatch and combine as separate functions: tokens to rows sorted by expert, and rows back to tokens.
 
 :func:`moekern.experts` fuses both into its GEMMs; these are for code that does something else with the sorted rows.
 """
@@ -41,7 +41,7 @@ def combine(y_sorted: Tensor, plan: Plan, weights: Tensor | None = None) -> Tens
     """Sum each token's rows, weighted. Differentiable in rows and weights, any number of times.
 
     ``out[t] = sum_k weights[t, k] * y_sorted[plan.inverse[t * top_k + k]]``, summed in float32 (float64 for float64
-    rows) with k ascending, and rounded once. Sentinels contribute nothing, whatever their rows hold.
+    rows) with k ascending, and rounded once. Sentinels contribute nothing, even if their rows hold NaN.
 
     Args:
         y_sorted: ``[T * top_k, H]``, float32, bfloat16, float16 or float64, in the order of ``plan``.
@@ -58,7 +58,7 @@ def combine(y_sorted: Tensor, plan: Plan, weights: Tensor | None = None) -> Tens
     _check_rows("y_sorted", y_sorted, "rows")
     _check_plan(plan, "y_sorted", y_sorted)
     slots = plan.order.shape[0]
-    checks.has_shape("y_sorted", y_sorted, (slots, "hidden"), "one row a slot of plan")
+    checks.has_shape("y_sorted", y_sorted, (slots, "hidden"), "one row per slot of plan")
     if weights is not None:
         checks.is_tensor("weights", weights)
         checks.has_dtype("weights", weights, checks.FLOATING)

@@ -15,14 +15,14 @@ from moekern.verbs.backend import resolve
 
 
 class PlanStats(NamedTuple):
-    """How evenly a plan loads the experts. A load is a number of slots; sentinels belong to no expert.
+    """The balance of a plan's load over the experts. A load is a number of slots; sentinels belong to no expert.
 
     Attributes:
         max_load: The largest load.
         mean_load: The mean load.
         entropy: Of the distribution of slots over experts, in nats: ``log(E)`` if all loads are equal, 0 if one expert
             has every slot.
-        empty_experts: Experts without slots.
+        empty_experts: The number of experts without slots.
     """
 
     max_load: int
@@ -54,7 +54,7 @@ class Plan(NamedTuple):
         return self.offsets[1:] - self.offsets[:-1]
 
     def to(self, device: torch.device | str | int) -> Plan:
-        """The plan on another device. From the host to a GPU it is on its way when this returns; nothing waits.
+        """Copy the plan to another device. From the host to a GPU the copy is asynchronous; nothing waits.
 
         Args:
             device: As ``torch.Tensor.to`` takes it.
@@ -77,8 +77,8 @@ class Plan(NamedTuple):
 
         Args:
             height: The most rows of a tile, at least 1.
-            longest_first: By falling number of rows instead of by expert, which balances threads that draw tiles one
-                after the other.
+            longest_first: Order by decreasing number of rows instead of by expert, which balances threads that take one
+                tile after the other.
 
         Returns:
             int32 ``[tiles, 3]`` on the host: expert, first row, number of rows (at least 1; the tiles of an expert
@@ -100,7 +100,7 @@ class Plan(NamedTuple):
 
 
 def tensors_of(plan: Plan) -> PlanTensors:
-    """A plan as the verbs take it."""
+    """The tensors of the plan, as the verbs take them."""
     return PlanTensors(plan.order, plan.inverse, plan.offsets)
 
 
@@ -114,17 +114,17 @@ def plan(topk_ids: Tensor, num_experts: int, *, planner: str = "auto") -> Plan:
         topk_ids: ``[T, K]`` int64, int32, uint8 or uint16; the chosen experts of every token. Ids outside
             ``0 .. num_experts - 1``, negative ones too, are sentinels: their slots sort last, in slot order.
         num_experts: E, at least 1.
-        planner: Where the sorting is done, with the same bits everywhere. ``"device"``: where the ids are. ``"host"``:
-            by Rust on the host, also for ids on a GPU, which waits for the device once and so cannot be captured in a
-            CUDA graph. ``"auto"``, the default, is ``"device"``: on a GPU that never waits.
+        planner: Where to sort; the result is bitwise the same. ``"device"``: on the device of the ids. ``"host"``: by
+            Rust on the host, also for ids on a GPU; this waits for the device once, so a CUDA graph cannot capture it.
+            ``"auto"``, the default, is ``"device"``, which never waits for a GPU.
 
     Returns:
-        A :class:`Plan` on the device of ``topk_ids``. Shapes depend on shapes alone; nothing waits for a device unless
-        ``planner`` is ``"host"``. On the host the same bits result for any number of threads
-        (``torch.get_num_threads()`` at most are used).
+        A :class:`Plan` on the device of ``topk_ids``. Its shapes depend on shapes alone; nothing waits for a device
+        unless ``planner`` is ``"host"``. On the host the result is bitwise the same for any number of threads; at most
+        ``torch.get_num_threads()`` are used.
 
-        A routing that the host knows before (replayed, or computed there) is planned from ids on the host, once, and
-        goes to the GPU by :meth:`Plan.to`, for any number of calls of :func:`moekern.experts`.
+        If the host knows the routing in advance (replayed, or computed there), plan once from ids on the host and copy
+        the plan to the GPU by :meth:`Plan.to`, for any number of calls of :func:`moekern.experts`.
 
     Raises:
         TypeError: ``topk_ids`` is not a dense integer tensor, or ``num_experts`` not an int.
@@ -139,7 +139,7 @@ def plan(topk_ids: Tensor, num_experts: int, *, planner: str = "auto") -> Plan:
     checks.topk_ids("topk_ids", topk_ids)
     checks.is_int("num_experts", num_experts, 1, _MOST_EXPERTS)
     checks.one_of("planner", planner, PLANNERS)
-    # Kernels read ids by address, and a router's choice can be a slice of the sorted experts.
+    # Kernels read ids by address, but a router's choice can be a slice of the sorted experts.
     ids = topk_ids.contiguous()
     if planner == "host" and ids.is_cuda:
         order, inverse, offsets = ops.plan_on_host(ids, num_experts)
@@ -148,16 +148,16 @@ def plan(topk_ids: Tensor, num_experts: int, *, planner: str = "auto") -> Plan:
     return Plan(order, inverse, offsets, num_experts, topk_ids.shape[1])
 
 
-# Below, the way around the dispatcher. For a handful of slots an operator costs three times the work: 12 us against 4.
+# Below: the path without the dispatcher. For a few slots an operator costs three times the work: 12 us against 4.
 
 _MOST_EXPERTS = 2**31 - 3  # offsets are counted in int32 too
-_MANY_SLOTS = 1 << 14  # what the backend's own function costs on top no longer counts
+_MANY_SLOTS = 1 << 14  # from here on the cost of the backend's own function no longer counts
 _empty_int32 = torch.empty(0, dtype=torch.int32, device="cpu").new_empty  # half the cost of torch.empty
 _get_num_threads = torch.get_num_threads
 
 
 def _plan_eagerly(topk_ids: Tensor, num_experts: int, planner: str) -> Plan | None:
-    """The plan, or None if an argument is wrong, or unusual enough for the careful way."""
+    """The plan; None if an argument is wrong, or needs the path with checks."""
     id_type = ID_TYPE.get(topk_ids.dtype)
     if type(planner) is not str or planner not in PLANNERS:
         return None

@@ -1,1 +1,1 @@
-"""The border between the public functions and the backends: operators, autograd, the short way, checks."""
+"""The layer between the public functions and the backends: operators, autograd, the fast path, checks."""

@@ -1,4 +1,4 @@
-"""Which implementation of the verbs runs: chosen by the tensors' device unless the user asks for one."""
+"""The choice of a backend for the verbs: by the tensors' device unless the user names one."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _default = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
 # A block holds for its thread, task or generator's context: each sees the innermost of its own open blocks.
 _chosen: ContextVar[str | None] = ContextVar("moekern_backend", default=None)
 _blocks: ContextVar[tuple[backend, ...]] = ContextVar("moekern_backend_blocks", default=())
-# Inside of compiled code, which may not set context variables: what a block in the traced function itself asks for.
+# For compiled code, which may not set context variables: the name in a block of the traced function itself.
 _traced: str | None = None
-# For a Dynamo that cannot guard on context variables: what the block says that was entered last, in any thread.
+# For a Dynamo that cannot guard on context variables: the name in the block that was entered last, in any thread.
 _latest: str | None = None
 _open: dict[backend, str] = {}
 _guards_on_context = hasattr(_misc, "ContextVarVariable")
@@ -67,7 +67,7 @@ class backend:  # noqa: N801  used like a function
             _traced = self._previous.pop()
             return
         blocks = list(_blocks.get())
-        if self in blocks:  # not so where a generator is closed in another context than it was started in
+        if self in blocks:  # not if a generator is closed in another context than the one that started it
             blocks.reverse()
             blocks.remove(self)
             blocks.reverse()
@@ -78,22 +78,22 @@ class backend:  # noqa: N801  used like a function
 
 
 def current() -> str:
-    """The name in force: ``"auto"`` or the implementation that was asked for."""
+    """The current name: ``"auto"`` or the implementation that the user named."""
     if _is_compiling():
         return _traced or (_chosen.get() if _guards_on_context else _latest) or _default
     return in_eager_call()
 
 
 def in_eager_call() -> str:
-    """The same where it is known that nothing compiles: to ask costs more than the rest."""
+    """The same if nothing is known to compile: asking torch costs more than the rest."""
     return _traced or _chosen.get() or (_open and _of_backward()) or _default
 
 
 def _of_backward() -> str | None:
-    """In a thread of autograd's own, what the block says that was entered last: checkpoints run a forward pass there.
+    """In a thread of autograd, the name in the block that was entered last: checkpoints run a forward pass there.
 
-    Such a thread has no context, and nothing says who began its backward pass. (torch hands on what
-    `torch._C._stash_obj_in_tls` is given, but torch 2.11 frees that too early.)
+    Such a thread has no context, and nothing tells which thread began its backward pass. (`torch._C._stash_obj_in_tls`
+    would pass an object to it, but torch 2.11 frees that object too early.)
     """
     in_autograds_thread = torch._C._current_graph_task_id() != -1 and isinstance(
         threading.current_thread(), threading._DummyThread
@@ -105,7 +105,7 @@ def resolve(device_type: str) -> str:
     """The backend that serves tensors on this kind of device.
 
     Raises:
-        ValueError: The backend asked for does not work on such tensors.
+        ValueError: The named backend does not work on such tensors.
     """
     name = current()
     if name not in BACKENDS:  # only the environment can have put it there

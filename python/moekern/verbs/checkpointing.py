@@ -1,4 +1,4 @@
-"""Selective activation checkpointing: what a layer keeps when its forward pass is to be run again."""
+"""Selective activation checkpointing: the tensors that a layer keeps when its forward pass will run again."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from moekern.verbs import checks, ops
 def sac_policy(*, save_experts: bool = False) -> Callable[..., CheckpointPolicy]:
     """A policy for torch's selective activation checkpointing that never routes twice.
 
-    The choice of experts and the plan are kept: integers, a few bytes a slot. The recomputation then sends every token
-    where the first pass sent it, even if it computes logits that differ in the last bit::
+    The choice of experts and the plan are kept: integers, a few bytes per slot. The recomputation then sends every
+    token to the same experts as the first pass, even if its logits differ in the last bit::
 
         context_fn = partial(create_selective_checkpoint_contexts, mk.sac_policy())
         y = checkpoint(layer, x, use_reentrant=False, context_fn=context_fn)

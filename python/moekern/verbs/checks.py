@@ -1,6 +1,7 @@
 """Argument checks of the public functions: each names the argument, what was got and what is accepted.
 
-They read shapes, dtypes and devices only, never values, so that they cost a microsecond and trace under torch.compile.
+They read shapes, dtypes and devices, never values, so that they take about a microsecond and can be traced by
+torch.compile.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def _names(dtypes: Sequence[torch.dtype]) -> str:
 
 
 def is_tensor(name: str, value: object) -> None:
-    """Raises TypeError unless ``value`` is a dense (strided) tensor."""
+    """Raise TypeError unless ``value`` is a dense (strided) tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
     if value.layout != torch.strided:
@@ -29,17 +30,17 @@ def is_tensor(name: str, value: object) -> None:
 
 
 def has_dtype(name: str, value: Tensor, accepted: Sequence[torch.dtype]) -> None:
-    """Raises TypeError unless the dtype is one of those accepted."""
+    """Raise TypeError unless the dtype is one of those accepted."""
     if value.dtype not in accepted:
         raise TypeError(f"{name}: got dtype {_names([value.dtype])}, expected {_names(accepted)}")
 
 
 def has_shape(name: str, value: Tensor, shape: Sequence[int | str], hint: str = "") -> None:
-    """Raises ValueError unless the shape fits.
+    """Raise ValueError unless the shape fits.
 
     Args:
-        shape: One entry a dimension: a number that must be met, or the name of a free dimension.
-        hint: What the numbers stand for, added to the message. In words: a size formatted into it would make
+        shape: One entry per dimension: a number that it must equal, or the name of a free dimension.
+        hint: The meaning of the numbers, added to the message. It is text without sizes: a size in it would make
             torch.compile build a graph for every value of that size.
     """
     fits = value.ndim == len(shape) and all(
@@ -53,7 +54,7 @@ def has_shape(name: str, value: Tensor, shape: Sequence[int | str], hint: str = 
 
 
 def same_device(name: str, value: Tensor, reference_name: str, reference: Tensor) -> None:
-    """Raises ValueError unless both tensors are on one device."""
+    """Raise ValueError unless both tensors are on one device."""
     if value.device != reference.device:
         raise ValueError(
             f"{name}: got device {value.device}, expected {reference.device}, the device of {reference_name}"
@@ -61,7 +62,7 @@ def same_device(name: str, value: Tensor, reference_name: str, reference: Tensor
 
 
 def is_int(name: str, value: object, low: int, high: int | None = None, hint: str = "") -> None:
-    """Raises TypeError unless ``value`` is an integer (symbolic too), ValueError unless ``low <= value <= high``."""
+    """Raise TypeError unless ``value`` is an integer (symbolic too), ValueError unless ``low <= value <= high``."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name}: got {type(value).__name__}, expected an int")
     if value < low or (high is not None and value > high):
@@ -70,13 +71,13 @@ def is_int(name: str, value: object, low: int, high: int | None = None, hint: st
 
 
 def is_bool(name: str, value: object) -> None:
-    """Raises TypeError unless ``value`` is a bool."""
+    """Raise TypeError unless ``value`` is a bool."""
     if not isinstance(value, bool):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a bool")
 
 
 def one_of(name: str, value: object, accepted: Sequence[str]) -> None:
-    """Raises TypeError unless ``value`` is a string, ValueError unless it is one of those accepted."""
+    """Raise TypeError unless ``value`` is a string, ValueError unless it is one of those accepted."""
     if not isinstance(value, str):
         raise TypeError(f"{name}: got {type(value).__name__}, expected one of {', '.join(accepted)}")
     if value not in accepted:
@@ -84,7 +85,7 @@ def one_of(name: str, value: object, accepted: Sequence[str]) -> None:
 
 
 def topk_ids(name: str, value: object) -> None:
-    """Checks the experts chosen for each token: an integer tensor ``[T, K]``."""
+    """Check the experts chosen for each token: an integer tensor ``[T, K]``."""
     is_tensor(name, value)
     assert isinstance(value, Tensor)
     has_dtype(name, value, INTEGER)
@@ -94,7 +95,7 @@ def topk_ids(name: str, value: object) -> None:
 
 
 def is_number(name: str, value: object, *, above: float | None = None, low: float | None = None) -> None:
-    """Raises TypeError unless ``value`` is an int or float, ValueError unless finite, ``> above`` and ``>= low``."""
+    """Raise TypeError unless ``value`` is an int or float, ValueError unless finite, ``> above`` and ``>= low``."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
     bounds = "a finite number"

@@ -1,9 +1,9 @@
-"""What ``torch.utils.flop_counter.FlopCounterMode`` counts for the operators: two per multiplication and addition.
+"""FLOPs of the operators for ``torch.utils.flop_counter.FlopCounterMode``: two per multiplication and addition.
 
-Counted are the matrix products, as torch counts its own, from shapes alone: an operator does not read how many slots
-are sentinels (dropped, or another rank's experts), so each of the T * K slots counts as a row of work. Activations,
-biases and sums over a token's experts count as nothing, as everywhere in torch's counter. What activation
-checkpointing runs again is counted again. Second derivatives and tangents are grouped products, and count as such.
+Matrix products are counted, as torch counts its own, from shapes alone. An operator does not read how many slots are
+sentinels (dropped, or another rank's experts), so each of the T * K slots counts as a row. Activations, biases and sums
+over a token's experts are not counted, as in torch's counter. Work that activation checkpointing repeats is counted
+again. Second derivatives and tangents are grouped products and count as such.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def experts_backward(
     dout: Shape, x: Shape, pre: Shape, scores: Shape | None, plan: Sequence[Shape], weights: Sequence[Shape | None],
     activation: str, transposed: bool, interleaved: bool, top_k: int, needs: Sequence[bool], *_: Any, **__: Any,
 ) -> int:  # fmt: skip
-    """The products that the wanted gradients need; `needs` is in the order x, scores, both weights, both biases."""
+    """The products for the requested gradients; `needs` is in the order x, scores, both weights, both biases."""
     up, down = _products(plan, weights, transposed)
     wants_x, wants_scores, wants_up, wants_down, wants_up_bias, _wants_down_bias = needs
     through_down = wants_x or wants_scores or wants_up or wants_up_bias
@@ -54,7 +54,7 @@ def grouped_mm(a: Shape, b: Shape, offsets: Shape, kind: str, *_: Any, **__: Any
 
 
 def register() -> None:
-    """Make the formulas known to torch."""
+    """Register the formulas with torch."""
     for operator, formula in (
         (ops.experts_forward, experts_forward),
         (ops.experts_backward, experts_backward),

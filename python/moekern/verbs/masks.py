@@ -14,7 +14,7 @@ def of_input(mask: Tensor, x: Tensor) -> Tensor:
     """The mask of a layer's input as bool ``[T]``.
 
     Raises:
-        TypeError, ValueError: It is no bool or integer tensor (see :func:`truth`) of the shape of ``x`` without its
+        TypeError, ValueError: It is not a bool or integer tensor (see :func:`truth`) of the shape of ``x`` without its
             last dimension, on the device of ``x``.
     """
     checks.is_tensor("x", x)
@@ -25,10 +25,10 @@ def of_input(mask: Tensor, x: Tensor) -> Tensor:
 
 
 def of_losses(name: str, mask: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A mask of tokens that lie as `shape` says, as bool ``[T]``.
+    """The mask of tokens of this shape, as bool ``[T]``.
 
-    Dimensions of size one do not matter. Tokens or a mask in one dimension have the order of the other; where both have
-    more, the shapes must be the same, so that a mask ``[N, B]`` is not taken for one of ``[B, N]`` tokens.
+    Dimensions of size one are ignored. If the tokens or the mask have one dimension, it has the order of the other. If
+    both have more, their shapes must be equal, so that a mask ``[N, B]`` does not pass for one of ``[B, N]`` tokens.
     """
     checks.is_tensor(name, mask)
     own, wanted = [size for size in mask.shape if size != 1], [size for size in shape if size != 1]
@@ -47,8 +47,8 @@ def truth(name: str, mask: Tensor) -> Tensor:
     """The mask as bool, False for padding.
 
     Raises:
-        TypeError: It is no bool or integer tensor. A floating mask is refused: the usual one is added to attention
-            scores and has zero for a token, and telling it from zeros and ones would wait for a GPU.
+        TypeError: It is not a bool or integer tensor. A floating mask is refused: the usual one is added to attention
+            scores and is zero for a token; to distinguish it from zeros and ones would wait for a GPU.
     """
     checks.is_tensor(name, mask)
     if mask.is_floating_point():

@@ -1,7 +1,7 @@
 """Permute and combine, differentiable any number of times.
 
-Permute and unweighted combine are each other's gradients. The gradient of weighted combine is an operator of its own,
-bilinear in (dout, rows) and in (dout, weights); it is differentiated again as the expression that the reference has.
+Permute and unweighted combine are each other's gradients. The gradient of weighted combine is a separate operator,
+bilinear in (dout, rows) and in (dout, weights); its own derivatives are those of the reference's expression.
 Batches of gradients and of tangents take that expression too: the ``vmap`` of ``is_grads_batched`` refuses operators
 that take a list of tensors.
 """

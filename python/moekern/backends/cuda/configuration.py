@@ -1,6 +1,6 @@
-"""Which kernels serve a call: a pure function of shapes, dtype and GPU, whose answer prints itself.
+"""The choice of kernels for a call: a pure function of shapes, dtype and GPU, whose result can be printed.
 
-Nothing is tuned at run time, and nothing depends on the routing, which the host never sees.
+Nothing is tuned at run time. Nothing depends on the routing, which the host never reads.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 import torch
 
-MOST_EXPERTS = 1024  # the planner and the tile table give an expert a thread of one block
+MOST_EXPERTS = 1024  # in the planner and the tile table each expert has one thread of a block
 
-# Below this many rows an expert on average the consumers of four stages beat three stages and whole-tile stores.
+# With fewer rows per expert on average, four stages and consumers' stores beat three stages and whole-tile stores.
 FEW_ROWS = 600
-# Below this many the up projection's form for few rows is the faster one even where it saves the pre-activation.
+# With fewer rows, the up projection's form for few rows is faster even if it saves the pre-activation.
 FEW_ROWS_SAVED = 450
-# Between these means most experts fit a tile of 288 rows, and many have more than the 256 or 272 of the other forms,
-# which then take two.
+# Between these means most experts fit a tile of 288 rows, and many have more than the 256 or 272 rows of the other
+# forms, which then need two tiles.
 ONE_TILE = (240, 288)
 
 
@@ -25,13 +25,13 @@ class Configuration:
     """The choice for one verb on one device; `reason` says why the torch path was chosen, and is empty otherwise."""
 
     path: str  # "hopper" or "torch"
-    few_rows: bool = False  # an expert has few rows on average: the up projection's form for that, in inference
+    few_rows: bool = False  # few rows per expert on average: the up projection's form for that, in inference
     few_saved: bool = False  # so few that the up projection takes this form in training too
     one_tile: bool = False  # most experts fit a tile of 288 rows: the forms of the other GEMMs on tokens for that
     stages: int = 3  # of the down projection's pipeline
     store_rows: int = 256  # rows of one of its stores
     wgrad_stages: int = 3  # of the weight gradients' pipeline
-    combine_beside: bool = True  # the backward's combine beside the weight gradient, where that pays (backward.py)
+    combine_beside: bool = True  # the backward's combine may overlap the weight gradient (backward.py)
     reason: str = ""
 
     def __str__(self) -> str:
@@ -57,7 +57,7 @@ def choose(
     Args:
         dtype: Of the activations and weights.
         capability: Compute capability of the GPU.
-        slots, experts: S and E; their ratio decides between many and few rows an expert.
+        slots, experts: S and E; their ratio decides between many and few rows per expert.
         hidden, inter: H and I (for grouped_mm: the two matrix dimensions).
         aligned: Whether all tensors start at multiples of 16 bytes.
     """

@@ -1,6 +1,6 @@
-"""The verbs on any NVIDIA GPU in plain torch: the reference with grouped matrix multiplications of torch's own.
+"""The verbs on any NVIDIA GPU in plain torch: the reference with torch's own grouped matrix multiplications.
 
-It serves what the Hopper kernels do not: other GPUs, float32 and float64, H or I that is no multiple of 8.
+It serves the calls that the Hopper kernels do not: other GPUs, float32 and float64, H or I not a multiple of 8.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ ALIGNMENT = 16  # bytes, of the rows and matrices that torch's grouped_mm accept
 
 @cache
 def warn_once(reason: str) -> None:
-    """Say, once for each reason, that the torch path runs."""
+    """Warn, once for each reason, that the torch path runs."""
     warnings.warn(f"moekern: {reason}: this runs through torch, correctly but slower", stacklevel=2)
 
 
-# Public in the newer versions of torch; the same function under a private name before.
+# Public in newer versions of torch; before, the same function under a private name.
 _grouped_mm: Any = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
 
 

@@ -1,4 +1,4 @@
-"""The verbs of the CUDA backend: whether the Hopper kernels or plain torch serve a call.
+"""The verbs of the CUDA backend: each call goes to the Hopper kernels or to plain torch.
 
 The verbs and their arguments are those of :mod:`moekern.backends.reference`. No verb synchronises on the Hopper path,
 and the stream is torch's current one.
@@ -23,7 +23,7 @@ from moekern.backends.cuda.torch_path import warn_once
 if TYPE_CHECKING:
     from moekern.backends.cuda.passes import training
 
-# Fewer than this in x, and in the gradient of the output: their rows are addressed by 32 bits in units of 16 bytes.
+# A limit of the elements of x and of the output's gradient: 32 bits address their rows in units of 16 bytes.
 GATHERED_ELEMENTS = 1 << 35
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -43,7 +43,7 @@ def _aligned(*tensors: Tensor) -> bool:
 
 
 def _copied(tensor: Tensor) -> Tensor:
-    """Activations where kernels can read them: a view of foreign memory may begin anywhere, and is copied once."""
+    """Activations that kernels can read: a view of foreign memory may begin anywhere, and is then copied."""
     return tensor if tensor.data_ptr() % torch_path.ALIGNMENT == 0 else tensor.clone()
 
 
@@ -62,7 +62,7 @@ def _configuration(tensor: Tensor, slots: int, experts: int, hidden: int, inter:
 
 
 def _of_program(x: Tensor, weights: Weights, form: Form) -> Configuration | None:
-    """The configuration of a program for calls like this one; None where torch serves them."""
+    """The configuration of a program for calls like this one; None if torch serves them."""
     experts, hidden, inter, _ = sizes_of(weights, form)
     slots = x.shape[0] * form.top_k
     found = _choose(x.dtype, _capability(x.get_device()), slots, experts, hidden, inter, True)
@@ -70,7 +70,7 @@ def _of_program(x: Tensor, weights: Weights, form: Form) -> Configuration | None
 
 
 def get_ready(device: int) -> None:
-    """Import what the first call on a device needs, CuPy above all, which takes a tenth of a second."""
+    """Import the modules that the first call on a device needs, mainly CuPy, which takes a tenth of a second."""
     if _capability(device) == (9, 0):
         from moekern.backends.cuda.build import loader
         from moekern.backends.cuda.passes import inference, training  # noqa: F401
@@ -79,7 +79,7 @@ def get_ready(device: int) -> None:
 
 
 def plan(topk_ids: Tensor, num_experts: int) -> PlanTensors:
-    """Sort the slots by expert: two launches, no synchronisation, the bits of the host planner."""
+    """Sort the slots by expert: two launches, no synchronisation, bitwise the host planner's result."""
     chosen = _choose(torch.bfloat16, _capability(topk_ids.get_device()), 0, num_experts, 8, 8, True)
     if topk_ids.numel() == 0 or chosen.path == "torch":
         return torch_path.plan(topk_ids, num_experts)
@@ -105,7 +105,7 @@ def plan_on_host(topk_ids: Tensor, num_experts: int) -> PlanTensors:
 
 
 def _send(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy of a tensor of the host on a device, on its way when this returns: later work of the stream finds it."""
+    """An asynchronous copy of a host tensor to a device: later work on the stream finds it complete."""
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
@@ -134,7 +134,7 @@ def prepare_inference(
     formula: tuple[str, bool, float] | None = None,
     makes_logits: bool = False,
 ) -> Callable[..., Tensor | None] | None:
-    """A function of the tensors that plans and runs the forward pass at once; None where torch serves the call.
+    """A function of the tensors that plans and runs the forward pass at once; None if torch serves the call.
 
     `routed_by` are the chosen experts; or the router's logits, with the formula, ``norm_topk_prob`` and factor of
     :func:`moekern.route`; or with these and `makes_logits` the router's weight, see :func:`makes_logits`.
@@ -154,7 +154,7 @@ def prepare_inference(
 def prepare_training(
     x: Tensor, router_weight: Tensor, weights: Weights, form: Form, formula: tuple[str, bool, float]
 ) -> training.Layer | None:
-    """Forward and backward of a whole layer with its router; None where torch serves the call, or part of it."""
+    """Forward and backward of a whole layer with its router; None if torch serves the call or a part of it."""
     configuration = _of_program(x, weights, form)
     if configuration is None or x.numel() >= GATHERED_ELEMENTS:
         return None
@@ -167,7 +167,7 @@ def prepare_training(
 
 
 def makes_logits(x: Tensor, weight: Tensor) -> bool:
-    """Whether a kernel of our own serves the router's product ``x @ weight.T`` of half-precision tensors."""
+    """Whether moekern's own kernel serves the router's product ``x @ weight.T`` of half-precision tensors."""
     fits = x.ndim == 2 and weight.ndim == 2 and x.shape[1] == weight.shape[1] and x.device == weight.device
     if not fits or x.dtype not in _HALF or x.dtype != weight.dtype or _capability(x.get_device()) != (9, 0):
         return False
@@ -177,7 +177,7 @@ def makes_logits(x: Tensor, weight: Tensor) -> bool:
 
 
 def logits(x: Tensor, weight: Tensor) -> Tensor:
-    """``x @ weight.T`` in float32 of half-precision tensors, which are plain; torch refuses what does not fit."""
+    """``x @ weight.T`` in float32, of plain half-precision tensors; torch raises if shapes do not fit."""
     if makes_logits(x, weight) and weight.is_contiguous() and _aligned(weight):
         from moekern.backends.cuda.kernels import router
 
@@ -199,7 +199,7 @@ def experts_backward(
     form: Form,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, scores, w_gate_up, w_down, b_gate_up, b_down; empty where ``needs`` says no."""
+    """Gradients of x, scores, w_gate_up, w_down, b_gate_up, b_down; empty where ``needs`` is false."""
     slots, (experts, hidden, inter, _) = plan.order.shape[0], sizes_of(weights, form)
     dout, x = _copied(dout), _copied(x)
     if weights.b_down is not None:
@@ -243,7 +243,7 @@ def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor, kind: str) -> Tensor:
 
 
 def _mover(rows: Tensor) -> ModuleType:
-    """Who moves these rows: the kernels, or torch, after a warning that says why."""
+    """Whether kernels or torch move these rows; torch after a warning that says why."""
     if rows.dtype == torch.float64:
         warn_once("the kernels of permute and combine move float32, bfloat16 and float16, not float64")
         return torch_path

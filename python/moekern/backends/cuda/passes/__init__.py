@@ -1,1 +1,1 @@
-"""Which kernels run, in which order and in what memory."""
+"""The passes: their kernels, the order of these, and their memory."""

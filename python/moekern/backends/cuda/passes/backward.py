@@ -1,8 +1,8 @@
-"""The backward pass of the experts on Hopper: which kernels run, in which order, and what they leave out.
+"""The backward pass of the experts on Hopper: its kernels, their order, and those left out.
 
 Order: dH (with the recomputed activation and dS), the down projection's weight gradient, whose operand A' is then
-freed, the input gradient by rows, its sum over a token's rows, the up projection's weight gradient. Buffers beyond the
-gradients are dH and the larger of A' and the rows of the input gradient.
+freed, the input gradient by rows, its sum over a token's rows, the up projection's weight gradient. Buffers, apart
+from the gradients, are dH and the larger of A' and the rows of the input gradient.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from moekern.backends.pointers import address
 DOUT, X, PRE, SCORES, ORDER, INVERSE, OFFSETS, *WEIGHTS, WORK = range(12)
 GRADIENTS = range(12, 18)  # of x, scores, *weights
 
-# Bytes of a combine under which the events of a second stream cost more than they hide; and the intermediate size under
-# which the weight gradient is shorter than the combine (on an H200, I = 256 loses 4 % of the backward, 768 wins 1.9 %).
+# For a combine of fewer bytes the events of a second stream cost more than they hide; below this intermediate size the
+# weight gradient is shorter than the combine (on an H200, I = 256 loses 4 % of the backward pass, 768 gains 1.9 %).
 LEAST_BESIDE = 32 << 20
 LEAST_BESIDE_INTER = 512
 
 
 def combines_beside(slots: int, hidden: int, inter: int, top_k: int) -> bool:
-    """Whether the sum over a token's rows runs on a second stream, beside the weight gradient of the up projection."""
-    fits = hidden <= 16 * own.BESIDE_FEATURES  # blocks that share a token; more would leave too many without one
+    """Whether the sum over a token's rows runs on a second stream, during the weight gradient of the up projection."""
+    fits = hidden <= 16 * own.BESIDE_FEATURES  # blocks that share a token; with more, too many would have none
     pays = 2 * slots * hidden >= LEAST_BESIDE and inter >= LEAST_BESIDE_INTER
     return fits and pays and top_k in own.BESIDE_TOP_K
 
 
 class _Work:
-    """Where in the working memory each buffer lies; the scaled activation and the rows of dx share a place in turn."""
+    """The place of each buffer in the working memory; the scaled activation and, later, the rows of dx share one."""
 
     def __init__(self, sizes: Sizes, wanted: tuple[bool, ...]):
         """Lay out the buffers of a problem."""
@@ -67,10 +67,10 @@ class _Work:
 
 
 class _Launches:
-    """The launches of a problem in three parts: what comes first, the up projection's gradients, the combine."""
+    """The launches of a problem in three parts: the first ones, the up projection's gradients, the combine."""
 
     def __init__(self, sizes: Sizes, wanted: tuple[bool, ...]):
-        """Prepare to launch on placeholders; `wanted` says of which inputs the gradient is."""
+        """Prepare to launch on placeholders; `wanted` tells which gradients are requested."""
         z = self.z = sizes
         self.wanted, self.work = wanted, _Work(z, wanted)
         pays = z.configuration.combine_beside and combines_beside(z.slots, z.hidden, z.inter, z.form.top_k)
@@ -94,7 +94,7 @@ class _Launches:
         return self.z.place(WORK, shape, dtype, self.work.offset[name])
 
     def first(self) -> None:
-        """Everything up to the rows of dx, and their sum and dS unless these run beside."""
+        """All launches up to the rows of dx, and their sum and dS unless these run on a second stream."""
         z, wanted = self.z, self.wanted
         activation, transposed, interleaved, top_k = z.form
         order = z.place(ORDER, (z.slots,), torch.int32)
@@ -135,7 +135,7 @@ class _Launches:
 
     def up_projection(self) -> None:
         """The gradients of the up projection's weights and bias."""
-        z, tables = self.z, copy(self.tables)  # a part may be gone through more than once: the same counter each time
+        z, tables = self.z, copy(self.tables)  # a part may be recorded more than once: with the same counter each time
         if self.wanted[2]:
             own.wgrad(
                 self.x, self.grad_pre, self.token, self.offsets, tables, self.grads.w_gate_up, not z.form.transposed,
@@ -146,39 +146,39 @@ class _Launches:
             own.bias_gradient(self.grad_pre, None, None, self.offsets, self.grads.b_gate_up)
 
     def all(self) -> None:
-        """Everything, where the combine does not run beside."""
+        """All launches, with the combine on the same stream."""
         self.first()
         self.up_projection()
 
     @property
     def parts(self) -> list[Callable[[], None]]:
-        """One part, or three with the combine beside."""
+        """One part, or three if the combine runs on a second stream."""
         return [self.first, self.up_projection, self.combine] if self.beside else [self.all]
 
     def combine(self) -> None:
-        """The sum of the rows of dx, in the registers that the weight gradient leaves free; then dS, as it is short."""
+        """The sum of the rows of dx, in the registers that the weight gradient leaves free; then dS, which is short."""
         own.combine_beside(self.grad_rows, self.inverse, self.offsets, self.dx, self.z.form.top_k)
         self._score_gradient()
 
 
 @lru_cache(maxsize=PROGRAMS)
 def _programs(sizes: Sizes, wanted: tuple[bool, ...]) -> tuple[list[Any], int]:
-    """One program, or three with the combine beside; and the bytes they work in."""
+    """One program, or three if the combine runs on a second stream; and their bytes of working memory."""
     launches = _Launches(sizes, wanted)
     return record_parts(sizes.device, launches.parts), launches.work.size
 
 
 def sources(sizes: Sizes) -> list[KernelSource]:
-    """The kernels for the gradients of all inputs, to be compiled while the forward pass runs."""
+    """The kernels for the gradients of all inputs, which are compiled while the forward pass runs."""
     wanted = (True, sizes.has_scores, True, True, sizes.has_up_bias, sizes.has_down_bias)
     return [source for part in _Launches(sizes, wanted).parts for source in sources_of(part)]
 
 
 @lru_cache(maxsize=64)
 def _side_stream(device: int, main: int) -> torch.cuda.Stream:
-    """A stream beside `main`. Each has its own: one that a graph is being captured on takes the work of no other."""
+    """A second stream for `main`. Each stream has its own: during a capture it must not get work of another stream."""
     beside = torch.cuda.Stream(device)
-    while beside.cuda_stream == main:  # torch hands out some thirty, over and over
+    while beside.cuda_stream == main:  # torch gives about thirty different ones, again and again
         beside = torch.cuda.Stream(device)
     return beside
 
@@ -192,7 +192,7 @@ def _only_down_projection(
     dw_down: Tensor | None,
     db_down: Tensor | None,
 ) -> None:
-    """The rare case that nothing before the down projection is trained: A' comes from torch, no dA is needed."""
+    """The rare case that nothing before the down projection is trained: torch computes A', and no dA is needed."""
     order, _, offsets = plan
     slots = order.shape[0]
     token, score = torch.empty_like(order), torch.empty(slots, dtype=torch.float32, device=order.device)
@@ -217,7 +217,7 @@ def experts_backward(
     needs: list[bool],
     configuration: Configuration,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, scores, w_gate_up, w_down, b_gate_up, b_down; empty where ``needs`` says no.
+    """Gradients of x, scores, w_gate_up, w_down, b_gate_up, b_down; empty where ``needs`` is false.
 
     Arguments are those of :func:`moekern.backends.reference.experts_backward`, and the configuration. The tensors are
     not empty and their device is current.
@@ -234,7 +234,7 @@ def experts_backward(
         addresses = [address(t) for t in tensors]
         programs[0].replay(stream_of(sizes.device), addresses)
         if len(programs) == 3:
-            # The second stream starts when the rows of dx are there, and the first one waits for it: memory that is
+            # The second stream starts when the rows of dx are complete, and the first one waits for it: memory that is
             # handed out again on the first stream is used after both.
             main = torch.cuda.current_stream(sizes.device)
             side = _side_stream(sizes.device, main.cuda_stream)

@@ -50,7 +50,7 @@ def plan(topk_ids: Tensor, num_experts: int) -> PlanTensors:
 
 
 def work_bytes(sizes: Sizes) -> int:
-    """Bytes the verb works in: the tile table, the activation ``[S, I]``, the rows ``[S, H]``."""
+    """Bytes of working memory: the tile table, the activation ``[S, I]``, the rows ``[S, H]``."""
     table_bytes = grouped.Tables.size(sizes.slots, sizes.experts)
     return round_up(table_bytes) + round_up(2 * sizes.slots * sizes.inter) + 2 * sizes.slots * sizes.hidden
 
@@ -79,7 +79,7 @@ def launch_all(
 
 @lru_cache(maxsize=PROGRAMS)
 def _forward_program(sizes: Sizes, save: bool) -> tuple[Any, int]:
-    """The program, and the bytes it works in."""
+    """The program, and its bytes of working memory."""
     tokens, hidden, slots, place = sizes.tokens, sizes.hidden, sizes.slots, sizes.place
     size = work_bytes(sizes)
 

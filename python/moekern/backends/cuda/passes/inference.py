@@ -1,7 +1,6 @@
 """Router's logits and choice, planner and forward pass of an eager inference call as one recorded program.
 
-Two allocations and one call into Rust. For a handful of tokens the host's time is all that counts, and one program
-halves it.
+Two allocations and one call into Rust. For a few tokens the host's time decides, and one program halves it.
 """
 
 from __future__ import annotations
@@ -40,8 +39,7 @@ def make(
 
     `routed_by` are the chosen experts ``[T, K]``; or, with a formula, the router's logits float32 ``[T, E]``, and there
     are no weights; or, with `makes_logits`, the router's weight ``[E, H]``, and a fifth argument is its bias or None.
-    The function returns None where a tensor's memory is not as the kernels need it: the long way copies it, or says why
-    not.
+    The function returns None if the kernels cannot read a tensor's memory: the general path copies it, or raises.
     """
     has_scores = formula is not None or topk_weights is not None
     sizes = Sizes.of(x, has_scores, weights, form, configuration)
@@ -74,7 +72,7 @@ def make(
             logits = place(ROUTED_BY, (tokens, experts), torch.float32)
             if makes_logits:
                 logits = place(WORK, (tokens, experts), torch.float32, offset["logits"])
-                # Without a bias its address is 0, which the kernel takes for none.
+                # Without a bias the address is 0, by which the kernel knows that there is none.
                 weight, bias = place(ROUTED_BY, (experts, hidden)), place(ROUTER_BIAS, (experts,))
                 router.logits(place(X, (tokens, hidden)), weight, bias, logits)
             router.route(logits, ids, scores, formula)

@@ -13,7 +13,7 @@ from moekern.backends.cuda.launch.device import on_device
 
 
 def _whole(t: Tensor) -> Tensor:
-    """Contiguous, and no element across two of its places: a view of foreign memory may begin anywhere."""
+    """Contiguous, with aligned elements: a view of foreign memory may begin anywhere."""
     t = t.contiguous()
     return t if t.data_ptr() % t.element_size() == 0 else t.clone()
 

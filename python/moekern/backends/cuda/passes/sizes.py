@@ -1,4 +1,4 @@
-"""What the launches of a pass depend on but the addresses: the key under which a recorded program is kept."""
+"""The values, other than addresses, that a pass's launches depend on: the key of a recorded program."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Sizes(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor, has_scores: bool, weights: Weights, form: Form, configuration: Configuration) -> Sizes:
-        """Those of a call with tokens ``[T, H]``."""
+        """The sizes of a call with tokens ``[T, H]``."""
         experts, hidden, inter, columns = sizes_of(weights, form)
         biases = weights.b_gate_up is not None, weights.b_down is not None
         return cls(
@@ -45,7 +45,7 @@ class Sizes(NamedTuple):
         return self.tokens * self.form.top_k
 
     def place(self, place: int, shape: tuple[int, ...], dtype: torch.dtype | None = None, offset: int = 0) -> Any:
-        """A stand-in for the tensor at a place of a replay's list, in the dtype of the weights unless one is named."""
+        """A stand-in for the tensor at a place of a replay's list, by default in the dtype of the weights."""
         return Placeholder(place, shape, dtype or self.dtype, self.device, offset)
 
     def weights(self, places: Sequence[int]) -> Weights:

@@ -1,6 +1,6 @@
-"""A whole layer's forward pass in training as one recorded program, router included, and the way back through it.
+"""A whole layer's forward pass in training as one recorded program, with the router, and its backward pass.
 
-What the router decided and the plan lie in one piece of memory, :class:`Kept`, which is saved for the backward pass.
+The router's choice and the plan share one piece of memory, :class:`Kept`, which is saved for the backward pass.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ X, ROUTER, ROUTER_BIAS, *WEIGHTS, LOGITS, KEPT, OUT, PRE, WORK = range(12)
 
 
 class Kept:
-    """Where in int32 words the parts of what is kept lie, and the parts as tensors."""
+    """The layout of the kept memory in int32 words, and its parts as tensors."""
 
     def __init__(self, tokens: int, top_k: int, experts: int):
-        """Lay out; parts begin at multiples of 16 bytes."""
+        """Compute the layout; parts begin at multiples of 16 bytes."""
         self._slots = (tokens, top_k)
         slots = tokens * top_k
         step = -(-slots // 4) * 4
@@ -65,7 +65,7 @@ class Layer:
     ):
         """Record the forward pass; x is ``[T, H]``.
 
-        `experts_backward` is the backend's verb, for gradients whose memory may be as it likes.
+        `experts_backward` is the backend's verb, for gradients in any memory layout.
         """
         self._experts_backward = experts_backward
         self.form, self._formula = form, formula
@@ -86,7 +86,7 @@ class Layer:
         def verb() -> None:
             logits = place(LOGITS, (tokens, experts), torch.float32)
             if self._makes_logits:
-                # Without a bias its address is 0, which the kernel takes for none.
+                # Without a bias the address is 0, by which the kernel knows that there is none.
                 weight, bias = place(ROUTER, (experts, hidden)), place(ROUTER_BIAS, (experts,))
                 router.logits(place(X, (tokens, hidden)), weight, bias, logits)
             ids, scores = part(kept.ids, (tokens, top_k)), part(kept.scores, (tokens, top_k), torch.float32)
@@ -118,14 +118,14 @@ class Layer:
         self._stream_of = stream_of
 
     def accepts(self, x: Tensor, router_weight: Tensor, weights: Weights) -> bool:
-        """Whether the kernels can read these where they lie."""
+        """Whether the kernels can read these without a copy."""
         addresses = x.data_ptr() | router_weight.data_ptr() | weights.w_gate_up.data_ptr() | weights.w_down.data_ptr()
         return addresses % ALIGNMENT == 0 and router_weight.is_contiguous()
 
     def forward(
         self, x: Tensor, router_weight: Tensor, router_bias: Tensor | None, weights: Weights
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Output, logits ``[T, E]``, what :class:`Kept` describes, and the pre-activation; x has any leading sizes."""
+        """Output, logits ``[T, E]``, the memory of :class:`Kept`, and the pre-activation; x has any leading sizes."""
         if current_device() != self._device:
             with torch.cuda.device(self._device):
                 return self.forward(x, router_weight, router_bias, weights)
@@ -154,9 +154,9 @@ class Layer:
         pre: Tensor,
         needs: tuple[bool, ...],
     ) -> list[Tensor | None]:
-        """Gradients of x, the router's weight and bias and the experts' weights, where `needs` asks for them.
+        """Gradients of x, the router's weight and bias and the experts' weights, where `needs` is true.
 
-        `dout` is the output's gradient, `dlogits` one that the logits have from elsewhere; not both are None.
+        `dout` is the output's gradient, `dlogits` a gradient of the logits from other users; not both are None.
         """
         rows = x.view(self._rows)
         through_router = any(needs[:3])
