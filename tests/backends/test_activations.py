@@ -1,4 +1,4 @@
-"""The activations over the whole range of each dtype: finite and right wherever torch's own operators are."""
+"""The activations over the whole range of each dtype: finite and right where torch's own operators are."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def swiglu_oai(g: Tensor, u: Tensor) -> Tensor:
-    """gpt-oss's activation, its rule at the bound written out: what is clamped, the bound too, is a constant."""
+    """gpt-oss's activation, its rule at the bound written out: clamped values, the bound included, are constants."""
     g = torch.where(g < OAI_LIMIT, g, OAI_LIMIT)
     u = torch.where(u.abs() < OAI_LIMIT, u, OAI_LIMIT * u.detach().sign())
     return (u + 1) * (g * torch.sigmoid(g * OAI_ALPHA))
@@ -85,7 +85,7 @@ def test_as_torch_over_the_whole_range(device: str, name: str, dtype: torch.dtyp
     scales = (g * u, u * slope, g)
     denormal = (g > 0) & (g < info.smallest_normal) & (dtype == torch.bfloat16)
     for of, mine, theirs, want, scale in zip(("y", "d gate", "d up"), ours, eager, truth, scales, strict=True):
-        # Instructions for bfloat16 take denormal operands for zero, where relu has its kink.
+        # bfloat16 instructions read denormal operands as zero, where relu has its kink.
         allowed = 4 * info.eps * torch.maximum(scale, want.abs()) + info.smallest_normal * (1 + u + g)
         wrong = (theirs.isfinite() if of == "y" else both) & ~((mine.double() - want).abs() <= allowed)
         wrong &= ~(denormal & (of == "d gate"))

@@ -29,7 +29,7 @@ SMALLEST = KernelSource.of("combine.cu", ELEMENT="Bf16", TOP_K=1, VECTOR=16)
 
 
 def disassembler() -> str:
-    """Of the wheel nvidia-cuda-nvdisasm, Triton's, or a CUDA toolkit's."""
+    """The disassembler of the wheel nvidia-cuda-nvdisasm, of Triton, or of a CUDA toolkit."""
     found = shutil.which("nvdisasm")
     for root in map(Path, sys.path):
         if found is None and root.name == "site-packages":
@@ -225,7 +225,7 @@ def test_the_usual_variants_are_a_subset_of_all() -> None:
 
 
 def test_a_verbs_variants_are_listed() -> None:
-    """What the forward pass launches is what `moekern compile` prepares."""
+    """`moekern compile` prepares the kernels that the forward pass launches."""
     from moekern.backends.cuda.configuration import Configuration
     from moekern.backends.cuda.passes import forward
     from moekern.backends.cuda.passes.sizes import Sizes
@@ -300,7 +300,7 @@ def test_the_variants_of_permute_and_combine_are_listed(dtype: torch.dtype, hidd
 
 
 def test_shares_of_a_token() -> None:
-    """All slots of a token per warp where there are many tokens, fewer where a GPU would be idle."""
+    """All slots of a token per warp where there are many tokens, fewer if a GPU would otherwise be idle."""
     from moekern.backends.cuda.kernels.permute import share_of
 
     assert [share_of(tokens, 8, 132) for tokens in (1 << 20, 16384, 4096, 1)] == [8, 8, 2, 1]

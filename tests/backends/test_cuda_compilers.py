@@ -1,4 +1,4 @@
-"""NVRTC in processes of its own: the same cubins and errors as here, side by side, and a way on where none starts."""
+"""NVRTC in other processes: the same cubins and errors as here, side by side, and compilation here if none starts."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def test_ctrl_c_ends_the_compile_command(tmp_path: Path) -> None:
     deadline = time.monotonic() + 120
     while not any(tmp_path.glob("*.cubin")) and time.monotonic() < deadline:
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)  # what a terminal does
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     error = process.communicate(timeout=60)[1]
     assert process.returncode == 130
     assert "Traceback" not in error

@@ -1,4 +1,4 @@
-"""Which kernels serve a call: the rule, without a GPU."""
+"""The choice of kernels for a call, without a GPU."""
 
 from __future__ import annotations
 

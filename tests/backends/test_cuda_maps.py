@@ -1,4 +1,4 @@
-"""Tensor maps: of memory wherever it lies, and boxes that end with the rows they are for. No GPU is needed."""
+"""Tensor maps of memory at any address, and boxes that end with their rows. No GPU is needed."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ for case in itertools.product(
             before = encoded.value
             one.replay(0, [place + i * (1 << 33) for i in range(addresses)])
             if before == encoded.value:
-                assert one is not None and addresses == 18  # the combine beside has no maps
+                assert one is not None and addresses == 18  # the overlapping combine has no maps
 one, addresses = next(programs(forms[0], "swiglu", False, False, torch.bfloat16, 7, 2048, 4096))
 one.replay(0, [512 * 4 * 4096] * addresses)
 for low in (512 * 4 * 4096 - 16, 0):

@@ -1,4 +1,4 @@
-"""The host's side of a plan of ids on a GPU, on a pretended driver: marks, threads, ranks, and ids that never come."""
+"""The host's part of a plan of ids on a GPU, on a pretended driver: marks, threads, ranks, ids that never arrive."""
 
 from __future__ import annotations
 

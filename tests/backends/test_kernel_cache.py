@@ -1,4 +1,4 @@
-"""The cache of compiled kernels: damaged, planted, emptied, unwritable, too large, and with several at it at once."""
+"""The cache of compiled kernels: damaged, planted, emptied, unwritable, too large, shared by several processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from moekern.backends.cuda.build.trust import distrust_folder
 CUBIN = b"\x7fELF" + bytes(range(256)) * 40
 NAMES = [f"kernel_{i}-{i:040x}.cubin" for i in range(8)]
 NAME = NAMES[0]
-OTHER = 12345  # a user of no name
+OTHER = 12345  # a user without a name
 
 posix = pytest.mark.skipif(not hasattr(os, "geteuid"), reason="modes and owners are those of POSIX")
 as_root = pytest.mark.skipif(
@@ -31,14 +31,14 @@ as_root = pytest.mark.skipif(
 
 @pytest.fixture
 def tmp_path() -> Iterator[Path]:
-    """A folder that other users may enter; pytest's own stands below folders that only their owner may."""
+    """A folder that other users may enter; pytest's is below folders that only their owner may enter."""
     with tempfile.TemporaryDirectory() as name:
         yield Path(name).resolve()
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache that is not made yet, and a temporary folder of its own."""
+    """A cache that does not exist yet, and a temporary folder of its own."""
     monkeypatch.setattr(cache, "_said", set())
     (tmp_path / "tmp").mkdir(mode=0o700)
     monkeypatch.setattr(cache.tempfile, "tempdir", str(tmp_path / "tmp"))
@@ -50,7 +50,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @contextmanager
 def told(pattern: str) -> Iterator[None]:
-    """One notice comes, and says this."""
+    """There is one warning, which matches."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
@@ -67,7 +67,7 @@ def spare() -> Path:
 
 @pytest.fixture
 def as_another_user(tmp_path: Path) -> Iterator[Callable[[], None]]:
-    """Call to go on as a user who is not root and owns nothing here; undone at the end."""
+    """A function that turns this process into a user who is not root and owns nothing here; undone at the end."""
 
     def become() -> None:
         tmp_path.chmod(0o755)
@@ -224,7 +224,7 @@ def test_links_are_followed_step_by_step(tmp_path: Path) -> None:
     (exposed / "link").symlink_to(real)
     assert "exposed is writable" in str(distrust_folder(exposed / "link"))  # it could be made to lead elsewhere
     (tmp_path / "link").symlink_to(Path("exposed") / ".." / "real")
-    assert distrust_folder(tmp_path / "link" / "sub") is not None  # the way leads through what others may change
+    assert distrust_folder(tmp_path / "link" / "sub") is not None  # through a folder that others may change
     (tmp_path / "good").symlink_to("real")
     assert distrust_folder(tmp_path / "good" / "sub") is None
     (tmp_path / "loop").symlink_to("loop")
@@ -267,7 +267,7 @@ def test_a_read_only_shared_cache_of_root_serves_others(folder: Path, as_another
     assert cache.find(NAMES[0]) == CUBIN
     with told("is damaged"):
         assert cache.find(NAMES[1]) is None
-    assert cache.find(NAMES[2]) is None  # theirs alone: not there
+    assert cache.find(NAMES[2]) is None  # theirs alone: counts as absent
     with told(r"Permission denied.*kept in .*moekern-12345"):
         for name in NAMES[1:]:
             cache.keep(name, CUBIN)
@@ -365,7 +365,7 @@ def test_the_kernels_not_used_for_longest_go(folder: Path, monkeypatch: pytest.M
     for i, name in enumerate(NAMES[:6]):
         cache.keep(name, CUBIN)
         age(folder / name, hours=10 - i)
-    earlier = folder / f"kernel_0-{0:032x}.cubin"  # as versions without digests named theirs
+    earlier = folder / f"kernel_0-{0:032x}.cubin"  # named as by versions without digests
     earlier.write_bytes(CUBIN)
     age(earlier, hours=100)
     assert cache.survey(folder).unusable == []

@@ -1,4 +1,4 @@
-"""The reference itself: against a loop over tokens as anyone would write it, and against numerical derivatives."""
+"""The reference itself: against a plain loop over tokens, and against numerical derivatives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory of large results: lent to tensors, taken back when the last of them is gone, and used again."""
+"""Memory of large results: lent to tensors, returned with the last of them, and used again."""
 
 from __future__ import annotations
 

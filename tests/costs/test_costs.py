@@ -1,4 +1,4 @@
-"""What each verb costs on the CPU, in things that no busy machine blurs: calls into Rust, operators, memory.
+"""The cost of each verb on the CPU, in numbers that a busy machine does not change: calls into Rust, operators, memory.
 
 A bound that fails is a regression, or a change that is worth its cost and moves the bound. Sizes in bytes; fp32.
 """
@@ -31,7 +31,7 @@ RUST = ("plan", "experts_forward", "experts_backward", "grouped_mm", "permute", 
 
 @dataclass
 class Inputs:
-    """One layer's inputs, all of which want gradients."""
+    """One layer's inputs, all of which require gradients."""
 
     x: Tensor = field(default_factory=lambda: torch.randn(T, H, requires_grad=True))
     ids: Tensor = field(default_factory=lambda: torch.randint(E, (T, K)))
@@ -87,7 +87,7 @@ def counted_calls() -> Iterator[dict[str, int]]:
 
 
 def costs(run: Callable[[], object], *, short: bool = True) -> Costs:
-    """Of the third run. `short` keeps the way around the dispatcher open, which a profiler closes otherwise."""
+    """Of the third run. `short` keeps the fast path, which a profiler would otherwise disable."""
     run(), run()
     with pytest.MonkeyPatch.context() as patch, counted_calls() as calls:
         if short:
@@ -170,7 +170,7 @@ def test_saved(verb: str) -> None:
 
 
 def test_inference_keeps_nothing() -> None:
-    """Without gradients the pre-activation is not written, and only the output is left."""
+    """Without gradients the pre-activation is not written; only the output remains."""
     inputs = Inputs()
     with torch.no_grad():
         found = costs(inputs.experts)
@@ -180,7 +180,7 @@ def test_inference_keeps_nothing() -> None:
 
 
 def test_dispatched_calls_cost_no_more_memory() -> None:
-    """What an observer of operators sees allocates the same."""
+    """Under an observer of operators the allocations are the same."""
     inputs = Inputs()
     for gradients in (False, True):
         with torch.set_grad_enabled(gradients):
@@ -218,7 +218,7 @@ def test_a_planned_call_plans_not_again() -> None:
 
 
 def test_layer() -> None:
-    """The whole layer: beside what the experts take, nothing is larger than the logits' sort."""
+    """The whole layer: apart from the experts' tensors, nothing is larger than the logits' sort."""
     layer = mk.MoE(hidden_size=H, intermediate_size=I, num_experts=E, top_k=K)
     x = torch.randn(T, H)
     found = costs(lambda: layer(x))

@@ -1,4 +1,4 @@
-"""What the CPU's verbs cost in instructions, which no busy machine can blur: bounds on what a change may add."""
+"""The CPU verbs' cost in instructions, which a busy machine does not change: bounds on what a change may add."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 # Measured with rustc 1.95 on x86-64. Counts depend on the compiler, hence a slack of an eighth or so.
-# 14.25 instructions a slot for 64 experts, 14.37 for 1024; an added pass over the slots, or bounds checks in both
+# 14.25 instructions per slot for 64 experts, 14.37 for 1024; an added pass over the slots, or bounds checks in both
 # passes, would exceed this.
 MOST_INSTRUCTIONS_A_SLOT = 16
-# Forward and backward a multiply-add of the matrix products, all else included: AVX2 does eight of them with one
-# instruction, and reading and packing come to twice as many. Combine: an element of a row.
+# Per multiply-add of the matrix products, forward and backward, with all other work: one AVX2 instruction does eight of
+# them, and reading and packing need twice as many instructions. Combine: per element of a row.
 MOST_INSTRUCTIONS = {
     ("forward", "fp32"): 0.42,  # 0.363
     ("forward", "bf16"): 0.42,  # 0.358
@@ -30,7 +30,7 @@ UNAVAILABLE = 3  # exit code of verb_once
 
 @pytest.fixture(scope="module")
 def examples() -> Path:
-    """The folder with the programs that do one verb once."""
+    """The folder with the programs that run one verb once."""
     for tool in ("valgrind", "cargo"):
         if shutil.which(tool) is None:
             pytest.skip(f"{tool} is not installed")
@@ -58,7 +58,7 @@ def test_instructions_a_slot(examples: Path, experts: int) -> None:
     program, short, long = examples / "plan_once", 1 << 15, 1 << 16
     # The difference leaves out starting the program and scanning the counters.
     a_slot = (instructions(program, long, experts) - instructions(program, short, experts)) / (long - short)
-    assert a_slot <= MOST_INSTRUCTIONS_A_SLOT, f"{a_slot:.2f} instructions a slot"
+    assert a_slot <= MOST_INSTRUCTIONS_A_SLOT, f"{a_slot:.2f} instructions per slot"
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Bad input gets a named error before any work: which argument, what was got, what is accepted."""
+"""Bad input raises a named error before any work: the argument, the value got, the values accepted."""
 
 from __future__ import annotations
 

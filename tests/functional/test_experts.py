@@ -1,4 +1,4 @@
-"""The experts of every backend against the float64 reference: values, gradients, shapes nobody plans for."""
+"""The experts of every backend against the float64 reference: values, gradients, unusual shapes."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_any_shape(
     device: str, tokens: int, hidden: int, intermediate: int, experts: int, top_k: int, dtype: torch.dtype
 ) -> None:
     problem = make(tokens, hidden, intermediate, experts, top_k, dtype=dtype, device=device, bias=True)
-    few_numbers = tokens * top_k < 16  # plain torch's own error is then a matter of luck
+    few_numbers = tokens * top_k < 16  # plain torch's own error then depends on luck
     check_against_truth(forward_and_backward, problem, factor=4.0 if few_numbers else 2.0)
 
 
@@ -73,7 +73,7 @@ def test_weight_layouts(device: str, transposed: bool, interleaved: bool, dtype:
 
 
 def routings(tokens: int, experts: int, top_k: int) -> dict[str, Tensor]:
-    """Routings nobody wishes for."""
+    """Extreme routings."""
     one = torch.zeros(tokens, top_k, dtype=torch.int64)
     alternating = torch.arange(tokens * top_k).reshape(tokens, top_k) % 2 * (experts - 1)
     sentinels = torch.randint(-2, experts + 3, (tokens, top_k))
@@ -101,7 +101,7 @@ def test_sentinels_give_exact_zeros(device: str) -> None:
     ids = torch.tensor([[0, -1], [9, 4], [2, 3]])
     problem = make(3, 16, 8, 4, 2, device=device, ids=ids)
     weights = problem.weights.clone()
-    weights[0, 1] = weights[1] = float("nan")  # a sentinel's weight is not even looked at
+    weights[0, 1] = weights[1] = float("nan")  # a sentinel's weight is never read
     result = gradients(Problem(**{**problem.__dict__, "weights": weights}), torch.ones(3, 16, device=device))
     assert torch.equal(result["out"][1], torch.zeros(16, device=device))
     assert torch.equal(result["x"][1], torch.zeros(16, device=device))
@@ -239,13 +239,13 @@ def test_anything(
         tokens, hidden, intermediate, experts, top_k, dtype=dtype, device=device, activation=activation, bias=bias,
         transposed=transposed, ids=ids, seed=seed,
     )  # fmt: skip
-    # A handful of numbers: one unlucky rounding or cancellation moves the quotient, so the bound is wider here.
+    # Few numbers: a single rounding or cancellation changes the quotient, so the bound is wider here.
     check_against_truth(forward_and_backward, problem, factor=4.0, slack=10.0)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_transposed_views_are_taken_as_they_lie(place: tuple[str, torch.dtype], transposed: bool) -> None:
-    """The same bits and gradients as of contiguous weights in the layout that the memory has, and no copy of them."""
+    """Outputs and gradients are bitwise those of contiguous weights in the memory's layout; no copy is made."""
     device, dtype = place
     experts, hidden, inter = 4, 64, 48
     x = torch.randn(9, hidden, device=device).to(dtype)

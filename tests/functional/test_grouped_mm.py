@@ -42,7 +42,7 @@ COUNTS = [[3, 0, 5, 1], [0, 0, 0], [64], [17, 33, 2, 0, 130, 8]]
 @pytest.mark.usefixtures("poisoned")
 def test_rows_times_matrices(device: str, counts: list[int], dtype: torch.dtype, surplus: int) -> None:
     a = torch.randn(sum(counts) + surplus, 40, device=device).to(dtype)
-    a[sum(counts) :] = float("nan")  # rows past the end are not even read
+    a[sum(counts) :] = float("nan")  # rows past the end are not read
     b = (torch.randn(len(counts), 40, 24, device=device) / 40**0.5).to(dtype)
     offsets = offsets_of(counts, device)
     truth = rows_matrix(a, b, counts)
@@ -91,7 +91,7 @@ def test_any_sizes(device: str, counts: list[int], k: int, n: int) -> None:
     a, b = torch.randn(rows, k, device=device), torch.randn(len(counts), k, n, device=device)
     c = torch.randn(rows, n, device=device)
     for other, product in ((b, rows_matrix), (c, rows_rows)):
-        # Beside the size of the terms, not of their sum: one or two elements may cancel, for plain torch too.
+        # Relative to the terms, not to their sum: one or two elements may cancel, for plain torch too.
         difference = mk.grouped_mm(a, other, offsets) - product(a, other, counts)
         assert difference.norm() <= 3e-7 * product(a.abs(), other.abs(), counts).norm()
 
@@ -158,7 +158,7 @@ SIZES = [(0, 5), (5, 0), (0, 0), (0, 500), (1, 0), (40, 0)]
 @pytest.mark.parametrize(("inner", "columns"), SIZES)
 @pytest.mark.usefixtures("poisoned")
 def test_sizes_of_zero(device: str, dtype: torch.dtype, counts: list[int], inner: int, columns: int) -> None:
-    """A sum over nothing is zero, whatever an earlier call left in the kernels' memory; in gradients too."""
+    """A sum over no rows is zero, with any old contents of the kernels' memory; in gradients too."""
     rows, experts = sum(counts), len(counts)
     offsets = offsets_of(counts, device)
     earlier = torch.full((rows, 64), 3.0, device=device, dtype=dtype)

@@ -244,7 +244,7 @@ def test_many_python_threads_at_once() -> None:
 
 
 class Replan:
-    """Plans and compares without torch's own kernels: its thread pool, unlike ours, does not survive a fork."""
+    """Plan and compare without torch's own kernels: its thread pool, unlike moekern's, does not survive a fork."""
 
     def __init__(self) -> None:
         self.ids = (torch.arange(1 << 17).reshape(-1, 8) * 7) % 64
@@ -265,7 +265,7 @@ class Replan:
         sys.exit(0 if self.is_correct() else 1)
 
 
-# Newer Pythons warn that forking a process with threads is unwise; that it works with ours is what is tested.
+# Newer Pythons warn about forking a process with threads; the test shows that it works with moekern's.
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 class TestFork:
@@ -291,7 +291,7 @@ class TestFork:
 
 
 def test_backends_get_contiguous_ids(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels read ids by address. A router that sorts hands over a slice of the sorted experts."""
+    """Kernels read ids by address. A router that sorts passes a slice of the sorted experts."""
     right, seen = ops.plan, []
 
     def watched(ids: Tensor, num_experts: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""What the tests of single kernels share: ragged experts, guard rows, error bounds."""
+"""Shared by the tests of single kernels: ragged experts, guard rows, error bounds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROUNDING = {torch.bfloat16: 1.75e-3, torch.float16: 2.3e-4}
 
 
 def guarded(*shape: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A NaN-filled matrix with rows of NaN before and after it, and the part in between in the shape asked for."""
+    """A NaN-filled matrix with rows of NaN before and after it, and the part in between in the given shape."""
     rows = 1
     for n in shape[:-1]:
         rows *= n
@@ -32,7 +32,7 @@ def assert_guards(*wholes: Tensor) -> None:
 
 
 def plan_of_counts(counts: tuple[int, ...], sentinels: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """A plan for tokens of one slot each with these rows an expert, in random token order, then sentinels."""
+    """A plan for tokens of one slot each with these rows per expert, in random token order, then sentinels."""
     ids = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     ids = torch.cat((ids, torch.full((sentinels,), -1)))[torch.randperm(len(ids) + sentinels)]
     return reference.plan(ids.reshape(-1, 1).cuda(), len(counts))
@@ -43,9 +43,9 @@ def normal(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
 
 
 def assert_rows_close(got: Tensor, wanted: Tensor, offsets: Tensor, allowed: float, worst: float = 1.25) -> None:
-    """In the whole, and within `worst` times it in each expert: a wrong 8x8 block must not drown in the others."""
+    """Check the error of the whole, and within `worst` times it that of each expert: a wrong 8x8 block must show."""
     assert error(got, wanted) <= allowed
-    few = torch.finfo(got.dtype).eps / 2  # what the error of a handful of elements can reach
+    few = torch.finfo(got.dtype).eps / 2  # the largest error of a few elements
     for i, j in pairwise(offsets.tolist()):
         if j > i:
             enough = (j - i) * got.shape[1] >= 512

@@ -48,7 +48,7 @@ def _check_dh(
     slots = rows + sentinels
     columns = inter * (2 if act.gated else 1)
     dout, pre = normal(slots, hidden, dtype=dtype), normal(slots, columns, dtype=dtype, scale=1.5)
-    dout[order[rows:].long()] = NAN  # nobody may look at a sentinel
+    dout[order[rows:].long()] = NAN  # a sentinel must not be read
     pre[rows:] = NAN
     scores = torch.rand(slots, 1, device="cuda") + 0.1
     w = normal(experts, *((inter, hidden) if transposed else (hidden, inter)), dtype=dtype, scale=hidden**-0.5)
@@ -123,7 +123,7 @@ def test_no_gradient_at_the_bound(dtype: torch.dtype, interleaved: bool) -> None
     [(name, way) for name, a in ACTIVATIONS.items() for way in (False, True)[: 1 + a.gated]],
 )
 def test_nan_is_not_hidden(activation: str, interleaved: bool, tokens: int) -> None:
-    """A NaN in x reaches its token's output and the weights' gradients, and no other token, whatever the activation."""
+    """A NaN in x reaches its token's output and the weights' gradients, and no other token, with any activation."""
     features = 64 * (2 if ACTIVATIONS[activation].gated else 1)
     x, w_gate_up = normal(tokens, 64, dtype=BF16), normal(2, features, 64, dtype=BF16, scale=0.2)
     w_down = normal(2, 64, 64, dtype=BF16, scale=0.2).requires_grad_()
@@ -193,7 +193,7 @@ def test_wgrad_on_ragged_rows(
     assert error(out, wanted) <= ROUNDING[dtype] * (1 if p_size * q_size > 1000 else 1.1)
     assert torch.equal(run()[1], out)
 
-    # What an expert's rows hold is nobody else's business, NaN and infinity included.
+    # Values of an expert's rows, NaN and infinity too, must not reach other experts.
     poisoned = 12
     i, j = offsets[poisoned], offsets[poisoned + 1]
     q[i:j] = NAN
@@ -306,7 +306,7 @@ def _problem(
 
 
 def _kernels(arguments: tuple[Any, ...], needs: list[bool], rows: int = 2048) -> tuple[Tensor, ...]:
-    """With the kernels for so many rows an expert, however many they have."""
+    """With the kernels for this number of rows per expert, at any real number."""
     from moekern.backends.cuda.configuration import choose
     from moekern.backends.cuda.passes import backward
 
@@ -400,7 +400,7 @@ def test_frozen_inputs_get_nothing_and_change_nothing(wanted: int) -> None:
     for i, (one, of_all) in enumerate(zip(only, everything, strict=True)):
         if i != wanted:
             assert one.numel() == 0
-        elif i == 3:  # the scaled activation comes from torch when nothing else needs it
+        elif i == 3:  # torch computes the scaled activation if nothing else needs it
             assert error(one, of_all) <= 3e-3
         else:
             assert torch.equal(one, of_all)
@@ -416,7 +416,7 @@ def test_backward_never_synchronises() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("tokens", [64, 4096])  # with the combine in line, and beside on the second stream
+@pytest.mark.parametrize("tokens", [64, 4096])  # with the combine on the same and on the second stream
 def test_backward_in_a_cuda_graph(tokens: int) -> None:
     """Replayed with other values and another routing."""
     from moekern.backends.cuda.configuration import Configuration
@@ -479,7 +479,7 @@ def test_backward_on_two_streams_at_once() -> None:
 
 
 def test_backward_memory() -> None:
-    """Beyond the gradients at most a row gradient, dH, and small tables."""
+    """Besides the gradients at most a row gradient, dH, and small tables."""
     tokens, hidden, inter, experts, top_k = 4096, 1024, 512, 16, 8
     arguments = _problem(tokens, hidden, inter, experts, top_k, BF16)
     _kernels(arguments, [True] * 6)

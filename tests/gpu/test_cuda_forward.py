@@ -121,7 +121,7 @@ def test_up_on_ragged_rows(
     order, _, offsets = plan_of_counts(COUNTS, sentinels)
     columns = inter * (2 if act.gated else 1)
     x = normal(rows + sentinels, hidden, dtype=dtype)
-    x[order[rows:].long()] = float("nan")  # nobody may look at a sentinel's token
+    x[order[rows:].long()] = float("nan")  # a sentinel's token must not be read
     w = normal(
         experts, *((hidden, columns) if transposed else (columns, hidden)), dtype=dtype, scale=1.5 * hidden**-0.5
     )
@@ -131,7 +131,7 @@ def test_up_on_ragged_rows(
     if b is not None:
         wanted = wanted + reference.bias_rows(b.float(), offsets, rows)
     results = []
-    # Gate and up in halves take a form of their own for one tile, of the next test.
+    # Gate and up in halves have another form for one tile: the next test.
     for save, one_tile in ((True, False), (False, False), (True, not act.gated or interleaved)):
         whole_a, activated = guarded(rows, inter, dtype=dtype)
         whole_p, pre = guarded(rows, columns, dtype=dtype)
@@ -337,7 +337,7 @@ def test_grouped_products_end_with_zeros(kind: str, sentinels: int) -> None:
 
 
 def test_torch_path_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What other GPUs run, in bfloat16 without a synchronisation."""
+    """The path of other GPUs, in bfloat16 without a synchronisation."""
     from moekern.backends.cuda import torch_path
 
     x, ids, scores, w_gate_up, w_down = layer(300, 256, 136, 8, 3)

@@ -1,4 +1,4 @@
-"""What the host does around the Hopper kernels: it never waits, launches as much as is said, and can plan itself."""
+"""The host around the Hopper kernels: it never waits, launches the stated number of kernels, and can plan itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A layer's training as one program on a Hopper GPU, beside the layer's own way, operator by operator."""
+"""A layer's training as one program on a Hopper GPU, against the layer's own path, operator by operator."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_saturated_logits() -> None:
 
 
 def step(moe: mk.MoE, x: Tensor, coefficient: float) -> tuple[list[Tensor], list[Tensor]]:
-    """What was decided, exact; output and gradients."""
+    """The router's decisions, exactly; output and gradients."""
     x = x.detach().requires_grad_()
     y = moe(x)
     loss = (y.float() * torch.linspace(-1, 1, y.numel(), device="cuda").view(y.shape)).sum()
@@ -183,7 +183,7 @@ def test_one_program_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
         y.backward(torch.ones_like(y))
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert made == 5  # logits, output, pre-activation, what is kept, working memory
+    assert made == 5  # logits, output, pre-activation, kept memory, working memory
     assert training.train(moe, x[:, ::1]) is not None
     misaligned = torch.zeros(16 * 256 + 1, device="cuda", dtype=BF16)[1:].view(16, 256)
     assert training.train(moe, misaligned) is None

@@ -1,4 +1,4 @@
-"""The router's choice in a kernel, and the layer's inference that runs on it: what moekern.route says."""
+"""The router's choice in a kernel, and the layer's inference on it, against moekern.route."""
 
 from __future__ import annotations
 

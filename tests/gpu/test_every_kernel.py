@@ -21,7 +21,7 @@ pytestmark = pytest.mark.gpu
 BF16, F16 = torch.bfloat16, torch.float16
 H, I = 328, 296  # six and five k-blocks, the last of them ragged
 
-# tokens, top_k and the rows of the experts but the last, which takes what is left; the choice that it leads to
+# tokens, top_k, rows of all experts but the last, which has the rest; the resulting choice of kernels
 ROUTINGS = {
     "many": (1400, 1, (500,), {"few_rows": False, "few_saved": False, "one_tile": False}),
     "few": (1000, 1, (545,), {"few_rows": True, "few_saved": False, "one_tile": False}),
@@ -57,7 +57,7 @@ def on_the_gpu(p: Problem) -> Problem:
 
 
 def check(p: Problem) -> None:
-    """Inference, training and every gradient beside float64 and plain torch, on the CPU."""
+    """Inference, training and every gradient against float64 and plain torch, on the CPU."""
     dout = torch.randn(p.x.shape).to(p.x.dtype)
     with mk.backend("reference"):
         truth = gradients(p.cast(torch.float64), dout)
@@ -84,7 +84,7 @@ def test_experts(routing: str, kind: str) -> None:
 
 @pytest.mark.usefixtures("poisoned")
 def test_combine_beside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The sum of dX's rows and dS on the second stream, beside a weight gradient of fewer registers."""
+    """The sum of dX's rows and dS on the second stream, during a weight gradient of fewer registers."""
     monkeypatch.setattr(backward, "LEAST_BESIDE", 0)
     tokens, hidden, inter, experts, top_k = 130, 136, 512, 3, 2
     assert backward.combines_beside(tokens * top_k, hidden, inter, top_k)
@@ -138,7 +138,7 @@ def test_plans(planner: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("tokens", [3, 300])
 @pytest.mark.parametrize("routing", ["softmax_topk", "gpt_oss"])
 def test_layer(routing: str, tokens: int) -> None:
-    """The router's kernels: its product for few tokens, the choice, the way back."""
+    """The router's kernels: its product for few tokens, the choice, the backward pass."""
     moe = mk.MoE(128, 72, 6, 2, routing=routing, bias=routing == "gpt_oss").to(BF16)
     exact, there = copy.deepcopy(moe).double(), copy.deepcopy(moe).cuda()
     x = torch.randn(tokens, 128).to(BF16)

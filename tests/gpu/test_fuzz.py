@@ -1,4 +1,4 @@
-"""Random problems against the float64 reference: every size, layout and routing that the kernels are said to serve.
+"""Random problems against the float64 reference: every size, layout and routing that the kernels claim to serve.
 
 Case n is a function of n alone; 40 run by default, a thousand with MOEKERN_FUZZ_CASES=1000 in the environment.
 """
@@ -47,7 +47,7 @@ def routing(rng: random.Random, tokens: int, experts: int, top_k: int) -> Tensor
 
 
 def case(seed: int, device: str) -> tuple[Problem, tuple[str, ...]]:
-    """A problem, and which of its inputs want a gradient."""
+    """A problem, and the inputs that require gradients."""
     rng = random.Random(seed)
     experts = log_uniform(rng, 1, 1024)
     top_k = rng.randint(1, min(8, experts))

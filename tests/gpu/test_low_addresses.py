@@ -179,7 +179,7 @@ def test_expandable_segments() -> None:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("tokens", [90, 3000])
 def test_views_at_odd_places(tokens: int, bias: bool) -> None:
-    """Inputs that begin at a multiple of two bytes only are copied where kernels read vectors: the bits stay."""
+    """Inputs that begin at a multiple of two bytes only are copied if kernels read vectors; the bits stay."""
     p = make(tokens, 256, 136, 5, 2, dtype=BF16, device="cuda", bias=bias)
     dout = torch.randn_like(p.x)
     results = []

@@ -1,4 +1,4 @@
-"""Two GPUs in one process: the second one while the first is current, both in turn, at once, and in one model."""
+"""Two GPUs in one process: the second while the first is current, one after the other, at once, and in one model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ T, H, I, E, K = 100, 256, 136, 8, 3
 
 @pytest.fixture(autouse=True)
 def _first_is_current(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Whatever runs where, the caller's device stays current."""
+    """The caller's device stays current, on whichever device work runs."""
     if any(torch.cuda.get_device_capability(device) != (9, 0) for device in BOTH):
         pytest.skip("needs GPUs of compute capability 9.0")
     forbid_torch_path(monkeypatch)
@@ -52,7 +52,7 @@ def train(p: Problem) -> list[Tensor]:
 
 
 def assert_same(got: list[Tensor], wanted: list[Tensor]) -> None:
-    """The same bits, on whatever devices."""
+    """The same bits, on any devices."""
     for a, b in zip(got, wanted, strict=True):
         assert torch.equal(a.cpu(), b.cpu())
 
@@ -147,7 +147,7 @@ def test_plans_on_the_second(planner: str) -> None:
 
 
 def test_host_plans_of_both_at_once() -> None:
-    """More streams a device than have memory of their own, so that it is given up while the other device reads."""
+    """More streams per device than memory is kept for, so that memory is freed while the other device reads."""
 
     def work(device: str) -> Callable[[], None]:
         def run() -> None:
@@ -180,7 +180,7 @@ def test_a_plan_of_the_host_goes_to_the_second() -> None:
 
 
 def step(moe: nn.Module, x: Tensor, coefficient: float = 0.0, accumulate: bool = False) -> list[Tensor]:
-    """Output and gradients; accumulated in the parameters, as reentrant checkpoints want it, or asked for."""
+    """Output and gradients; accumulated in the parameters, as reentrant checkpoints need it, or returned."""
     x, parameters = x.detach().requires_grad_(), list(moe.parameters())
     y = moe(x)
     scale = torch.linspace(-1, 1, y.numel(), device=y.device).view(y.shape)
@@ -286,7 +286,7 @@ def test_both_in_turn_and_from_threads() -> None:
         layer.to(device)
 
     def everything(device: str) -> list[Tensor]:
-        """With no gradient too, which takes another way."""
+        """Also without gradients, which is another path."""
         few, many = problems[device]
         with torch.no_grad():
             results = [few.run(), many.run(), layers[device](few.x)]
@@ -314,7 +314,7 @@ def test_both_in_turn_and_from_threads() -> None:
 
 
 def test_first_calls_of_a_size_from_threads() -> None:
-    """Programs are recorded and kernels loaded by whoever is there first; each device has its own."""
+    """The first thread records the programs and loads the kernels; each device has its own."""
     wanted: dict[int, list[Tensor]] = {}
     for tokens in (37, 41):
         p = problem("cpu", tokens)

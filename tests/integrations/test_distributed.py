@@ -21,7 +21,7 @@ from problems import error, forbid_torch_path
 
 H, I, E, K = 32, 16, 6, 2
 RANKS = 2
-SECONDS = 90  # a hang costs no more
+SECONDS = 90  # limits the cost of a hang
 
 # Of this rank's process.
 device, dtype, rounding = torch.device("cpu"), torch.float32, 1e-5
@@ -38,7 +38,7 @@ def normal(*shape: int, seed: int) -> Tensor:
 
 
 def batch(rank: int) -> Tensor:
-    """One token a rank: most experts get none."""
+    """One token per rank: most experts get none."""
     return normal(1, H, seed=rank)
 
 
@@ -150,7 +150,7 @@ def balance_over_ranks(rank: int) -> None:
 
 
 class Exchange(torch.autograd.Function):
-    """Send the first rows to rank 0, the next ones to rank 1 and so on; the gradient goes the way back."""
+    """Send the first rows to rank 0, the next ones to rank 1 and so on; gradients return."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
@@ -216,7 +216,7 @@ def experts_of_all_ranks(x: Tensor, ids: Tensor, weights: Tensor, w_up: Tensor, 
     dist.all_to_all_single(theirs, counts)
     sent, received = counts.sum(1).tolist(), theirs.sum(1).tolist()
     arrived = Exchange.apply(mk.permute(x, plan), sent, received)
-    # Each rank's rows are sorted by expert; the experts want those of all ranks together.
+    # Each rank's rows are sorted by expert; the experts need those of all ranks together.
     experts = torch.arange(own, device=x.device).repeat(RANKS).repeat_interleave(theirs.flatten())
     local = mk.plan(experts.unsqueeze(1), own)
     y = mk.grouped_mlp(mk.permute(arrived, local), local.offsets, w_up, w_down)
@@ -259,7 +259,7 @@ CHECKS = (
 
 
 def worker(rank: int, folder: Path, kind: str) -> None:
-    """One rank: writes what it is at to a file, and there what went wrong."""
+    """One rank; writes its progress to a file, and its error too."""
     global device, dtype, rounding
     log = folder / f"rank{rank}"
     log.write_text("setting up")
@@ -287,7 +287,7 @@ def worker(rank: int, folder: Path, kind: str) -> None:
         dist.destroy_process_group()
     except BaseException:
         log.write_text(f"{log.read_text()}:\n{traceback.format_exc()}")
-        os._exit(1)  # no waiting for the other rank in whatever it is at
+        os._exit(1)  # without waiting for the other rank
 
 
 NEEDS_TWO = pytest.mark.skipif(torch.cuda.device_count() < RANKS, reason="needs two GPUs")

@@ -187,7 +187,7 @@ def test_lora_of_the_experts(device: str, family: str) -> None:
         results.append(run(adapted, device))
     assert all("lora_" in name for name in results[0] if name not in ("logits", "loss"))
     layers = sum(mk.hf._uses_interface(module) for module in model.modules())
-    assert len(results[0]) == 2 + layers * 2 * 2  # two matrices of two parameters a layer
+    assert len(results[0]) == 2 + layers * 2 * 2  # two matrices per layer, with two parameters each
     check_same(results[1], results[0])
 
 
@@ -201,7 +201,7 @@ def test_gradient_checkpointing(device: str) -> None:
 
 
 class Routing:
-    """Records who was chosen, and with which weights, in a model's first pass; imposes it on every later one.
+    """Records the chosen experts and their weights in a model's first pass, and imposes them on every later pass.
 
     A rounding that sends a token elsewhere would hide the errors of the arithmetic, which are compared here.
     """
@@ -250,7 +250,7 @@ def test_bfloat16(device: str, family: str, autocast: bool, monkeypatch: pytest.
 
 
 class Decorated(nn.Module):
-    """What the decorated class of a model file looks like; ``forward`` is the eager one, expert by expert."""
+    """Like a decorated class of a model file; ``forward`` is the eager one, expert by expert."""
 
     gated = True
     transposed = False

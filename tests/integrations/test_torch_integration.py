@@ -26,7 +26,7 @@ def _fresh_compiler() -> None:
 
 @pytest.fixture
 def compiler(device: str) -> str:
-    """Inductor's CPU code needs a C++ compiler and Python's headers, which `make test` does not ask for."""
+    """Inductor's CPU code needs a C++ compiler and Python's headers, which `make test` does not require."""
     headers = Path(sysconfig.get_path("include")) / "Python.h"
     cpu_code = shutil.which(os.environ.get("CXX", "g++")) and headers.exists()
     return "inductor" if device == "cuda" or cpu_code else "aot_eager"

@@ -36,7 +36,7 @@ def routed_experts() -> Any:
 
 
 def both(device: str) -> tuple[nn.Module, nn.Module]:
-    """The stock module, and the overridden one with its weights."""
+    """The original module, and the overridden one with its weights."""
     configuration = routed_experts()
     stock = configuration.build()
     told = apply_overrides(OverrideConfig(imports=["moekern.torchtitan.grouped_experts"]), configuration)
@@ -45,7 +45,7 @@ def both(device: str) -> tuple[nn.Module, nn.Module]:
     ours = configuration.build()
     for module in (stock, ours):
         module.init_states()
-    assert ours.inner_experts.w13.abs().sum() > 0  # initialised by the stock one's initialisers
+    assert ours.inner_experts.w13.abs().sum() > 0  # initialised by the original's initialisers
     state = stock.state_dict()
     assert {name: w.shape for name, w in ours.state_dict().items()} == {name: w.shape for name, w in state.items()}
     ours.load_state_dict(state)
@@ -104,7 +104,7 @@ def test_other_experts_are_left_alone() -> None:
 
 @dataclass(kw_only=True, slots=True)
 class WithActivation(GroupedExperts.Config):
-    """As a release that lets the configuration name the activation."""
+    """Like a release whose configuration names the activation."""
 
     activation_fn: Any = nn.functional.silu
 

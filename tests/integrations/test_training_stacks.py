@@ -42,7 +42,7 @@ def model_of(**options: object) -> nn.Module:
     ids=str,
 )
 def test_a_training_step_never_synchronises(options: dict[str, object]) -> None:
-    """Forward, loss, backward and bias update wait for nothing, whatever the routing."""
+    """Forward, loss, backward and bias update never wait, with any routing."""
     model = model_of(**options).to("cuda", torch.bfloat16)
     x = torch.randn(200, H, device="cuda", dtype=torch.bfloat16)
     mask = torch.ones(200, dtype=torch.int64, device="cuda")
@@ -207,7 +207,7 @@ def ahead_of_time(_: int, device: str, folder: Path, plain: bool) -> None:
 
 
 def what_ended(device: str, folder: Path, plain: bool) -> Exception | None:
-    """The crash, or the waiting in vain, of a process that compiles, loads and runs; a wrong result is raised."""
+    """The crash or the timeout of a process that compiles, loads and runs; a wrong result raises."""
     process = spawn(ahead_of_time, (device, folder, plain), join=False)
     try:
         if process.join(timeout=AHEAD_OF_TIME):

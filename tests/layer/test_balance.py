@@ -124,7 +124,7 @@ class Checkpointed(nn.Module):
 
 
 def test_a_recomputation_does_not_count_twice(place: tuple[str, torch.dtype]) -> None:
-    """Gradients with the loss, and the counts of the bias update, are those of a run without checkpointing."""
+    """Gradients of the loss and counts for the bias update equal those of a run without checkpointing."""
     device, dtype = place
     x = torch.randn(5, 7, H, device=device, dtype=dtype)
     results = []

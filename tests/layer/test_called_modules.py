@@ -1,4 +1,4 @@
-"""The layer calls its router and its experts, as any model calls its modules: hooks and wrappers are seen."""
+"""The layer calls its router and its experts as modules: hooks and wrappers act."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_lora_on_every_matrix(target: str, options: dict) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("training", [True, False])
 def test_a_router_of_another_dtype(dtype: torch.dtype, router: torch.dtype, training: bool, device: str) -> None:
-    """As recipes keep it, float32 in a half-precision layer: logits of the wider dtype, the output in that of x."""
+    """A float32 router in a half-precision layer, as in recipes: float32 logits, the output in the dtype of x."""
     moe = layer(device, dtype=dtype).train(training)
     moe.gate.to(router)
     x = tokens(device, dtype)

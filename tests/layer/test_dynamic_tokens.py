@@ -28,7 +28,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 def graphs(function: Callable[..., Any], *inputs: Callable[[int], Tensor]) -> int:
-    """How many graphs eleven numbers of tokens take."""
+    """The number of graphs for eleven numbers of tokens."""
     torch.compiler.reset()
     count = 0
 

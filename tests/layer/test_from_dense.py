@@ -1,4 +1,4 @@
-"""mk.MoE.from_dense compares a module's outputs with what its names say, and leaves the module as it was."""
+"""mk.MoE.from_dense checks a module's names against its outputs, and leaves the module as it was."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_the_activation_that_computes_the_same_is_named(
     with pytest.raises(ValueError, match=f"forward is not its projections .* activation='{name}' computes the same"):
         mk.MoE.from_dense(dense, 4, 2)
     others = {"swiglu", "geglu", "geglu_tanh", "reglu", "swiglu_oai"} - {name}
-    for other in others:  # tanh's GELU for erf's too, in half precision too
+    for other in others:  # also tanh's GELU for erf's, also in half precision
         with pytest.raises(ValueError, match=f"with activation '{other}'"):
             mk.MoE.from_dense(dense, 4, 2, activation=other)
     moe = mk.MoE.from_dense(dense, 4, 2, activation=name)
@@ -232,7 +232,7 @@ def test_hooks_belong_to_what_the_module_computes() -> None:
     dense = swiglu()
     calls: list[int] = []
     dense.register_forward_hook(lambda m, args, out: calls.append(1))
-    mk.MoE.from_dense(dense, 4, 2)  # one that only looks on
+    mk.MoE.from_dense(dense, 4, 2)  # a hook that only observes
     assert calls == [1]
     dense.up_proj.register_forward_hook(lambda m, args, out: out * 2)
     with pytest.raises(ValueError, match="no scaling, norm, residual or hook"):
@@ -263,7 +263,7 @@ def test_weights_without_values_are_taken_by_their_names() -> None:
     with torch.device("meta"):
         dense = Mlp(gated(F.gelu))
     with pytest.raises(ValueError, match="activation is not named by an attribute; pass one of"):
-        mk.MoE.from_dense(dense, 4, 2)  # a guess that nothing would confirm
+        mk.MoE.from_dense(dense, 4, 2)  # a guess without confirmation
     moe = mk.MoE.from_dense(dense, 4, 2, activation="geglu")
     assert moe.experts.down_proj.is_meta
     dense.act_fn = nn.GELU()
@@ -292,7 +292,7 @@ def test_inference_mode_and_default_device_do_not_matter() -> None:
 
 
 class Adapted(nn.Linear):
-    """What peft's layers look like: an original beside something that is added to it."""
+    """Like peft's layers: an original layer, to which something is added."""
 
     def __init__(self, base: nn.Linear, merged: bool) -> None:
         super().__init__(H, I, bias=False)
@@ -301,7 +301,7 @@ class Adapted(nn.Linear):
 
 
 class Quantised(nn.Module):
-    """What bitsandbytes' 4-bit layers look like: packed bytes under the name of the weight."""
+    """Like bitsandbytes' 4-bit layers: packed bytes under the name of the weight."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -309,7 +309,7 @@ class Quantised(nn.Module):
 
 
 class Wrapped(torch.Tensor):
-    """What torchao's weights look like: a subclass that claims a floating dtype."""
+    """Like torchao's weights: a subclass that claims a floating dtype."""
 
 
 def _offloaded(dense: Mlp) -> None:

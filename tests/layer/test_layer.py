@@ -1,4 +1,4 @@
-"""mk.MoE as a module: shapes, state, copies, conversion of dense MLPs, and transformers' own block beside it."""
+"""mk.MoE as a module: shapes, state, copies, conversion of dense MLPs, and comparison with transformers' block."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ def programs(monkeypatch: pytest.MonkeyPatch) -> list[Program]:
 
 
 def step(moe: mk.MoE, x: Tensor, coefficient: float = 0.0) -> list[Tensor]:
-    """Output, what the router decided, gradients."""
+    """Output, the router's decisions, gradients."""
     x = x.detach().requires_grad_()
     y = moe(x)
     loss = (y * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum()

@@ -1,4 +1,4 @@
-"""Padding, told by a mask: it counts nowhere, and real tokens get what they would get without it."""
+"""Padding, marked by a mask, counts nowhere; real tokens get the same output as without it."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_the_selection_bias_takes_the_step_of_the_real_tokens(device: str, given
 
 @pytest.mark.parametrize("options", [*LIMITED, *UNLIMITED], ids=str)
 def test_real_tokens_get_what_they_would_get_alone(device: str, options: dict[str, Any]) -> None:
-    """Output, gradients, losses and counts; the padding is NaN where nothing reads it."""
+    """Output, gradients, losses and counts; the padding is NaN if it must not be read."""
     moe = mk.MoE(H, I, E, K, device=device, **options)
     x, mask = padded(device)
     alone, masked = copy.deepcopy(moe), copy.deepcopy(moe)

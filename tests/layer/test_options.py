@@ -75,7 +75,7 @@ def test_what_is_set_anew_counts() -> None:
 
 
 def test_a_capacity_set_anew_needs_no_symbol() -> None:
-    """Compiled code takes the capacity as integers: a second factor is a second graph with its exact capacity."""
+    """Compiled code has the capacity as integers: a second factor makes a second graph with its exact capacity."""
     layer, x = mk.MoE(H, I, 2, 1, router_bias=True).eval(), torch.randn(100, H)
     with torch.no_grad():
         layer.gate.bias[1] = 1e4

@@ -1,4 +1,4 @@
-"""The selection bias however a layer was made, loaded, wrapped and recomputed: it moves by what was counted once."""
+"""The selection bias of layers made, loaded, wrapped and recomputed in every way: tokens are counted once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BIASED: dict[str, object] = {"routing": "deepseek_v3", "selection_bias": True}
 
 
 def step_of(layer: mk.MoE) -> Tensor:
-    """What one training pass and one update move the bias by, in steps."""
+    """The change of the bias by one training pass and one update, in steps."""
     before = layer.gate.e_score_correction_bias.clone()
     layer.train()
     layer(torch.randn(64, 32, dtype=layer.gate.weight.dtype, device=layer.gate.weight.device)).sum().backward()
@@ -67,7 +67,7 @@ def test_the_bias_stays_wide_whatever_is_loaded(assign: bool, device: str) -> No
     layer = mk.MoE(32, 16, 8, 2, **options)
     layer.load_state_dict(state, assign=assign)
     assert layer.gate.e_score_correction_bias.dtype == torch.float32
-    layer.gate.e_score_correction_bias = layer.gate.e_score_correction_bias.bfloat16()  # what a loader may do by itself
+    layer.gate.e_score_correction_bias = layer.gate.e_score_correction_bias.bfloat16()  # as a loader may do
     layer(torch.randn(40, 32, device=device).bfloat16())
     mk.update_selection_bias(layer, 0.001)
     bias = layer.gate.e_score_correction_bias
@@ -90,7 +90,7 @@ def test_recomputation_is_counted_once(compiled: bool, reentrant: bool, device: 
 
 
 class Wrapper:
-    """An optimiser's wrapper, as engines have them: no torch optimiser itself."""
+    """A wrapper of an optimiser, as engines have them, which is no torch optimiser itself."""
 
     def __init__(self, optimizer: object):
         self.optimizer = optimizer

@@ -65,7 +65,7 @@ def test_a_recomputation_counts_once(device: str, wrap: Any) -> None:
 
 
 class Wrapper(torch.optim.Optimizer):
-    """An optimiser by class only, as accelerate's and torch's PostLocalSGDOptimizer are."""
+    """An optimiser by class only, like accelerate's and torch's PostLocalSGDOptimizer."""
 
     def __init__(self, name: str, inner: Any) -> None:
         self.name = name
@@ -76,7 +76,7 @@ class Wrapper(torch.optim.Optimizer):
 
 
 class NoOptimizer:
-    """As DeepSpeed's and Megatron's: no optimiser by class."""
+    """Like DeepSpeed's and Megatron's: not an optimiser by class."""
 
     def __init__(self, inner: Any) -> None:
         self.optimizer = inner

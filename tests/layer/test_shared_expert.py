@@ -1,4 +1,4 @@
-"""Shared experts, jitter and the other routing options of mk.MoE, beside the blocks of transformers that have them."""
+"""Shared experts, jitter and the other routing options of mk.MoE, against the blocks of transformers that have them."""
 
 from __future__ import annotations
 
@@ -154,14 +154,14 @@ def test_logits_are_float32_under_autocast_and_in_half_precision(device: str) ->
     assert half.gate.weight.grad.dtype == torch.bfloat16
 
 
-def fused_and_beside(
+def fused_and_separate(
     device: str = "cpu", dtype: torch.dtype = torch.float32, n: int = 2, **options: Any
 ) -> tuple[mk.MoE, mk.MoE]:
-    """The same layer twice, its shared expert fused and beside."""
+    """The same layer twice, with a fused and with a separate shared expert."""
     options = {"norm_topk_prob": False, "shared_intermediate_size": n * I, "shared_gate": True, **options}
-    fused, beside = (mk.MoE(H, I, E, K, fuse_shared_expert=f, **options).to(device, dtype) for f in (True, False))
-    beside.load_state_dict(fused.state_dict())
-    return fused, beside
+    fused, separate = (mk.MoE(H, I, E, K, fuse_shared_expert=f, **options).to(device, dtype) for f in (True, False))
+    separate.load_state_dict(fused.state_dict())
+    return fused, separate
 
 
 def gradients_by_name(moe: mk.MoE) -> dict[str, torch.Tensor]:
@@ -196,12 +196,12 @@ FUSED = {
 @pytest.mark.parametrize("options", FUSED.values(), ids=FUSED)
 @pytest.mark.parametrize("tokens", [40, 1, 0])
 def test_fused_is_the_same_as_beside(place: tuple[str, torch.dtype], options: dict[str, Any], tokens: int) -> None:
-    """Value, loss and all gradients; no limit on the routed experts' tokens drops or adds a shared one's."""
+    """Value, loss and all gradients; limits on routed experts' tokens do not drop or add tokens of the shared one."""
     device, dtype = place
-    fused, beside = fused_and_beside(device, dtype, **options)
+    fused, separate = fused_and_separate(device, dtype, **options)
     x = torch.randn(tokens, H, device=device, dtype=dtype)
     dout = torch.randn_like(x)
-    got, wanted = step(fused, x, dout), step(beside, x, dout)
+    got, wanted = step(fused, x, dout), step(separate, x, dout)
     assert got.keys() == wanted.keys()
     for name, value in got.items():
         assert value.dtype == wanted[name].dtype
@@ -209,34 +209,34 @@ def test_fused_is_the_same_as_beside(place: tuple[str, torch.dtype], options: di
         cancels = tokens == 1 and name == "shared_expert_gate.weight"  # a single sum
         if tokens and not cancels:
             assert error(value, wanted[name]) < (1e-5 if dtype == torch.float32 else 2**-6), name
-    ours, theirs = fused.latest_routing, beside.latest_routing
+    ours, theirs = fused.latest_routing, separate.latest_routing
     for field in ("logits", "tokens_per_expert", "topk_ids"):
         assert torch.equal(getattr(ours, field), getattr(theirs, field)), field
     if "selection_bias" in options:
-        assert torch.equal(fused.gate.tokens_since_update, beside.gate.tokens_since_update)
+        assert torch.equal(fused.gate.tokens_since_update, separate.gate.tokens_since_update)
     with torch.no_grad():
-        out, expected = fused.eval()(x), beside.eval()(x)
+        out, expected = fused.eval()(x), separate.eval()(x)
     assert tokens == 0 or error(out, expected) < (1e-5 if dtype == torch.float32 else 2**-6)
 
 
 def test_fused_under_autocast(device: str) -> None:
-    fused, beside = fused_and_beside(device)
+    fused, separate = fused_and_separate(device)
     x = torch.randn(2, 20, H, device=device)
     dout = torch.randn_like(x)
     with torch.autocast(device, dtype=torch.bfloat16):
-        got, wanted = step(fused, x, dout), step(beside, x, dout)
+        got, wanted = step(fused, x, dout), step(separate, x, dout)
     for name, value in got.items():
         assert value.dtype == wanted[name].dtype, name
         assert error(value, wanted[name]) < 2**-6, name
 
 
-def test_state_dicts_of_fused_and_beside_are_interchangeable(place: tuple[str, torch.dtype]) -> None:
+def test_state_dicts_of_fused_and_separate_are_interchangeable(place: tuple[str, torch.dtype]) -> None:
     for options in ({"n": 1}, {"n": 3}, {"shared_gate": False}, {"activation": "gelu"}):
-        fused, beside = fused_and_beside(*place, **options)
+        fused, separate = fused_and_separate(*place, **options)
         state = fused.state_dict()
-        assert [(k, v.shape) for k, v in state.items()] == [(k, v.shape) for k, v in beside.state_dict().items()]
-        other = fused_and_beside(*place, **options)[0]
-        other.load_state_dict(beside.state_dict())
+        assert [(k, v.shape) for k, v in state.items()] == [(k, v.shape) for k, v in separate.state_dict().items()]
+        other = fused_and_separate(*place, **options)[0]
+        other.load_state_dict(separate.state_dict())
         for key, value in other.state_dict().items():
             assert torch.equal(value, state[key]), key
         for a, b in zip(other.parameters(), fused.parameters(), strict=True):
@@ -254,42 +254,42 @@ def test_state_dicts_of_fused_and_beside_are_interchangeable(place: tuple[str, t
 
 
 def test_fused_loads_joined_weights_too(device: str) -> None:
-    """As a layer whose parameters are spread over ranks saves them."""
-    fused, other = fused_and_beside(device)[0], fused_and_beside(device)[0]
+    """The names that a layer with parameters spread over ranks saves."""
+    fused, other = fused_and_separate(device)[0], fused_and_separate(device)[0]
     other.load_state_dict(dict(fused.named_parameters()))
     for a, b in zip(other.parameters(), fused.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
 def test_loading_into_a_fused_layer_reports_as_usual() -> None:
-    fused, beside = fused_and_beside()
+    fused, separate = fused_and_separate()
     up, down, routed = "shared_expert.up_proj.weight", "shared_expert.down_proj.weight", "experts.gate_up_proj"
 
     def missing(*names: str) -> dict[str, torch.Tensor]:
-        return {k: v for k, v in beside.state_dict().items() if k not in names}
+        return {k: v for k, v in separate.state_dict().items() if k not in names}
 
     extra = {"shared_expert.up_proj.bias": torch.zeros(2 * I)}
-    for moe in (fused, beside):
-        for names in ((up,), (routed,), (up, down), tuple(beside.state_dict())):
+    for moe in (fused, separate):
+        for names in ((up,), (routed,), (up, down), tuple(separate.state_dict())):
             with pytest.raises(RuntimeError, match=r"Missing key\(s\)"):
                 moe.load_state_dict(missing(*names))
             keys = moe.load_state_dict(missing(*names), strict=False)
             assert set(keys.missing_keys) == set(names)
             assert not keys.unexpected_keys
-        keys = moe.load_state_dict({**beside.state_dict(), **extra}, strict=False)
+        keys = moe.load_state_dict({**separate.state_dict(), **extra}, strict=False)
         assert keys.unexpected_keys == list(extra)
         assert not keys.missing_keys
         for name in (routed, up, down, "experts.down_proj"):
-            small = {**beside.state_dict(), name: beside.state_dict()[name][:-1]}
+            small = {**separate.state_dict(), name: separate.state_dict()[name][:-1]}
             with pytest.raises(RuntimeError, match=f"size mismatch for {name}: copying") as caught:
                 moe.load_state_dict(small)
             assert "Missing" not in str(caught.value)
         with pytest.raises(RuntimeError, match=f'parameter named "{up}"'):
-            moe.load_state_dict({**beside.state_dict(), up: 1.0})
+            moe.load_state_dict({**separate.state_dict(), up: 1.0})
 
 
 def test_what_a_state_dict_lacks_keeps_its_value() -> None:
-    fused, other = fused_and_beside()[0], fused_and_beside()[0]
+    fused, other = fused_and_separate()[0], fused_and_separate()[0]
     wanted = {**fused.state_dict(), "shared_expert.up_proj.weight": torch.ones(2 * I, H)}
     assert not torch.equal(other.experts.down_proj, fused.experts.down_proj)
     other.load_state_dict(fused.state_dict())
@@ -299,24 +299,24 @@ def test_what_a_state_dict_lacks_keeps_its_value() -> None:
 
 
 def test_fused_from_meta_by_assignment() -> None:
-    beside = fused_and_beside()[1].to(torch.bfloat16)
+    separate = fused_and_separate()[1].to(torch.bfloat16)
     fused = mk.MoE(H, I, E, K, norm_topk_prob=False, shared_intermediate_size=2 * I, shared_gate=True,
                    fuse_shared_expert=True, device="meta")  # fmt: skip
     assert fused(torch.empty(3, H, device="meta")).shape == (3, H)
     with pytest.warns(UserWarning, match="is a no-op"):
-        fused.load_state_dict(beside.state_dict())
+        fused.load_state_dict(separate.state_dict())
     fused.experts.down_proj.requires_grad_(False)
-    mixed = {**beside.state_dict(), "shared_expert.down_proj.weight": torch.zeros(H, 2 * I)}
+    mixed = {**separate.state_dict(), "shared_expert.down_proj.weight": torch.zeros(H, 2 * I)}
     with pytest.raises(RuntimeError, match=r"experts.down_proj: got .*float32 on cpu, expected one dtype and device"):
         fused.load_state_dict(mixed, assign=True)
-    lacking = {k: v for k, v in beside.state_dict().items() if k != "shared_expert.up_proj.weight"}
+    lacking = {k: v for k, v in separate.state_dict().items() if k != "shared_expert.up_proj.weight"}
     with pytest.raises(RuntimeError, match="Missing key"):
         fused.load_state_dict(lacking, assign=True)
-    fused.load_state_dict(beside.state_dict(), assign=True)
+    fused.load_state_dict(separate.state_dict(), assign=True)
     assert [p.requires_grad for p in fused.parameters()] == [True, True, False, True]
     x = torch.randn(9, H, dtype=torch.bfloat16)
-    assert error(fused(x), beside(x)) < 2**-6
-    fresh = fused_and_beside(device="meta")[0].to_empty(device="cpu")
+    assert error(fused(x), separate(x)) < 2**-6
+    fresh = fused_and_separate(device="meta")[0].to_empty(device="cpu")
     fresh.reset_parameters()
     assert torch.isfinite(fresh(torch.randn(3, H))).all()
 
@@ -409,13 +409,13 @@ def test_fused_without_values_is_joined_when_it_gets_memory() -> None:
         return mk.MoE(H, I, E, K, norm_topk_prob=False, shared_intermediate_size=2 * I, shared_gate=True,
                       fuse_shared_expert=True, device="meta")  # fmt: skip
 
-    fused = fused_and_beside()[0]
+    fused = fused_and_separate()[0]
     names = shapes(fused)
     empty = without_values()
     assert shapes(empty) == names
     state = empty.state_dict()
-    assert [(name, value.shape) for name, value in state.items()] == shapes(fused_and_beside()[1])
-    assert shapes(empty.eval()) == shapes(fused_and_beside()[1])
+    assert [(name, value.shape) for name, value in state.items()] == shapes(fused_and_separate()[1])
+    assert shapes(empty.eval()) == shapes(fused_and_separate()[1])
     assert list(empty.state_dict()) == list(state)
     assert empty(torch.empty(3, H, device="meta")).shape == (3, H)
     for other in (copy.deepcopy(empty), empty):
@@ -431,14 +431,14 @@ def test_fused_without_values_is_joined_when_it_gets_memory() -> None:
 
 def test_fused_starts_as_beside() -> None:
     """The same bound on the shared expert's weights, whose down projection is n times as wide as an expert's."""
-    fused, beside = fused_and_beside(n=4)
-    beside.reset_parameters()
+    fused, separate = fused_and_separate(n=4)
+    separate.reset_parameters()
     for name, value in fused.state_dict().items():
-        assert value.abs().max() == pytest.approx(beside.state_dict()[name].abs().max().item(), rel=0.15), name
+        assert value.abs().max() == pytest.approx(separate.state_dict()[name].abs().max().item(), rel=0.15), name
 
 
 def test_copies_and_pickles_of_a_fused_layer() -> None:
-    fused = fused_and_beside()[0]
+    fused = fused_and_separate()[0]
     x = torch.randn(5, H)
     y, state = fused(x), fused.state_dict()
     for other in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
@@ -451,4 +451,4 @@ def test_copies_and_pickles_of_a_fused_layer() -> None:
 
 
 def test_repr_of_a_fused_layer() -> None:
-    assert f"num_experts={E}, fused=2, hidden_size={H}" in repr(fused_and_beside()[0])
+    assert f"num_experts={E}, fused=2, hidden_size={H}" in repr(fused_and_separate()[0])

@@ -17,7 +17,7 @@ H, I = 24, 40
 
 
 class Dense(nn.Module):
-    """A gated or plain MLP, with biases where asked."""
+    """A gated or plain MLP, with biases on request."""
 
     def __init__(
         self, width: int = I, activation: str = "swiglu", up_bias: bool = False, down_bias: bool = False
@@ -128,9 +128,9 @@ def test_fused_shared_experts_keep_the_function(shared: int | str, width: int, g
     assert moe.shared_expert is None
     assert moe.num_fused_experts == (5 if shared == "whole" else 2) * 8 // width
     assert error(moe(x), dense(x)) < 1e-12
-    beside = mk.MoE.from_dense(dense, 2 * granularity, granularity, activation="swiglu", **options)
-    beside.load_state_dict(moe.state_dict())
-    assert error(beside(x), dense(x)) < 1e-12
+    separate = mk.MoE.from_dense(dense, 2 * granularity, granularity, activation="swiglu", **options)
+    separate.load_state_dict(moe.state_dict())
+    assert error(separate(x), dense(x)) < 1e-12
 
 
 @pytest.mark.parametrize(

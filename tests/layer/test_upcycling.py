@@ -1,4 +1,4 @@
-"""The tensor functions of upcycling, put together by hand: mk.experts over what they give against the dense MLP."""
+"""The tensor functions of upcycling, combined by hand: mk.experts with their results against the dense MLP."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_weights_that_do_not_sum_to_one_leave_the_shared_expert_alone() -> None:
 
 
 def test_the_shape_of_qwen_moe() -> None:
-    """5504 neurons as 4 shards of 1408, 128 of them zeros, 60 experts, 4 a token."""
+    """5504 neurons as 4 shards of 1408, 128 of them zeros, 60 experts, 4 per token."""
     parts = split(5504, 60, 4, 4, shared="whole", expert_width=1408)
     assert (parts.replicas, parts.expert_width, parts.padding, parts.scale) == (15, 1408, 128, 2)
     assert [parts.neurons(e) for e in range(4)] == [(0, 1408), (1408, 2816), (2816, 4224), (4224, 5504)]
@@ -128,7 +128,7 @@ def test_the_shape_of_qwen_moe() -> None:
 
 def test_widths() -> None:
     assert split(37, 4, 4, 4).expert_width == 16  # ceil(37 / 4) = 10, rounded up
-    assert split(37, 4, 2, 1).expert_width == 37  # nothing is cut, so nothing is padded
+    assert split(37, 4, 2, 1).expert_width == 37  # not cut, so not padded
     assert split(37, 4, 4, 4, expert_width=10).expert_width == 10
     parts = split(9, 4, 4, 4)
     assert [parts.neurons(e) for e in range(4)] == [(0, 8), (8, 9), (9, 9), (9, 9)]

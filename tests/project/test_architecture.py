@@ -147,7 +147,7 @@ def upwards(arrows: Iterable[Arrow]) -> list[str]:
 
 
 def circle(arrows: Iterable[Arrow]) -> str | None:
-    """A way that ends where it began, if there is one."""
+    """A circle of imports, if there is one."""
     below: dict[str, set[str]] = {}
     for a, b in arrows:
         below.setdefault(a, set()).add(b)

@@ -15,7 +15,7 @@ PAGES = sorted((Path(__file__).parents[2] / "docs").glob("*.md"))
 
 
 def run_page(name: str) -> dict[str, Any]:
-    """Execute a page's python blocks one after the other; what they define."""
+    """Execute a page's python blocks one after the other; gives their names."""
     page = next(p for p in PAGES if p.stem == name)
     names: dict[str, Any] = {}
     for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
@@ -46,9 +46,9 @@ def test_shared_experts() -> None:
     assert {"shared_expert.gate_proj.weight", "shared_expert_gate.weight"} <= set(names["names"])
     x, w_gate_up, w_down = names["x"], names["w_gate_up"], names["w_down"]
     gate, up = (x @ w_gate_up[8].T).chunk(2, 1)
-    beside = mk.experts(x, names["ids"][:, :2], names["weights"][:, :2], w_gate_up[:8], w_down[:8])
-    beside = beside + (torch.nn.functional.silu(gate) * up) @ w_down[8].T
-    torch.testing.assert_close(names["out"], beside, rtol=1e-4, atol=1e-2)
+    separate = mk.experts(x, names["ids"][:, :2], names["weights"][:, :2], w_gate_up[:8], w_down[:8])
+    separate = separate + (torch.nn.functional.silu(gate) * up) @ w_down[8].T
+    torch.testing.assert_close(names["out"], separate, rtol=1e-4, atol=1e-2)
     assert names["parameters"]["experts.gate_up_proj"] == (8 + 3, 32, 32)
     torch.testing.assert_close(names["fused"](x), names["mlp"](x))
 

@@ -1,4 +1,4 @@
-"""What the wheel and the source distribution hold, and that the second builds and installs without the checkout."""
+"""The contents of the wheel and of the source distribution, which builds and installs without the checkout."""
 
 from __future__ import annotations
 

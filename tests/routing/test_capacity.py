@@ -18,7 +18,7 @@ H, I, E, K = 16, 8, 5, 2
 def expected_ids(
     ids: torch.Tensor, weights: torch.Tensor, experts: int, capacity: int | None, multiple: int, by: str
 ) -> torch.Tensor:
-    """Slot by slot, as one would do it by hand."""
+    """Slot by slot, as by hand."""
     flat, scores = ids.flatten().tolist(), weights.flatten().tolist()
     kept: set[int] = set()
     for e in range(experts):
@@ -39,8 +39,8 @@ def test_who_stays(
     device: str, tokens: int, experts: int, capacity: int | None, multiple: int, by: str, seed: int
 ) -> None:
     rng = torch.Generator().manual_seed(seed)
-    ids = torch.randint(-1, experts + 1, (tokens, 3), generator=rng)  # sentinels among them
-    weights = torch.randint(0, 9, (tokens, 3), generator=rng) / 9  # ties among them
+    ids = torch.randint(-1, experts + 1, (tokens, 3), generator=rng)  # with sentinels
+    weights = torch.randint(0, 9, (tokens, 3), generator=rng) / 9  # with ties
     ours = mk.limit_tokens(ids.to(device), weights.to(device), experts, capacity=capacity, multiple=multiple, by=by)
     assert torch.equal(ours.cpu(), expected_ids(ids, weights, experts, capacity, multiple, by))
 
@@ -70,7 +70,7 @@ def test_layer_with_a_capacity(place: tuple[str, torch.dtype], by: str) -> None:
         expected = mk.experts(x.reshape(-1, H), kept, weights, moe.experts.gate_up_proj, moe.experts.down_proj)
         assert torch.equal(moe.train(training)(x), expected.reshape(x.shape))
     counts = mk.plan(ids, E).counts
-    assert torch.equal(moe.latest_routing.tokens_per_expert, counts)  # the losses see what was asked for
+    assert torch.equal(moe.latest_routing.tokens_per_expert, counts)  # the losses see the router's choice
     moe.train()(x).sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in moe.parameters())
 
@@ -121,7 +121,7 @@ def test_expert_choice_repeats_bit_for_bit(place: tuple[str, torch.dtype]) -> No
 
 
 def test_a_weight_of_nan_stays(device: str) -> None:
-    """As a router chooses it first; with the sign that x86 gives it too."""
+    """A NaN is chosen first, as by a router; also with the sign that x86 gives it."""
     weights = torch.rand(600, 1, device=device)
     weights[500] = torch.tensor(-0x00400000, dtype=torch.int32).view(torch.float32)
     kept = mk.limit_tokens(torch.zeros(600, 1, dtype=torch.int64, device=device), weights, 1, capacity=1)
@@ -129,7 +129,7 @@ def test_a_weight_of_nan_stays(device: str) -> None:
 
 
 def test_capacities_are_rounded_without_error() -> None:
-    """As decimal arithmetic rounds them: 1.1 * 50 is 55, although the product of the floats is a little more."""
+    """Capacities are rounded as in decimal arithmetic: 1.1 * 50 is 55, although the product of the floats is more."""
     for hundredths in range(1, 400):
         for tokens, top_k, experts in ((10, 1, 1), (100, 1, 8), (4096, 8, 128), (700, 2, 7), (1, 1, 64), (0, 2, 3)):
             want = -(-min(hundredths, 100 * experts) * tokens * top_k // (100 * experts))

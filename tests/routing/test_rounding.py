@@ -18,7 +18,7 @@ H, I, E, K = 16, 8, 5, 2
 def by_hand(
     scores: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, multiple: int, mode: str, capacity: int | None
 ) -> tuple[torch.Tensor, list[list[int]]]:
-    """Expert by expert: the ids with -1 for what is dropped, and the tokens added to each expert."""
+    """Expert by expert: the ids, -1 for dropped slots, and the tokens added to each expert."""
     tokens, experts = scores.shape
     kept, added = torch.where((ids >= 0) & (ids < experts), ids, -1), []
     for e in range(experts):
@@ -47,7 +47,7 @@ def test_who_is_dropped_and_who_added(
     device: str, tokens: int, experts: int, multiple: int, seed: int, mode: str, capacity: int | None
 ) -> None:
     rng = torch.Generator().manual_seed(seed)
-    scores = torch.randint(0, 30, (tokens, experts), generator=rng) / 30  # ties among them
+    scores = torch.randint(0, 30, (tokens, experts), generator=rng) / 30  # with ties
     ids = torch.rand(tokens, experts + 1, generator=rng).argsort(1)[:, :2]  # the last one is a sentinel
     weights = torch.randint(0, 9, (tokens, 2), generator=rng) / 9
     result = mk.round_tokens(
@@ -78,7 +78,7 @@ def test_weights_of_all_experts_are_those_of_the_chosen_ones(device: str, method
     every = router.weights_of_all(logits, ids, method, normalise, 2.5)
     assert error(every.gather(1, ids), weights) < 1e-6
     others = every.scatter(1, ids, 0)
-    assert (others.amax(1) <= weights.amin(1) * (1 + 1e-6)).all()  # no more than the least of the chosen
+    assert (others.amax(1) <= weights.amin(1) * (1 + 1e-6)).all()  # at most the smallest of the chosen
 
 
 @pytest.mark.parametrize("mode", ["nearest", "up", "down"])
@@ -88,7 +88,7 @@ def test_layer_that_rounds(place: tuple[str, torch.dtype], mode: str, options: d
     device, dtype = place
     small = 1e-6 if dtype == torch.float32 else 2**-7
     moe = mk.MoE(H, I, E, K, round_tokens_to=4, rounding=mode, **options).to(device, dtype)  # type: ignore[arg-type]
-    # The same numbers on every device, by which some expert is rounded up in every mode but "down".
+    # The same numbers on every device; some expert is rounded up in every mode but "down".
     x = torch.randn(3, 11, H).to(device, dtype).requires_grad_()
     flat = x.reshape(-1, H)
     method = moe.routing
@@ -121,7 +121,7 @@ def test_layer_that_rounds(place: tuple[str, torch.dtype], mode: str, options: d
     ):
         assert error(value, wanted) < 10 * small
     counts = mk.plan(ids, E).counts
-    assert torch.equal(moe.latest_routing.tokens_per_expert, counts)  # the losses see what the router asked for
+    assert torch.equal(moe.latest_routing.tokens_per_expert, counts)  # the losses see the router's choice
     whole = mk.experts(flat, ids, weights, *moe.experts.projections).reshape(x.shape)
     assert moe.scale_input or error(moe.eval()(x), whole) < small  # in training only
 

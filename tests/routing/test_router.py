@@ -22,7 +22,7 @@ def test_softmax_then_top_k(device: str, dtype: torch.dtype) -> None:
         assert ids.dtype == torch.int64
         expected = probabilities.gather(1, ids)
         assert (expected[:, :-1] >= expected[:, 1:]).all()
-        assert (expected[:, -1:] >= probabilities.scatter(1, ids, -1)).all()  # nothing larger was left out
+        assert (expected[:, -1:] >= probabilities.scatter(1, ids, -1)).all()  # nothing larger is left out
         if normalise:
             expected = expected / expected.sum(1, keepdim=True)
         assert torch.allclose(weights.double(), expected, atol=1e-6)
@@ -92,7 +92,7 @@ def router_of(family: str, name: str, cfg: object) -> torch.nn.Module:
 
 
 def decide(family: str, router: torch.nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights and ids, wherever this release of transformers computes them and in whatever order it returns them."""
+    """Weights and ids of this release of transformers, which compute and return them in different ways."""
     out = router(x)
     if isinstance(out, torch.Tensor):  # 5.0: logits alone, and the block decides
         module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
@@ -207,7 +207,7 @@ def test_equal_scores_go_to_the_lowest_index(device: str, shape: tuple[int, int]
 
 
 def test_extreme_logits_stay_in_order(device: str) -> None:
-    """Infinities and denormals too; scores that saturate do not tie."""
+    """Also infinities and denormals; saturated scores do not tie."""
     row = torch.tensor([1e-45, float("inf"), -3e38, 3e38, -1e-45, 40.0, 30.0, float("-inf")], device=device)
     _, ids = mk.route(row.expand(512, 8), 8, method="topk_sigmoid")
     assert ids[0].tolist() == [1, 3, 5, 6, 0, 4, 2, 7]
@@ -233,7 +233,7 @@ def test_only_experts_of_the_best_groups(device: str) -> None:
 
 
 def nan_of_both_signs(device: str) -> torch.Tensor:
-    """A NaN without and one with sign: a router's comes from inf - inf, whose NaN has a sign on x86."""
+    """A NaN without and one with a sign: a router's NaN is mostly inf - inf, which has a sign on x86."""
     return torch.tensor([0x7FC00000, -0x00400000], dtype=torch.int32, device=device).view(torch.float32)
 
 
@@ -259,7 +259,7 @@ def test_nan_is_chosen_first(device: str, tokens: int, sign: int) -> None:
 
 
 def test_several_nans_are_equal(device: str) -> None:
-    """Whatever their sign and payload: the lowest index first."""
+    """NaN of any sign and payload: the lowest index first."""
     row = torch.tensor([0, -0x00400000, 0x7FC00001, -1, 0x7F800001, 0x7F800000], dtype=torch.int32, device=device)
     logits = row.view(torch.float32).expand(400, 6)
     for rows in (2, 400):

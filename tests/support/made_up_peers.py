@@ -1,4 +1,4 @@
-"""Implementations for the tests of `moekern bench` that go wrong, each in its way."""
+"""Implementations for the tests of `moekern bench`, each with its own defect."""
 
 from __future__ import annotations
 

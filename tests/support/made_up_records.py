@@ -1,4 +1,4 @@
-"""Made-up records of `moekern bench` for the tests of what reads them."""
+"""Made-up records of `moekern bench`, for the tests of their readers."""
 
 from __future__ import annotations
 

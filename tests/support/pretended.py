@@ -1,4 +1,4 @@
-"""Runs a script with the driver of pretended_driver.c in the place of CUDA's."""
+"""Runs a script with the driver of pretended_driver.c in place of CUDA's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 
 def run(program: str, folder: Path) -> str:
-    """What the program prints, stripped; what it writes as errors comes behind it. The library is built in `folder`."""
+    """The program's standard output, then its errors, stripped. The library is built in `folder`."""
     compiler = shutil.which("cc")
     if compiler is None or sys.platform != "linux":
         pytest.skip("no C compiler, or not Linux")

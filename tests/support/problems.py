@@ -1,4 +1,4 @@
-"""Problems to test the experts with, and what is compared: the float64 truth and what plain torch makes of it."""
+"""Problems to test the experts with, and comparisons with the float64 truth and with plain torch."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def make(
 
 
 def gradients(problem: Problem, dout: Tensor, wanted: tuple[str, ...] = NAMES) -> dict[str, Tensor]:
-    """The output and the gradients of everything wanted, by name."""
+    """The output and all gradients, by name."""
     leaves = {
         name: t.detach().clone().requires_grad_(name in wanted)
         for name, t in zip(NAMES, problem.floating, strict=True)
@@ -106,13 +106,13 @@ def gradients(problem: Problem, dout: Tensor, wanted: tuple[str, ...] = NAMES) -
 
 
 def error(value: Tensor, truth: Tensor) -> float:
-    """Relative Frobenius error; NaN anywhere gives NaN, which no bound admits."""
+    """Relative Frobenius error; NaN anywhere gives NaN, which exceeds every bound."""
     difference = (value.detach().double().cpu() - truth.detach().double().cpu()).norm()
     scale = truth.detach().double().norm().cpu()
     return float(difference / scale) if scale > 0 else float(difference)
 
 
-HANDFUL = 16  # elements, of which luck can make an exact result
+HANDFUL = 16  # elements; fewer can be exact by luck
 
 
 def check_against_truth(

@@ -1,4 +1,4 @@
-"""A session of `moekern bench`: who is checked, timed, stopped, skipped, and what is said of it."""
+"""A session of `moekern bench`: implementations that are checked, timed, stopped, skipped, and their messages."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def measure(*implementations: Peer, **options: object) -> dict[tuple[str, str], 
 
 
 def test_saved_bytes_are_those_of_the_design() -> None:
-    """x and the pre-activation, 2 T H + 4 T K I bytes in bf16, beside router weights and plan."""
+    """x and the pre-activation, 2 T H + 4 T K I bytes in bf16, and also router weights and plan."""
     row = measure(dtypes=("bf16",))[BOTH, "moekern"]
     design = 2 * TINY.tokens * TINY.hidden + 4 * TINY.slots * TINY.intermediate
     plan = 4 * TINY.slots + 2 * 4 * TINY.slots + 4 * (TINY.experts + 1)
@@ -90,7 +90,7 @@ def test_after_the_time_limit_rows_are_skipped() -> None:
 
 
 def test_a_case_that_fails_costs_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For lack of memory, say; what follows is measured."""
+    """For example for lack of memory; the later ones are measured."""
     real = runner.ceiling_of
 
     def fail(problem: Problem, verb: str, *rest: object) -> object:

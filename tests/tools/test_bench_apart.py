@@ -61,7 +61,7 @@ def test_a_session_on_a_cpu_is_in_this_process() -> None:
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, options: Options, *lives: list[tuple[str, Any]]) -> list[list[Row]]:
-    """The rows of a session whose processes say this, one list a process; a process knows what is pending."""
+    """The rows of a session whose processes say this, one list per process; a process knows the pending cases."""
     waiting = iter(lives)
     pending: list[Any] = []
 
@@ -111,7 +111,7 @@ def test_several_at_work_are_left_out_of_that_verb(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("culprit", [MOEKERN, ""])
 def test_what_fails_alone_is_not_tried_again(monkeypatch: pytest.MonkeyPatch, culprit: str) -> None:
-    """moekern itself, or whatever has no peers that could be left out."""
+    """moekern itself, or a case without peers to leave out."""
     options = Options((TINY,), (peers.PEERS["dense"],) if culprit else (), "cpu")
     loss = (LOST, (culprit, "illegal access"))
     first, second = scripted(monkeypatch, options, [BEGUN, loss], [BEGUN, measured(CEILING, MOEKERN)])
@@ -132,7 +132,7 @@ def test_a_gpu_that_does_not_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("named", "seconds"), [((), 120), (("deadly",), 1860)])
 def test_a_hang_is_a_loss(named: tuple[str, ...], seconds: int) -> None:
-    """Whoever was named may tune as long as there is time."""
+    """A named peer may tune as long as there is time."""
 
     class Link:
         """Says what it does, and then nothing."""

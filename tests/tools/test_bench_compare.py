@@ -1,4 +1,4 @@
-"""Comparing two records: what counts as a change, what is shown, and what fails."""
+"""Comparison of two records: changes, their display, and failures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `moekern bench` measures with: problems and their results in float32, routings, costs, peers that are here."""
+"""The parts of `moekern bench`: problems and their results in float32, routings, costs, available peers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records of `moekern bench`: what is written is read, and what cannot be read is named."""
+"""Records of `moekern bench` are read as they were written; the error for an unreadable one names the reason."""
 
 from __future__ import annotations
 

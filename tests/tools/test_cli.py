@@ -134,7 +134,7 @@ def test_bad_input_is_one_line_and_exit_code_2(call: Call, tmp_path: Path, name:
 def test_unreadable_text(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     locked = tmp_path / "locked.txt"
     locked.write_text("secret " * 1000)
-    if os.access(locked, os.R_OK) and os.geteuid() == 0:  # no permission bit stops root
+    if os.access(locked, os.R_OK) and os.geteuid() == 0:  # permissions do not stop root
 
         def refuse(path: Path, mode: str) -> None:
             raise PermissionError(13, "Permission denied", str(path))
@@ -188,7 +188,7 @@ PRINTING = {
     "compile": "compile",
     "help": "--help",
 }
-# Compiles nothing, which takes minutes, and says so.
+# Compiles nothing, since that takes minutes, and reports so.
 COMPILE_NOTHING = (
     "import sys; from moekern import cli; from moekern.backends.cuda.build import loader, variants; "
     "loader.check, variants.usual = lambda arch: None, list; sys.exit(cli.main())"
@@ -216,7 +216,7 @@ def test_a_reader_that_leaves(name: str, tmp_path: Path) -> None:
 def test_cuda_sources_that_are_nowhere(
     call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str
 ) -> None:
-    """As on a GPU, where the first kernel is compiled in the middle of the run."""
+    """As on a GPU, which compiles the first kernel in the middle of the run."""
 
     def look(*_: object) -> None:
         sources.cuda_directory()

@@ -47,7 +47,7 @@ def failing(backend: str, dtype: torch.dtype, device: str) -> SelfTest:
 
 @pytest.fixture
 def spotless(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine about which nothing can be said but its self-tests."""
+    """A machine with no known facts except its self-tests."""
     for examine in ("examine_cpu", "examine_gpu", "examine_cupy", "examine_cache"):
         monkeypatch.setattr(doctor, examine, lambda diagnosis: None)
 

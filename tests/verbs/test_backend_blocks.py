@@ -19,7 +19,7 @@ def _default(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_threads_overlap() -> None:
-    """Each sees its own block, and none is left in force, whatever the order in which they leave."""
+    """Each sees its own block; none stays in force, in any order of leaving."""
     entered, leave, seen = threading.Event(), threading.Event(), []
 
     def other() -> None:
@@ -121,7 +121,7 @@ def test_a_block_in_compiled_code() -> None:
 
 
 def test_a_backward_pass_in_threads_of_autograd() -> None:
-    """Deeply nested backward passes leave the calling thread, as all do on a GPU; checkpoints ask there."""
+    """Deeply nested backward passes leave the calling thread, as all do on a GPU; checkpoints read the name there."""
     seen: list[tuple[int, str]] = []
 
     class Nested(torch.autograd.Function):

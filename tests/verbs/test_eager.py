@@ -1,4 +1,4 @@
-"""The short way of eager calls: what has been accepted once does not hide bad input, and observers see operators."""
+"""The fast path of eager calls: an accepted call does not hide later bad input, and observers see operators."""
 
 from __future__ import annotations
 

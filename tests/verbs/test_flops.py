@@ -1,4 +1,4 @@
-"""What torch's FlopCounterMode counts, against counts by hand."""
+"""The counts of torch's FlopCounterMode, against counts by hand."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def run(p: dict[str, Tensor], **options: Any) -> Tensor:
 def test_forward(transposed: bool, backend: str) -> None:
     p = problem(transposed)
     with mk.backend(backend):
-        run(p, transposed=transposed)  # accepted once: later calls would take the short way
+        run(p, transposed=transposed)  # accepted once: later calls would take the fast path
         assert counted(lambda: run(p, transposed=transposed)) == UP + DOWN
 
 
@@ -66,7 +66,7 @@ def test_without_gate() -> None:
     assert counted(lambda: run(p, activation="relu").sum().backward()) == 4 * DOWN
 
 
-# What gets a gradient, and the products of the backward pass: through the down projection, its weight, x, the up
+# The inputs with gradients, and the products of the backward pass: through the down projection, its weight, x, the up
 # projection's weight.
 FROZEN = [
     (("x",), DOWN + UP),
@@ -90,7 +90,7 @@ def test_backward_of_what_is_not_frozen(wanted: tuple[str, ...], backward: int) 
 
 
 def test_a_backward_pass_alone() -> None:
-    """The forward pass took the short way; the backward pass under the mode does not."""
+    """The forward pass took the fast path; the backward pass under the mode does not."""
     p = problem()
     p["x"].requires_grad_()
     out = run(p).sum()
@@ -131,13 +131,13 @@ def test_layer(frozen: bool) -> None:
 
 
 def test_checkpointed() -> None:
-    """The second forward pass is work too; it ends before its last product, whose output nothing needs."""
+    """The second forward pass counts too; it ends before its last product, whose output is not needed."""
     module, x = layer(), torch.randn(T, H, requires_grad=True)
     assert counted(lambda: checkpoint(module, x, use_reentrant=False).sum().backward()) == 4 * FORWARD - SHARED // 3
 
 
 def test_compiled() -> None:
-    """A mode that is entered outside makes torch run the layer eagerly; what has been compiled is left aside."""
+    """A mode entered outside makes torch run the layer eagerly and ignore the compiled code."""
     torch.compiler.reset()
     module, x = layer(), torch.randn(T, H, requires_grad=True)
     module.compile(backend="aot_eager")
@@ -153,7 +153,7 @@ def test_traced() -> None:
 
 
 def test_slots_without_an_expert_count() -> None:
-    """Their number is in values, which a count by shapes cannot read."""
+    """Their number depends on values, which a count by shapes cannot read."""
     p = problem()
     none = torch.full((T, K), -1)
     assert counted(lambda: mk.experts(p["x"], none, None, p["w_gate_up"], p["w_down"])) == UP + DOWN

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 import moekern as mk
 from problems import error
 
-# What torch says of itself.
+# torch's own warnings.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning"),
     pytest.mark.filterwarnings(r"ignore:torch.searchsorted\(\):UserWarning"),
@@ -255,7 +255,7 @@ def test_an_empty_vmap_is_refused() -> None:
 
 @pytest.mark.parametrize("verb", ["experts", "grouped_mm", "permute", "combine"])
 def test_operators_refuse_tangents(verb: str) -> None:
-    """Whatever reaches an operator with a tangent raises, as a compiled function does."""
+    """An operator that gets a tangent raises, as a compiled function does."""
     f, values = case(verb, "cpu")
     compiled = torch.compile(lambda v, t: torch.func.jvp(f, v, t)[1], backend="eager", fullgraph=True)
     along = random_like(values)
