@@ -10,14 +10,14 @@ PYTHON ?= $(or $(shell for p in python3 python3.14 python3.13 python3.12 python3
 TORCH ?= 2.11.0
 # The oldest release of transformers that moekern.hf serves, and one between it and the newest.
 TRANSFORMERS ?= 5.0.0 5.17.0
-# What rests on torch's compiler, exporter, profiler and libraries.
+# Tests of torch's compiler, exporter, profiler and libraries.
 TORCH_TESTS := integrations/test_torch_integration integrations/test_training_stacks layer/test_layer layer/test_balance \
 	verbs/test_eager costs/test_costs functional/test_experts backends/test_cuda_compilers
-# What rests on the models of transformers.
+# Tests of the models of transformers.
 TRANSFORMERS_TESTS := integrations/test_hf integrations/test_hf_blocks routing/test_router layer/test_shared_expert
 # With the few of its dependencies that its experts import.
 TORCHTITAN := torchtitan==0.3.0 spmd_types==0.2.3 tyro docstring_parser
-# What transformers' own tests import.
+# Packages that the own tests of transformers import.
 SUITES_NEED := parameterized datasets pytest-timeout
 # Commits made since then have subjects of 72 characters at most.
 SUBJECTS_SINCE := 2026-11-30T00:00:00Z
@@ -58,7 +58,7 @@ test: $(INSTALLED) ## set up, then run every test that needs no GPU, and each be
 	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
 
 # Twice: under expandable segments too, whose addresses are low, as those of all virtual memory management are. The second
-# run comes whatever the first one finds; with ARGS="-n 4" where pytest-xdist is installed.
+# run follows even if the first one fails; with ARGS="-n 4" where pytest-xdist is installed.
 test-gpu: $(INSTALLED) ## the tests that need a GPU, with torch's usual allocator and again with expandable segments (needs a GPU)
 	@failed=0; for setting in expandable_segments:False expandable_segments:True; do \
 		echo "PYTORCH_ALLOC_CONF=$$setting"; \
@@ -67,17 +67,17 @@ test-gpu: $(INSTALLED) ## the tests that need a GPU, with torch's usual allocato
 
 # Each in a folder of its own ahead of the environment, which keeps the newest.
 releases: $(INSTALLED) ## the tests with older releases of torch and transformers, and with torchtitan
-	@set -e; beside() { \
-		there=$(abspath $(VENV))/beside-$$1; what="$$2"; which="$$3"; shift 3; \
+	@set -e; ahead() { \
+		there=$(abspath $(VENV))/ahead-$$1; what="$$2"; which="$$3"; shift 3; \
 		[ -d $$there ] || { $(call install,-q --target $$there $$what) || { rm -rf $$there; exit 1; }; }; \
 		echo "$$what"; \
 		PYTHONPATH=$$there$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/python -m pytest -q -m "$$which" $(ARGS) $$@; \
 	}; \
-	beside torch-$(TORCH) "torch==$(TORCH)" "not gpu" $(TORCH_TESTS:%=tests/%.py); \
+	ahead torch-$(TORCH) "torch==$(TORCH)" "not gpu" $(TORCH_TESTS:%=tests/%.py); \
 	for release in $(TRANSFORMERS); do \
-		beside $$release "transformers==$$release" "not gpu and not slow" $(TRANSFORMERS_TESTS:%=tests/%.py); \
+		ahead $$release "transformers==$$release" "not gpu and not slow" $(TRANSFORMERS_TESTS:%=tests/%.py); \
 	done; \
-	beside torchtitan "--no-deps $(TORCHTITAN)" "not gpu and not slow" tests/integrations/test_torchtitan.py
+	ahead torchtitan "--no-deps $(TORCHTITAN)" "not gpu and not slow" tests/integrations/test_torchtitan.py
 
 # Not in CI: a quarter of an hour and more, and GitHub must be reachable, or TRANSFORMERS_SOURCE=/path/to/checkout given.
 suites: $(INSTALLED) ## transformers' and peft's own tests with moekern as the experts (MODELS=all, SUITES=peft, ARGS="-k ep_")
