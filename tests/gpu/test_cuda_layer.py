@@ -141,8 +141,10 @@ def test_gradients_against_float64(dtype: torch.dtype) -> None:
         scores = router.weights_of(logits if kind == torch.float64 else logits.float(), ids, "softmax_topk", True, 1.0)
         plan = mk.plan(ids, 16)
         from moekern.backends import reference
+        from moekern.backends.call import Form, PlanTensors, Weights
 
-        out = reference.experts(rows, scores, *plan[:3], up, down, None, None, 2, "swiglu", False, False)
+        form = Form("swiglu", False, False, 2)
+        out = reference.experts_forward(rows, scores, PlanTensors(*plan[:3]), Weights(up, down), form, False)[0]
         wide = out if kind == torch.float64 else out.float()
         loss = (wide * torch.linspace(-1, 1, out.numel(), device="cuda").view(out.shape)).sum()
         return [out.detach(), *torch.autograd.grad(loss, leaves)]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._vmap_internals import _vmap
 from torch.autograd import forward_ad
 
 import moekern as mk
+from moekern.verbs import ops
 from problems import error
 
 # torch's own warnings.
@@ -231,6 +234,28 @@ def test_a_graph_of_batched_gradients_is_refused(device: str, verb: str) -> None
     out = f(*values)
     with pytest.raises(NotImplementedError, match=r"moekern\..*create_graph=True.*use torch\.func"):
         torch.autograd.grad(out, values, torch.ones(2, *out.shape).to(out), is_grads_batched=True, create_graph=True)
+
+
+def test_operators_under_the_older_vmap() -> None:
+    """Two of them, in a thread of its own as autograd's are on a GPU: such a thread is told of none."""
+    rng = torch.Generator().manual_seed(0)
+    x, weights = torch.randn(3, 2, T, H, generator=rng), torch.rand(2, T, K, generator=rng)
+    matrices = torch.randn(E, 2 * I, H, generator=rng), torch.randn(E, H, I, generator=rng), None, None
+    plan = mk.plan(torch.arange(T * K).reshape(T, K) % E, E)
+
+    def verb(x: Tensor, weights: Tensor) -> Tensor:
+        out, _ = ops.experts_forward(x, weights, plan[:3], matrices, "swiglu", False, False, K, False, "cpu")
+        return out  # type: ignore[no-any-return]
+
+    with ThreadPoolExecutor() as pool:
+
+        def batch(x: Tensor, weights: Tensor) -> Tensor:
+            return pool.submit(verb, x, weights).result()
+
+        got = _vmap(lambda x: _vmap(batch)(x, weights))(x)
+    for outer in range(3):
+        for inner in range(2):
+            assert torch.equal(got[outer, inner], verb(x[outer, inner], weights[inner]))
 
 
 def test_vmap_of_routing_and_plans(device: str) -> None:

@@ -42,13 +42,22 @@ def _unflatten(tensors: Sequence[Any]) -> tuple[Tensor, Tensor | None, PlanTenso
     return x, scores, PlanTensors(*tensors[_FLOATING:]), Weights(*weights)
 
 
+def _forward(
+    x: Tensor, scores: Tensor | None, plan: PlanTensors, weights: Weights, form: Form, save: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    """The operator. It is given lists: the Dynamo of torch 2.11 has no proxies for named tuples."""
+    return ops.experts_forward(  # type: ignore[no-any-return]
+        x, scores, [*plan], [*weights], *form, save, backend
+    )
+
+
 class _Experts(Sliced):
     """Arguments: x, scores, *weights, *plan, form, backend."""
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         *tensors, form, backend = args
-        return ops.experts_forward(*_unflatten(tensors), *form, True, backend)  # type: ignore[no-any-return]
+        return _forward(*_unflatten(tensors), form, True, backend)
 
     @staticmethod
     def setup_context(ctx: Ctx, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -146,7 +155,7 @@ class _ExpertsGrad(Sliced):
         *tensors, pre, needs, form, backend = args
         x, scores, plan, weights = _unflatten(tensors)
         return ops.experts_backward(  # type: ignore[no-any-return]
-            dout, x, pre, scores, plan, weights, *form, needs, backend
+            dout, x, pre, scores, [*plan], [*weights], *form, needs, backend
         )
 
     @staticmethod
@@ -247,7 +256,7 @@ def experts(x: Tensor, scores: Tensor | None, plan: PlanTensors, weights: Weight
     floating = (x, scores, *weights)
     if direct.transformed() or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in floating)):
         return _Experts.apply(*floating, *plan, form, backend)[0]  # type: ignore[no-any-return]
-    return ops.experts_forward(x, scores, plan, weights, *form, False, backend)[0]  # type: ignore[no-any-return]
+    return _forward(x, scores, plan, weights, form, False, backend)[0]
 
 
 def experts_eagerly(

@@ -55,6 +55,7 @@ _modules: dict[str, ModuleType] = {}
 # Private to torch, but there is no public way to ask.
 _forward_mode_enabled = getattr(torch._C, "_is_fwd_grad_enabled", lambda: True)
 _below_autograd = torch._C._after_ADInplaceOrView_keyset
+_OLDER_BATCH = "Batched"
 _DEVICES = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
 
 
@@ -196,28 +197,26 @@ def slice_by_slice(function: Callable[..., Any], info: Any, in_dims: tuple[Any, 
     return parts, tuple(None if part is None else 0 for part in parts)
 
 
-def _under_the_older_vmap(operator: Callable[..., Any], level: int, *args: Any) -> Any:
-    """The rule of the ``vmap`` of ``is_grads_batched`` and ``vectorize=True``: its own takes no lists of tensors.
+def _older_level(t: Tensor) -> int:
+    """The innermost of the older ``vmap`` that a tensor is a batch of, 0 for none."""
+    level = 0  # asked of the tensor itself: a thread of autograd's does not know how many there are
+    while torch._C._dispatch_keys(t).has(_OLDER_BATCH):
+        level += 1
+        t = torch._remove_batch_dim(t, level, 1, 0)
+    return level
 
-    `level` is how many such ``vmap`` are around the call; a tensor has a hidden dimension of some of them.
-    """
-    if level == 0:
-        return operator(*args)
 
-    def physical(size: int) -> Any:  # a tensor without the level's dimension is given one of this size
+def _under_the_older_vmap(operator: Callable[..., Any], *args: Any) -> Any:
+    """The rule of the ``vmap`` of ``is_grads_batched`` and ``vectorize=True``: its own takes no lists of tensors."""
+    level = max(_older_level(leaf) for leaf in tree_leaves(args) if isinstance(leaf, Tensor))
+
+    def batches(size: int) -> Any:  # a tensor that is no batch is repeated so often
         return tree_map_only(Tensor, lambda t: torch._remove_batch_dim(t, level, size, 0), args)
 
-    size = max(t.shape[0] for t in tree_leaves(physical(1)) if isinstance(t, Tensor))
+    size = max(leaf.shape[0] for leaf in tree_leaves(batches(1)) if isinstance(leaf, Tensor))
     in_dims = tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, args)
-    inner = partial(_under_the_older_vmap, operator, level - 1)
-    out, _ = slice_by_slice(inner, SimpleNamespace(batch_size=size), in_dims, *physical(size))
+    out, _ = slice_by_slice(operator, SimpleNamespace(batch_size=size), in_dims, *batches(size))
     return tree_map_only(Tensor, lambda t: torch._add_batch_dim(t, 0, level), out)
-
-
-def _vmap_level() -> int:
-    level: int = torch._C._vmapmode_increment_nesting() - 1
-    torch._C._vmapmode_decrement_nesting()
-    return level
 
 
 def _has_tangent(arg: Any) -> bool:
@@ -247,7 +246,7 @@ def register(library: Any, name: str, kernel: Callable[..., Any], shape: Callabl
 
     library.impl(name, kernel, "CompositeExplicitAutograd")
     library.impl(name, refuse_tangents, "Autograd", with_keyset=True)
-    library.impl(name, lambda *args: _under_the_older_vmap(operator, _vmap_level(), *args), "Batched")
+    library.impl(name, partial(_under_the_older_vmap, operator), "Batched")
     torch.library.register_fake(f"moekern::{name}", shape, lib=library)
     torch.library.register_vmap(f"moekern::{name}", partial(slice_by_slice, operator), lib=library)
 
