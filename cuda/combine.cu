@@ -47,7 +47,7 @@ DEVICE Vector<VECTOR> load_row(const Params& p, int row, u64 byte, bool inside) 
   return row >= 0 && inside ? Vector<VECTOR>::load(p.rows + (u64)(u32)row * pitch_of(p) + byte) : Vector<VECTOR>{};
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) combine(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS, TOP_K ? 4 : 3) combine(const __grid_constant__ Params p) {
   const u32 lane = threadIdx.x & 31;
   const int slices = (p.hidden + 32 * Values::COUNT - 1) / (32 * Values::COUNT), end = __ldg(p.offsets + p.experts);
   constexpr int TOKENS = TOP_K ? IN_FLIGHT / TOP_K : 1;  // of a warp at once

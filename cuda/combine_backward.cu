@@ -2,13 +2,13 @@
 // and slot = (t, k). Zero for sentinels, whose rows, those past offsets[E], are never read. Sums are in float32, without
 // atomics and in an order that depends on the sizes alone.
 //
-// A warp takes `share` slots of a token. It goes through them in windows of 128 bytes x VECTOR: dout's window stays in
-// registers while each slot's is read, multiplied, summed over the warp and written. Lane k keeps the sum of the k-th slot.
+// A warp takes `share` slots of a token. It goes through them in windows of up to 2 KB: dout's window stays in registers
+// while each slot's is read, multiplied, summed over the warp and written. Lane k keeps the sum of the k-th slot.
 //
 // Macros: ELEMENT (Bf16, F16, F32), VECTOR (bytes: vectors.cuh).
 #include "vectors.cuh"
 
-constexpr int THREADS = 256;
+constexpr int THREADS = 256, WARPS = THREADS / 32;
 
 struct Params {
   const u8* dout;        // [T, H]
@@ -24,9 +24,9 @@ struct Params {
 
 typedef Elements<ELEMENT, VECTOR> Values;
 
-constexpr int LOADS = 4;             // of a lane, in flight at once
-constexpr int PIECE = 32 * VECTOR;   // bytes of a warp's load or store
-constexpr int SPAN = LOADS * PIECE;  // bytes of a window
+constexpr int LOADS = VECTOR == 16 ? 4 : 8;  // of a lane, in flight at once
+constexpr int PIECE = 32 * VECTOR;           // bytes of a warp's load or store
+constexpr int SPAN = LOADS * PIECE;          // bytes of a window
 
 DEVICE float dot(const Vector<VECTOR>& a, const Vector<VECTOR>& b, float sum) {
 #pragma unroll
@@ -41,12 +41,12 @@ DEVICE Vector<VECTOR> scaled(float weight, const Vector<VECTOR>& v) {
   return Values::narrow(x);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) combine_backward(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS, 3) combine_backward(const __grid_constant__ Params p) {
   const u32 lane = threadIdx.x & 31;
   const int end = __ldg(p.offsets + p.experts);
   const u64 row_bytes = (u64)p.hidden * Values::SIZE;
   const u64 shares = (p.top_k + p.share - 1) / p.share, units = (u64)p.tokens * shares;
-  for (u64 unit = (u64)blockIdx.x * 8 + threadIdx.x / 32; unit < units; unit += (u64)gridDim.x * 8) {
+  for (u64 unit = (u64)blockIdx.x * WARPS + threadIdx.x / 32; unit < units; unit += (u64)gridDim.x * WARPS) {
     const u64 token = unit / shares;
     const int first = (int)(unit % shares) * p.share, count = min(p.share, p.top_k - first);
     const u64 slot = token * p.top_k + first + lane;

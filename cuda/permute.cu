@@ -1,13 +1,13 @@
 // rows[inverse[t, k]] = x[t], and zero for sentinels, whose rows are those past offsets[E]. Elements are not looked at, so it
 // serves every dtype.
 //
-// A warp takes 64 bytes x VECTOR of a token, reads them once and writes them to the token's K rows: so x is read once, where a
-// gather by row would read it K times, mostly from memory. Rows are written whole, in pieces of 512 bytes and more.
+// A warp takes 1 KB of a token, reads it once and writes it to the token's K rows: so x is read once, where a gather by row
+// would read it K times, mostly from memory.
 //
 // Macros: VECTOR (bytes: vectors.cuh).
 #include "vectors.cuh"
 
-constexpr int THREADS = 256;
+constexpr int THREADS = 256, WARPS = THREADS / 32;
 
 struct Params {
   const u8* x;         // [T, H]
@@ -18,15 +18,15 @@ struct Params {
   int tokens, top_k, experts;
 };
 
-constexpr int LOADS = 2;             // of a lane, in flight at once
+constexpr int SPAN = 1024;           // bytes of a token that a warp takes
 constexpr int PIECE = 32 * VECTOR;   // bytes of a warp's load or store
-constexpr int SPAN = LOADS * PIECE;  // bytes of a token that a warp takes
+constexpr int LOADS = SPAN / PIECE;  // of a lane, in flight at once
 
 extern "C" __global__ void __launch_bounds__(THREADS) permute(const __grid_constant__ Params p) {
   const u32 lane = threadIdx.x & 31;
   const int end = __ldg(p.offsets + p.experts);
   const u64 row_bytes = (u64)p.vectors * VECTOR, spans = (row_bytes + SPAN - 1) / SPAN, units = (u64)p.tokens * spans;
-  for (u64 unit = (u64)blockIdx.x * 8 + threadIdx.x / 32; unit < units; unit += (u64)gridDim.x * 8) {
+  for (u64 unit = (u64)blockIdx.x * WARPS + threadIdx.x / 32; unit < units; unit += (u64)gridDim.x * WARPS) {
     const u64 token = unit / spans, byte = unit % spans * SPAN + lane * VECTOR;
     const u8* source = p.x + token * row_bytes + byte;
     Vector<VECTOR> v[LOADS];

@@ -261,7 +261,7 @@ def combine_backward(
     """
     row, used = _used(plan)
     by_slot = dout.repeat_interleave(top_k, 0).to(_accumulator(y.dtype))
-    dy, dweights = y.new_empty(0), by_slot.new_empty(0)
+    dy, dweights = y.new_empty(0), y.new_empty(0)
     if needs[0]:
         scaled = by_slot if weights is None else by_slot * _slot_weights(weights, used)
         dy = torch.zeros_like(y).index_copy(0, row, torch.where(used, scaled, 0).to(y.dtype))

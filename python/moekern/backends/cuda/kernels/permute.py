@@ -19,8 +19,7 @@ from moekern.backends.cuda.launch.kernel import launch
 VECTORS = (16, 8, 4, 2)  # bytes of one access
 MOST_BLOCKS = (1 << 31) - 1
 MOST_SHARE = 32  # slots of a token that a warp of combine_backward.cu takes at most: one per lane
-# Fewer warps per SM than these, and a token's slots are shared by several warps.
-WARPS = 64
+LEAST_WARPS = 64  # per SM; where there would be fewer, several warps share the slots of a token
 
 
 @cache
@@ -35,6 +34,11 @@ def combine_backward_variant(dtype: torch.dtype, vector: int) -> KernelSource:
     return KernelSource.of("combine_backward.cu", ELEMENT=ELEMENT[dtype], VECTOR=vector)
 
 
+def _blocks(source: KernelSource, units: int) -> int:
+    """As many as have a warp for every unit of work; beyond the largest grid a warp takes several."""
+    return min(-(-units // constants(source)["WARPS"]), MOST_BLOCKS)
+
+
 def permute(x: Tensor, inverse: Tensor, offsets: Tensor, out: Tensor, top_k: int) -> None:
     """``out[inverse[t, k]] = x[t]``, sentinels zero; neither is empty."""
     device, (tokens, hidden) = x.get_device(), x.shape
@@ -46,13 +50,13 @@ def permute(x: Tensor, inverse: Tensor, offsets: Tensor, out: Tensor, top_k: int
         "top_k": top_k, "experts": offsets.shape[0] - 1,
     }  # fmt: skip
     units = tokens * -(-row_bytes // constants(source)["SPAN"])
-    launch(source, "permute", device, params, blocks=min(-(-units // 8), MOST_BLOCKS))
+    launch(source, "permute", device, params, blocks=_blocks(source, units))
 
 
 def share_of(tokens: int, top_k: int, multiprocessors: int) -> int:
     """Slots of a token per warp: all, so that dout is read once, where that leaves warps enough for the GPU."""
     share = min(top_k, MOST_SHARE)
-    while share > 1 and tokens * -(-top_k // share) < WARPS * multiprocessors:
+    while share > 1 and tokens * -(-top_k // share) < LEAST_WARPS * multiprocessors:
         share = -(-share // 2)
     return share
 
@@ -79,4 +83,4 @@ def combine_backward(
         "experts": offsets.shape[0] - 1, "share": share,
     }  # fmt: skip
     units, source = tokens * -(-top_k // share), combine_backward_variant(dout.dtype, vector)
-    launch(source, "combine_backward", device, params, blocks=min(-(-units // 8), MOST_BLOCKS))
+    launch(source, "combine_backward", device, params, blocks=_blocks(source, units))
