@@ -1,11 +1,21 @@
 """The compiled part: Rust behind raw addresses. Internal; the wrappers in Python hold the documentation of the verbs.
 
-Tensors come as the address of their first element, contiguous, with the sizes they have; 0 stands for an absent tensor.
-Callers have checked shapes, dtypes and devices: sizes that cannot be are refused here with ValueError, but addresses
-are trusted. Dtype codes: 0 float32, 1 float64, 2 bfloat16, 3 float16. Long work releases the interpreter lock.
+Tensors are contiguous and have the sizes given. Of a tensor only the address is asked for, its ``data_ptr()``; some
+functions take the addresses themselves. Callers have checked shapes, dtypes and devices: sizes that cannot be are
+refused here with ValueError, but addresses are trusted. Dtype codes: 0 float32, 1 float64, 2 bfloat16, 3 float16. Long
+work releases the interpreter lock.
 """
 
 from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+# What `fields` lists: moekern.backends.call has them, most as named tuples.
+_PlanTensors = tuple[Tensor | None, Tensor, Tensor]
+_Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+_Form = tuple[str, bool, bool, int]
+_Sizes = tuple[int, int, int, int]
+_Gradients = tuple[Tensor | None, ...]
 
 def plan(
     ids: int, id_type: int, slots: int, experts: int, order: int, inverse: int, offsets: int, threads: int
@@ -53,12 +63,14 @@ def permute(
     hidden: int,
     top_k: int,
     experts: int,
-    x: int,
-    inverse: int,
-    offsets: int,
-    out: int,
+    x: Tensor,
+    plan: _PlanTensors,
+    out: Tensor,
 ) -> None:
-    """Copy ``x[tokens, hidden]`` to the rows ``out[tokens * top_k, hidden]``; zeros for sentinels."""
+    """Copy ``x[tokens, hidden]`` to the rows ``out[tokens * top_k, hidden]``; zeros for sentinels.
+
+    Of the plan, ``order`` is not needed here and may be None; so for ``combine`` and its gradients.
+    """
 
 def combine(
     dtype: int,
@@ -67,15 +79,14 @@ def combine(
     hidden: int,
     top_k: int,
     experts: int,
-    y: int,
-    weights: int,
-    inverse: int,
-    offsets: int,
-    out: int,
+    y: Tensor,
+    weights: Tensor | None,
+    plan: _PlanTensors,
+    out: Tensor,
 ) -> None:
     """Sum the rows of ``y[tokens * top_k, hidden]`` into ``out[tokens, hidden]``.
 
-    ``weights[tokens, top_k]`` is float32 (float64 with float64 rows), or 0 for ones.
+    ``weights[tokens, top_k]`` is float32 (float64 with float64 rows), or None for ones.
     """
 
 def combine_backward(
@@ -85,71 +96,45 @@ def combine_backward(
     hidden: int,
     top_k: int,
     experts: int,
-    dout: int,
-    y: int,
-    weights: int,
-    inverse: int,
-    offsets: int,
-    dy: int,
-    dweights: int,
+    dout: Tensor,
+    y: Tensor | None,
+    weights: Tensor | None,
+    plan: _PlanTensors,
+    dy: Tensor | None,
+    dweights: Tensor | None,
 ) -> None:
-    """The gradients of ``combine``; those whose address is 0 are not wanted. Without ``dweights``, ``y`` may be 0."""
+    """The gradients of ``combine``; None is not wanted. Without ``dweights``, ``y`` may be None."""
 
 def experts_forward(
     dtype: int,
     threads: int,
     tokens: int,
-    hidden: int,
-    inter: int,
-    experts: int,
-    top_k: int,
-    activation: int,
-    transposed: bool,
-    interleaved: bool,
-    x: int,
-    scores: int,
-    order: int,
-    inverse: int,
-    offsets: int,
-    w_gate_up: int,
-    w_down: int,
-    b_gate_up: int,
-    b_down: int,
-    pre: int,
-    out: int,
+    sizes: _Sizes,
+    x: Tensor,
+    scores: Tensor | None,
+    plan: _PlanTensors,
+    weights: _Weights,
+    form: _Form,
+    pre: Tensor | None,
+    out: Tensor,
 ) -> None:
-    """Write ``out[tokens, hidden]`` and, unless 0, the pre-activation ``pre[slots, features]``."""
+    """Write ``out[tokens, hidden]`` and, unless None, the pre-activation ``pre[slots, features]``."""
 
 def experts_backward(
     dtype: int,
     threads: int,
     tokens: int,
-    hidden: int,
-    inter: int,
-    experts: int,
-    top_k: int,
-    activation: int,
-    transposed: bool,
-    interleaved: bool,
-    dout: int,
-    x: int,
-    pre: int,
-    scores: int,
-    order: int,
-    inverse: int,
-    offsets: int,
-    w_gate_up: int,
-    w_down: int,
-    b_gate_up: int,
-    b_down: int,
-    dx: int,
-    dscores: int,
-    dw_gate_up: int,
-    dw_down: int,
-    db_gate_up: int,
-    db_down: int,
+    sizes: _Sizes,
+    dout: Tensor,
+    x: Tensor,
+    pre: Tensor,
+    scores: Tensor | None,
+    plan: _PlanTensors,
+    weights: _Weights,
+    form: _Form,
+    gradients: _Gradients,
 ) -> None:
-    """Write the gradients whose address is not 0; work for the others is skipped."""
+    """Write the gradients that are not None; work for the others is skipped."""
 
 def grouped_mm(
     dtype: int,
@@ -159,12 +144,15 @@ def grouped_mm(
     rows: int,
     k: int,
     n: int,
-    a: int,
-    b: int,
-    offsets: int,
-    out: int,
+    a: Tensor,
+    b: Tensor,
+    offsets: Tensor,
+    out: Tensor,
 ) -> None:
     """Grouped product: ``kind`` 0 ``a b[e]^T``, 1 ``a b[e]``, 2 ``a_e^T b_e``."""
+
+def fields() -> list[tuple[str, list[str]]]:
+    """The structures that functions here take as tuples, by position: their names and those of their fields."""
 
 class Pages:
     """Writable memory for one large result, uninitialised, on huge pages: a buffer. Freed memory is used again."""
@@ -176,7 +164,7 @@ def memory_rate(start: int, bytes: int, threads: int, write: bool) -> float:
     """Bytes a second at which threads read, or overwrite past the caches, the memory at `start`."""
 
 def codes() -> dict[str, dict[str, int]]:
-    """The codes of ``dtype``, ``id_type`` and ``activation`` by the names that Rust gives them."""
+    """The codes of ``dtype``, ``id_type``, ``activation`` and ``kind`` by the names that Rust gives them."""
 
 def cpu_isa() -> str:
     """The instruction set in use: scalar, avx2, avx512 or avx512bf16. ValueError if the one requested is lacking."""

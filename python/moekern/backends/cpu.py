@@ -14,8 +14,7 @@ from torch import Tensor
 from moekern import _core
 from moekern.backends import reference
 from moekern.backends.call import Form, PlanTensors, Weights, sizes_of
-from moekern.backends.codes import ACTIVATION, DTYPE, ID_TYPE, KIND
-from moekern.backends.pointers import address
+from moekern.backends.codes import DTYPE, ID_TYPE, KIND
 
 _LARGE = 32 << 20  # bytes
 _LARGE_PLAN = 1 << 18  # slots: order and inverse take 1 MiB each
@@ -24,6 +23,13 @@ _LARGE_PLAN = 1 << 18  # slots: order and inverse take 1 MiB each
 def _aligned(t: Tensor) -> Tensor:
     """The tensor itself, or a copy if its elements straddle addresses (views of foreign buffers can)."""
     return t if t.data_ptr() % t.element_size() == 0 else t.clone()
+
+
+def _aligned_weights(weights: Weights) -> Weights:
+    w_gate_up, w_down = _aligned(weights.w_gate_up), _aligned(weights.w_down)
+    if w_gate_up is weights.w_gate_up and w_down is weights.w_down:
+        return weights
+    return weights._replace(w_gate_up=w_gate_up, w_down=w_down)
 
 
 def _result(shape: torch.Size | tuple[int, ...], like: Tensor) -> Tensor:
@@ -64,18 +70,13 @@ def experts_forward(
     """See :func:`moekern.backends.reference.experts_forward`."""
     if x.dtype == torch.float64:
         return reference.experts_forward(x, scores, plan, weights, form, save)
-    order, inverse, offsets = plan
-    w_gate_up, w_down, b_gate_up, b_down = weights
-    x, w_gate_up, w_down = _aligned(x), _aligned(w_gate_up), _aligned(w_down)
-    experts, hidden, intermediate, features = sizes_of(weights, form)
+    x, weights = _aligned(x), _aligned_weights(weights)
+    sizes = sizes_of(weights, form)
     out = torch.empty_like(x)
-    pre = _result((order.shape[0], features), x) if save else x.new_empty(0)
+    pre = _result((plan.order.shape[0], sizes[3]), x) if save else x.new_empty(0)
     _core.experts_forward(
-        DTYPE[x.dtype], torch.get_num_threads(), x.shape[0], hidden, intermediate, experts, form.top_k,
-        ACTIVATION[form.activation], form.transposed, form.interleaved,
-        x.data_ptr(), address(scores), order.data_ptr(), inverse.data_ptr(), offsets.data_ptr(),
-        w_gate_up.data_ptr(), w_down.data_ptr(), address(b_gate_up), address(b_down),
-        pre.data_ptr() if save else 0, out.data_ptr(),
+        DTYPE[x.dtype], torch.get_num_threads(), x.shape[0], sizes,
+        x, scores, plan, weights, form, pre if save else None, out,
     )  # fmt: skip
     return out, pre
 
@@ -97,15 +98,11 @@ def experts_backward(
         _result(t.shape, t) if wanted and t is not None else x.new_empty(0)
         for t, wanted in zip((x, scores, *weights), needs, strict=True)
     )
-    dout, x, w_gate_up, w_down = map(_aligned, (dout, x, weights.w_gate_up, weights.w_down))
-    experts, hidden, intermediate, _ = sizes_of(weights, form)
+    dout, x, weights = _aligned(dout), _aligned(x), _aligned_weights(weights)
     _core.experts_backward(
-        DTYPE[x.dtype], torch.get_num_threads(), x.shape[0], hidden, intermediate, experts, form.top_k,
-        ACTIVATION[form.activation], form.transposed, form.interleaved,
-        dout.data_ptr(), x.data_ptr(), pre.data_ptr(), address(scores),
-        plan.order.data_ptr(), plan.inverse.data_ptr(), plan.offsets.data_ptr(),
-        w_gate_up.data_ptr(), w_down.data_ptr(), address(weights.b_gate_up), address(weights.b_down),
-        *(g.data_ptr() if wanted else 0 for g, wanted in zip(gradients, needs, strict=True)),
+        DTYPE[x.dtype], torch.get_num_threads(), x.shape[0], sizes_of(weights, form),
+        dout, x, pre, scores, plan, weights, form,
+        tuple(g if wanted else None for g, wanted in zip(gradients, needs, strict=True)),
     )  # fmt: skip
     return gradients
 
@@ -120,7 +117,7 @@ def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor, kind: str) -> Tensor:
     out = _result((experts, k, n) if kind == "tn" else (rows, n), a)
     _core.grouped_mm(
         DTYPE[a.dtype], torch.get_num_threads(), KIND[kind], experts, rows, k, n,
-        a.data_ptr(), b.data_ptr(), offsets.data_ptr(), out.data_ptr(),
+        a, b, offsets, out,
     )  # fmt: skip
     return out
 
@@ -136,7 +133,7 @@ def permute(x: Tensor, plan: Sequence[Tensor], top_k: int) -> Tensor:
     out = x.new_empty(inverse.shape[0], hidden)
     _core.permute(
         DTYPE[x.dtype], torch.get_num_threads(), tokens, hidden, top_k, offsets.shape[0] - 1,
-        x.data_ptr(), inverse.data_ptr(), offsets.data_ptr(), out.data_ptr(),
+        x, (None, inverse, offsets), out,
     )  # fmt: skip
     return out
 
@@ -149,7 +146,7 @@ def combine(y: Tensor, weights: Tensor | None, plan: Sequence[Tensor], top_k: in
     out = y.new_empty(tokens, hidden)
     _core.combine(
         DTYPE[y.dtype], torch.get_num_threads(), tokens, hidden, top_k, offsets.shape[0] - 1,
-        y.data_ptr(), address(weights), inverse.data_ptr(), offsets.data_ptr(), out.data_ptr(),
+        y, weights, (None, inverse, offsets), out,
     )  # fmt: skip
     return out
 
@@ -165,7 +162,6 @@ def combine_backward(
     dweights = torch.empty_like(weights) if needs[1] and weights is not None else None
     _core.combine_backward(
         DTYPE[y.dtype], torch.get_num_threads(), tokens, hidden, top_k, offsets.shape[0] - 1,
-        dout.data_ptr(), y.data_ptr(), address(weights), inverse.data_ptr(), offsets.data_ptr(),
-        dy.data_ptr() if needs[0] else 0, address(dweights),
+        dout, y, weights, (None, inverse, offsets), dy if needs[0] else None, dweights,
     )  # fmt: skip
     return dy, y.new_empty(0) if dweights is None else dweights

@@ -52,7 +52,7 @@ impl Case {
             inter: s.inter,
             experts: s.experts,
             top_k: s.top_k,
-            activation: Activation::from_code(s.activation).unwrap(),
+            activation: Activation::ALL[usize::from(s.activation)],
             transposed: s.transposed,
             interleaved: s.interleaved,
             x: l.x.ptr(),

@@ -6,6 +6,8 @@ use pyo3::prelude::*;
 use std::collections::HashMap;
 use std::fmt::Debug;
 
+use crate::grouped::KINDS;
+
 type Codes = HashMap<String, u8>;
 
 fn named<T: Copy + Debug>(all: &[T], code: impl Fn(T) -> u8) -> Codes {
@@ -18,7 +20,8 @@ fn codes() -> HashMap<&'static str, Codes> {
     HashMap::from([
         ("dtype", named(&DType::ALL, |one| one as u8)),
         ("id_type", named(&IdType::ALL, |one| one as u8)),
-        ("activation", named(&Activation::ALL, |one| one as u8)),
+        ("activation", Activation::ALL.map(|one| (one.name().to_owned(), one as u8)).into()),
+        ("kind", KINDS.map(|(name, code)| (name.to_owned(), code)).into()),
     ])
 }
 

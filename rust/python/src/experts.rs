@@ -1,111 +1,51 @@
-//! The experts' forward pass and the grouped GEMMs.
+//! The experts' passes.
 
-use moekern_core::experts::{ExpertsForward, experts_forward as forward};
-use moekern_core::gemm::{
-    Activation, Epilogue, Gather, Grouped, GroupedTn, grouped_nn, grouped_nt, grouped_tn, larger_than_cache,
+use moekern_core::experts::{
+    ExpertsBackward, ExpertsForward, experts_backward as backward, experts_forward as forward,
 };
-use moekern_core::memory::advise_huge_pages;
-use moekern_core::vector::{DType, Isa};
-use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
+use crate::arguments::{Address, Form, Gradients, PlanTensors, Sizes, Weights, check_present, check_size, dtype, isa};
+
+/// Adds what is here to the module.
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
-    module.add_function(wrap_pyfunction!(cpu_isa, module)?)?;
     module.add_function(wrap_pyfunction!(experts_forward, module)?)?;
-    module.add_function(wrap_pyfunction!(grouped_mm, module)?)
-}
-
-/// A tensor's address as Python passes it; 0 means absent.
-pub fn pointer(address: usize) -> *const u8 {
-    address as *const u8
-}
-
-/// The element type of the CPU kernels with this code.
-pub fn dtype(code: u8) -> PyResult<DType> {
-    match DType::from_code(code) {
-        Some(dtype) if dtype != DType::F64 => Ok(dtype),
-        _ => Err(PyValueError::new_err(format!("dtype: code {code}; accepted: 0 (fp32), 2 (bf16), 3 (fp16)"))),
-    }
-}
-
-/// The activation with this code.
-pub fn activation(code: u8) -> PyResult<Activation> {
-    Activation::from_code(code)
-        .ok_or_else(|| PyValueError::new_err(format!("activation: code {code}; accepted: 0 to 9")))
-}
-
-/// The instruction set in use, or what is wrong with the one the environment requests.
-pub fn isa() -> PyResult<Isa> {
-    Isa::current().map_err(|error| PyValueError::new_err(error.to_string()))
-}
-
-/// Fails unless the product of `sizes`, in elements of `dtype`, fits in an address range.
-pub fn check_size(name: &str, dtype: DType, sizes: &[usize]) -> PyResult<()> {
-    let bytes = sizes.iter().try_fold(dtype.size(), |product, &size| product.checked_mul(size));
-    match bytes {
-        Some(bytes) if isize::try_from(bytes).is_ok() => Ok(()),
-        _ => Err(PyValueError::new_err(format!("{name}: shape {sizes:?} exceeds the address range"))),
-    }
-}
-
-/// Fails unless rows of a plan can be counted in int32 and all of them are named by present pointers.
-pub fn check_present(pointers: &[(&str, usize)]) -> PyResult<()> {
-    match pointers.iter().find(|(_, address)| *address == 0) {
-        Some((name, _)) => Err(PyValueError::new_err(format!("{name}: null pointer"))),
-        None => Ok(()),
-    }
-}
-
-/// `cpu_isa() -> str`: the instruction set of the CPU kernels.
-#[pyfunction]
-pub fn cpu_isa() -> PyResult<&'static str> {
-    Ok(isa()?.name())
+    module.add_function(wrap_pyfunction!(experts_backward, module)?)
 }
 
 /// See `python/moekern/_core.pyi`.
 #[pyfunction]
-#[pyo3(signature = (dtype, threads, tokens, hidden, inter, experts, top_k, activation, transposed, interleaved,
-    x, scores, order, inverse, offsets, w_gate_up, w_down, b_gate_up, b_down, pre, out))]
+#[pyo3(signature = (dtype, threads, tokens, sizes, x, scores, plan, weights, form, pre, out))]
 #[allow(clippy::too_many_arguments)]
-pub fn experts_forward(
+fn experts_forward(
     py: Python<'_>,
     dtype: u8,
     threads: usize,
     tokens: usize,
-    hidden: usize,
-    inter: usize,
-    experts: usize,
-    top_k: usize,
-    activation: u8,
-    transposed: bool,
-    interleaved: bool,
-    x: usize,
-    scores: usize,
-    order: usize,
-    inverse: usize,
-    offsets: usize,
-    w_gate_up: usize,
-    w_down: usize,
-    b_gate_up: usize,
-    b_down: usize,
-    pre: usize,
-    out: usize,
+    sizes: Sizes,
+    x: Address,
+    scores: Address,
+    plan: PlanTensors,
+    weights: Weights,
+    form: Form,
+    pre: Address,
+    out: Address,
 ) -> PyResult<()> {
     let dtype = self::dtype(dtype)?;
-    let activation = self::activation(activation)?;
     let isa = isa()?;
-    let width = inter.saturating_mul(activation.columns());
+    let Sizes { experts, hidden, inter, features } = sizes;
+    let Form { activation, transposed, interleaved, top_k } = form;
     check_size("x", dtype, &[tokens, hidden])?;
-    check_size("pre", dtype, &[tokens, top_k, width])?;
-    check_size("w_gate_up", dtype, &[experts, width, hidden])?;
+    check_size("pre", dtype, &[tokens, top_k, features])?;
+    check_size("w_gate_up", dtype, &[experts, features, hidden])?;
     if tokens == 0 || hidden == 0 {
         return Ok(());
     }
-    check_present(&[("offsets", offsets), ("x", x), ("out", out)])?;
+    check_present(&[("offsets", plan.offsets), ("x", x), ("out", out)])?;
     if top_k > 0 {
-        check_present(&[("order", order), ("inverse", inverse)])?;
+        check_present(&[("order", plan.order), ("inverse", plan.inverse)])?;
     }
-    let args = Shared(ExpertsForward {
+    let args = ExpertsForward {
         isa,
         threads: threads.max(1),
         dtype,
@@ -114,112 +54,94 @@ pub fn experts_forward(
         inter,
         experts,
         top_k,
-        activation,
+        activation: activation.0,
         transposed,
         interleaved,
-        x: pointer(x),
-        scores: pointer(scores).cast(),
-        order: pointer(order).cast(),
-        inverse: pointer(inverse).cast(),
-        offsets: pointer(offsets).cast(),
-        w_gate_up: pointer(w_gate_up),
-        w_down: pointer(w_down),
-        b_gate_up: pointer(b_gate_up),
-        b_down: pointer(b_down),
-        pre: pointer(pre).cast_mut(),
-        out: pointer(out).cast_mut(),
-    });
+        x: x.read(),
+        scores: scores.read(),
+        order: plan.order.read(),
+        inverse: plan.inverse.read(),
+        offsets: plan.offsets.read(),
+        w_gate_up: weights.w_gate_up.read(),
+        w_down: weights.w_down.read(),
+        b_gate_up: weights.b_gate_up.read(),
+        b_down: weights.b_down.read(),
+        pre: pre.write(),
+        out: out.write(),
+    };
     // SAFETY: Python vouches for the tensors behind the addresses.
-    py.detach(|| unsafe { forward(args.get()) });
+    py.detach(|| unsafe { forward(&args) });
     Ok(())
 }
 
 /// See `python/moekern/_core.pyi`.
 #[pyfunction]
-#[pyo3(signature = (dtype, threads, kind, experts, rows, k, n, a, b, offsets, out))]
+#[pyo3(signature = (dtype, threads, tokens, sizes, dout, x, pre, scores, plan, weights, form, gradients))]
 #[allow(clippy::too_many_arguments)]
-pub fn grouped_mm(
+fn experts_backward(
     py: Python<'_>,
     dtype: u8,
     threads: usize,
-    kind: u8,
-    experts: usize,
-    rows: usize,
-    k: usize,
-    n: usize,
-    a: usize,
-    b: usize,
-    offsets: usize,
-    out: usize,
+    tokens: usize,
+    sizes: Sizes,
+    dout: Address,
+    x: Address,
+    pre: Address,
+    scores: Address,
+    plan: PlanTensors,
+    weights: Weights,
+    form: Form,
+    gradients: Gradients,
 ) -> PyResult<()> {
     let dtype = self::dtype(dtype)?;
     let isa = isa()?;
-    check_size("a", dtype, &[rows, k])?;
-    check_size("b", dtype, &[experts, k, n])?;
-    check_size("out", dtype, &[if kind == 2 { experts } else { 1 }, if kind == 2 { k } else { rows }, n])?;
-    check_present(&[("offsets", offsets)])?;
-    if kind > 2 {
-        return Err(PyValueError::new_err(format!("kind: {kind}; accepted: 0 (nt), 1 (nn), 2 (tn)")));
+    let Sizes { experts, hidden, inter, features } = sizes;
+    let Form { activation, transposed, interleaved, top_k } = form;
+    check_size("x", dtype, &[tokens, hidden])?;
+    check_size("pre", dtype, &[tokens, top_k, features])?;
+    check_size("dout", dtype, &[tokens, top_k, hidden])?;
+    check_size("w_gate_up", dtype, &[experts, features, hidden])?;
+    check_present(&[("offsets", plan.offsets)])?;
+    if tokens > 0 && top_k > 0 {
+        check_present(&[("order", plan.order), ("inverse", plan.inverse)])?;
+        if hidden > 0 && inter > 0 {
+            check_present(&[("dout", dout), ("x", x), ("pre", pre)])?;
+        }
     }
-    let threads = threads.max(1);
-    let (a, b, out) = (pointer(a), pointer(b), pointer(out).cast_mut());
-    let offsets = pointer(offsets).cast();
-    if kind == 2 {
-        let bytes = experts * k * n * dtype.size();
-        let (gather_a, gather_b) = (Gather::NONE, Gather::NONE);
-        let stream = larger_than_cache(bytes);
-        let args = GroupedTn { isa, threads, dtype, experts, offsets, p: k, n, a, gather_a, b, gather_b, out, stream };
-        // SAFETY: Python vouches for the tensors behind the addresses.
-        py.detach(|| unsafe {
-            let args = &args;
-            advise_huge_pages(args.out, bytes);
-            grouped_tn(args);
-        });
-        return Ok(());
+    if experts > 0 && hidden > 0 && inter > 0 {
+        check_present(&[("w_gate_up", weights.w_gate_up), ("w_down", weights.w_down)])?;
     }
-    let gather = Gather::NONE;
-    let bias = std::ptr::null();
-    let args = Grouped { isa, threads, dtype, experts, offsets, k, n, a, gather, b, bias, out };
+    let args = ExpertsBackward {
+        isa,
+        threads: threads.max(1),
+        dtype,
+        tokens,
+        hidden,
+        inter,
+        experts,
+        top_k,
+        activation: activation.0,
+        transposed,
+        interleaved,
+        dout: dout.read(),
+        x: x.read(),
+        pre: pre.read(),
+        scores: scores.read(),
+        order: plan.order.read(),
+        inverse: plan.inverse.read(),
+        offsets: plan.offsets.read(),
+        w_gate_up: weights.w_gate_up.read(),
+        w_down: weights.w_down.read(),
+        // The saved pre-activations contain the first bias.
+        b_down: weights.b_down.read(),
+        dx: gradients.x.write(),
+        dscores: gradients.scores.write(),
+        dw_gate_up: gradients.w_gate_up.write(),
+        dw_down: gradients.w_down.write(),
+        db_gate_up: gradients.b_gate_up.write(),
+        db_down: gradients.b_down.write(),
+    };
     // SAFETY: Python vouches for the tensors behind the addresses.
-    py.detach(|| unsafe {
-        let args = &args;
-        advise_huge_pages(args.out, rows * n * dtype.size());
-        if kind == 0 {
-            grouped_nt(args, &Epilogue::NONE)
-        } else {
-            grouped_nn(args)
-        }
-        clear_unused(args, rows);
-    });
+    py.detach(|| unsafe { backward(&args) });
     Ok(())
-}
-
-/// Zeroes the rows that belong to no expert.
-///
-/// # Safety
-/// `args.out` has `rows` rows and `args.offsets` is as documented.
-unsafe fn clear_unused(args: &Grouped, rows: usize) {
-    let row_bytes = args.n * args.dtype.size();
-    // SAFETY: the caller's: the offsets name `used` rows of `rows`.
-    unsafe {
-        let used = *args.offsets.add(args.experts) as usize;
-        if used < rows {
-            args.out.add(used * row_bytes).write_bytes(0, (rows - used) * row_bytes);
-        }
-    }
-}
-
-/// Lets arguments with pointers be used where the interpreter is released.
-pub struct Shared<T>(pub T);
-
-// SAFETY: plain addresses; what may be done with them is the called function's contract.
-unsafe impl<T> Sync for Shared<T> {}
-// SAFETY: as above.
-unsafe impl<T> Send for Shared<T> {}
-
-impl<T> Shared<T> {
-    /// The arguments.
-    pub fn get(&self) -> &T {
-        &self.0
-    }
 }

@@ -1,89 +1,73 @@
 //! Permutation and combine, forward and backward.
 
 use moekern_core::permute::{Combine, CombineBackward, Permute, TokenMap};
-use moekern_core::vector::{DType, Isa};
+use moekern_core::vector::DType;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
+
+use crate::arguments::{Address, PlanTensors, check_present, isa};
 
 /// Moving fewer bytes takes less than about 20 us, too short to let other Python threads run meanwhile.
 const BYTES_WORTH_RELEASING: usize = 128 << 10;
 
+/// Adds what is here to the module.
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(permute, module)?)?;
     module.add_function(wrap_pyfunction!(combine, module)?)?;
     module.add_function(wrap_pyfunction!(combine_backward, module)?)
 }
 
-/// The shapes and the plan, as Python passes them.
-struct Shapes {
-    dtype: u8,
-    threads: usize,
+/// Sizes of tokens and of their rows.
+struct TokenSizes {
     tokens: usize,
     hidden: usize,
     top_k: usize,
     experts: usize,
-    inverse: usize,
-    offsets: usize,
 }
 
-impl Shapes {
-    /// Checks sizes and that the plan and the `required` tensors are there. None if there is nothing to do.
-    fn map(self, required: &[(&str, usize)]) -> PyResult<Option<TokenMap>> {
-        let error = |message| Err(PyValueError::new_err(message));
-        let Some(dtype) = DType::from_code(self.dtype) else {
-            return error(format!("dtype: got code {}, expected 0 to 3", self.dtype));
-        };
-        let slots = self.tokens.checked_mul(self.top_k).filter(|&slots| slots <= i32::MAX as usize);
-        let bytes = slots.and_then(|slots| slots.max(self.tokens).checked_mul(self.hidden)?.checked_mul(dtype.size()));
-        if bytes.is_none_or(|bytes| bytes > isize::MAX as usize) {
-            let (tokens, top_k, hidden) = (self.tokens, self.top_k, self.hidden);
-            return error(format!(
-                "shape: {tokens} tokens of {top_k} rows of {hidden} elements exceed the address range"
-            ));
-        }
-        if self.tokens == 0 {
-            return Ok(None);
-        }
-        let plan = [("offsets", self.offsets), ("inverse", self.inverse)];
-        let absent = plan.iter().chain(required).find(|(_, address)| *address == 0);
-        if let Some((name, _)) = absent.filter(|_| slots != Some(0) && self.hidden > 0) {
-            return error(format!("{name}: null pointer"));
-        }
-        let offsets: *const i32 = address(self.offsets);
-        Ok(Some(TokenMap {
-            isa: Isa::current().map_err(|error| PyValueError::new_err(error.to_string()))?,
-            threads: self.threads.max(1),
-            dtype,
-            tokens: self.tokens,
-            top_k: self.top_k,
-            hidden: self.hidden,
-            inverse: address(self.inverse),
-            // SAFETY: Python vouches for the tensors behind the addresses.
-            used: if offsets.is_null() { 0 } else { unsafe { *offsets.add(self.experts) as usize } },
-        }))
+/// Checks sizes, and that the plan and the `required` tensors are there. None if there is nothing to do.
+fn token_map(
+    dtype: u8,
+    threads: usize,
+    sizes: TokenSizes,
+    plan: PlanTensors,
+    required: &[(&str, Address)],
+) -> PyResult<Option<TokenMap>> {
+    let error = |message| Err(PyValueError::new_err(message));
+    let Some(dtype) = DType::from_code(dtype) else {
+        return error(format!("dtype: got code {dtype}, expected 0 to 3"));
+    };
+    let TokenSizes { tokens, hidden, top_k, experts } = sizes;
+    let slots = tokens.checked_mul(top_k).filter(|&slots| slots <= i32::MAX as usize);
+    let bytes = slots.and_then(|slots| slots.max(tokens).checked_mul(hidden)?.checked_mul(dtype.size()));
+    if bytes.is_none_or(|bytes| bytes > isize::MAX as usize) {
+        return error(format!("shape: {tokens} tokens of {top_k} rows of {hidden} elements exceed the address range"));
     }
+    if tokens == 0 {
+        return Ok(None);
+    }
+    if slots != Some(0) && hidden > 0 {
+        check_present(&[("offsets", plan.offsets), ("inverse", plan.inverse)])?;
+        check_present(required)?;
+    }
+    let offsets: *const i32 = plan.offsets.read();
+    // SAFETY: Python vouches for the tensors behind the addresses.
+    let used = if offsets.is_null() { 0 } else { unsafe { *offsets.add(experts) as usize } };
+    let inverse = plan.inverse.read();
+    Ok(Some(TokenMap { isa: isa()?, threads: threads.max(1), dtype, tokens, top_k, hidden, inverse, used }))
 }
 
-fn address<T>(address: usize) -> *const T {
-    address as *const T
-}
-
-/// Runs the work, without the interpreter if it takes long. Python vouches for the tensors behind the addresses.
+/// Runs the work, without the interpreter if it takes long.
 fn run<T: Sync>(py: Python<'_>, map: &TokenMap, args: T, work: unsafe fn(&T)) {
     let bytes = map.tokens * (map.top_k + 1) * map.hidden * map.dtype.size();
-    if bytes < BYTES_WORTH_RELEASING {
-        // SAFETY: Python vouches for the tensors behind the addresses.
-        unsafe { work(&args) }
-    } else {
-        let args = &args;
-        // SAFETY: Python vouches for the tensors behind the addresses.
-        py.detach(|| unsafe { work(args) });
-    }
+    // SAFETY: Python vouches for the tensors behind the addresses.
+    let work = || unsafe { work(&args) };
+    if bytes < BYTES_WORTH_RELEASING { work() } else { py.detach(work) }
 }
 
 /// See `python/moekern/_core.pyi`.
 #[pyfunction]
-#[pyo3(signature = (dtype, threads, tokens, hidden, top_k, experts, x, inverse, offsets, out))]
+#[pyo3(signature = (dtype, threads, tokens, hidden, top_k, experts, x, plan, out))]
 #[allow(clippy::too_many_arguments)]
 fn permute(
     py: Python<'_>,
@@ -93,21 +77,20 @@ fn permute(
     hidden: usize,
     top_k: usize,
     experts: usize,
-    x: usize,
-    inverse: usize,
-    offsets: usize,
-    out: usize,
+    x: Address,
+    plan: PlanTensors,
+    out: Address,
 ) -> PyResult<()> {
-    let shapes = Shapes { dtype, threads, tokens, hidden, top_k, experts, inverse, offsets };
-    if let Some(map) = shapes.map(&[("x", x), ("out", out)])? {
-        run(py, &map, Permute { map, x: address(x), out: out as *mut u8 }, Permute::run);
+    let sizes = TokenSizes { tokens, hidden, top_k, experts };
+    if let Some(map) = token_map(dtype, threads, sizes, plan, &[("x", x), ("out", out)])? {
+        run(py, &map, Permute { map, x: x.read(), out: out.write() }, Permute::run);
     }
     Ok(())
 }
 
 /// See `python/moekern/_core.pyi`.
 #[pyfunction]
-#[pyo3(signature = (dtype, threads, tokens, hidden, top_k, experts, y, weights, inverse, offsets, out))]
+#[pyo3(signature = (dtype, threads, tokens, hidden, top_k, experts, y, weights, plan, out))]
 #[allow(clippy::too_many_arguments)]
 fn combine(
     py: Python<'_>,
@@ -117,15 +100,14 @@ fn combine(
     hidden: usize,
     top_k: usize,
     experts: usize,
-    y: usize,
-    weights: usize,
-    inverse: usize,
-    offsets: usize,
-    out: usize,
+    y: Address,
+    weights: Address,
+    plan: PlanTensors,
+    out: Address,
 ) -> PyResult<()> {
-    let shapes = Shapes { dtype, threads, tokens, hidden, top_k, experts, inverse, offsets };
-    if let Some(map) = shapes.map(&[("y", y), ("out", out)])? {
-        let args = Combine { map, y: address(y), weights: address(weights), out: out as *mut u8 };
+    let sizes = TokenSizes { tokens, hidden, top_k, experts };
+    if let Some(map) = token_map(dtype, threads, sizes, plan, &[("y", y), ("out", out)])? {
+        let args = Combine { map, y: y.read(), weights: weights.read(), out: out.write() };
         run(py, &map, args, Combine::run);
     }
     Ok(())
@@ -133,7 +115,7 @@ fn combine(
 
 /// See `python/moekern/_core.pyi`.
 #[pyfunction]
-#[pyo3(signature = (dtype, threads, tokens, hidden, top_k, experts, dout, y, weights, inverse, offsets, dy, dweights))]
+#[pyo3(signature = (dtype, threads, tokens, hidden, top_k, experts, dout, y, weights, plan, dy, dweights))]
 #[allow(clippy::too_many_arguments)]
 fn combine_backward(
     py: Python<'_>,
@@ -143,24 +125,23 @@ fn combine_backward(
     hidden: usize,
     top_k: usize,
     experts: usize,
-    dout: usize,
-    y: usize,
-    weights: usize,
-    inverse: usize,
-    offsets: usize,
-    dy: usize,
-    dweights: usize,
+    dout: Address,
+    y: Address,
+    weights: Address,
+    plan: PlanTensors,
+    dy: Address,
+    dweights: Address,
 ) -> PyResult<()> {
-    let shapes = Shapes { dtype, threads, tokens, hidden, top_k, experts, inverse, offsets };
-    let required = [("dout", dout), ("y", if dweights == 0 { dout } else { y })];
-    if let Some(map) = shapes.map(&required)? {
+    let required = [("dout", dout), ("y", if dweights.is_null() { dout } else { y })];
+    let sizes = TokenSizes { tokens, hidden, top_k, experts };
+    if let Some(map) = token_map(dtype, threads, sizes, plan, &required)? {
         let args = CombineBackward {
             map,
-            dout: address(dout),
-            y: address(y),
-            weights: address(weights),
-            dy: dy as *mut u8,
-            dweights: dweights as *mut u8,
+            dout: dout.read(),
+            y: y.read(),
+            weights: weights.read(),
+            dy: dy.write(),
+            dweights: dweights.write(),
         };
         run(py, &map, args, CombineBackward::run);
     }

@@ -94,6 +94,11 @@ pub struct ExpertsBackward {
     pub db_down: *mut u8,
 }
 
+// SAFETY: the pointers are shared by the threads of a call, which write disjoint parts of the results.
+unsafe impl Send for ExpertsBackward {}
+// SAFETY: as above.
+unsafe impl Sync for ExpertsBackward {}
+
 /// Computes the gradients that `args` asks for.
 ///
 /// # Safety

@@ -81,6 +81,11 @@ pub struct ExpertsForward {
     pub out: *mut u8,
 }
 
+// SAFETY: the pointers are shared by the threads of a call, which write disjoint parts of the results.
+unsafe impl Send for ExpertsForward {}
+// SAFETY: as above.
+unsafe impl Sync for ExpertsForward {}
+
 /// Computes `out`, and `pre` if wanted. The bits do not depend on the number of threads.
 ///
 /// # Safety

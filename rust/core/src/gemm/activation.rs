@@ -53,9 +53,20 @@ impl Activation {
         Self::Relu2,
     ];
 
-    /// The activation with this code, if there is one.
-    pub fn from_code(code: u8) -> Option<Self> {
-        Self::ALL.get(usize::from(code)).copied()
+    /// The name that Python knows it by.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Swiglu => "swiglu",
+            Self::Geglu => "geglu",
+            Self::GegluTanh => "geglu_tanh",
+            Self::Reglu => "reglu",
+            Self::SwigluOai => "swiglu_oai",
+            Self::Silu => "silu",
+            Self::Gelu => "gelu",
+            Self::GeluTanh => "gelu_tanh",
+            Self::Relu => "relu",
+            Self::Relu2 => "relu2",
+        }
     }
 
     /// Whether it multiplies a gate by an up projection.

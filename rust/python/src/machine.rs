@@ -1,12 +1,13 @@
-//! Memory for large results, and how fast memory is.
+//! What the machine has: memory for large results, the speed of memory, the instruction set.
 
 use moekern_core::memory;
 use moekern_core::threads::memory_rate as measure;
-use moekern_core::vector::Isa;
 use pyo3::exceptions::{PyMemoryError, PyValueError};
 use pyo3::ffi;
 use pyo3::prelude::*;
 use std::ffi::c_int;
+
+use crate::arguments::isa;
 
 /// See `python/moekern/_core.pyi`.
 #[pyclass(frozen, module = "moekern._core")]
@@ -41,13 +42,20 @@ fn memory_rate(py: Python<'_>, start: usize, bytes: usize, threads: usize, write
             "start: address {start}, {bytes} bytes; accepted: aligned to 64, at least 1 MiB"
         )));
     }
-    let isa = Isa::current().map_err(|error| PyValueError::new_err(error.to_string()))?;
+    let isa = isa()?;
     // SAFETY: Python vouches for the memory.
     Ok(py.detach(|| unsafe { measure(isa, start as *mut u8, bytes, threads, write) }))
+}
+
+/// See `python/moekern/_core.pyi`.
+#[pyfunction]
+fn cpu_isa() -> PyResult<&'static str> {
+    Ok(isa()?.name())
 }
 
 /// Adds what is here to the module.
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<Pages>()?;
+    module.add_function(wrap_pyfunction!(cpu_isa, module)?)?;
     module.add_function(wrap_pyfunction!(memory_rate, module)?)
 }
