@@ -1,7 +1,7 @@
 //! Vector units and the values in them: what every kernel is written with.
 //!
-//! One build serves every CPU. Kernels are generic over a vector unit ([`simd`]) and over the format of their operands
-//! ([`format`]), compiled for each instruction set, and chosen when they are called ([`isa`]).
+//! One build serves every CPU. Kernels are generic over a vector unit (`simd`) and over the format of their operands
+//! (`format`), compiled for each instruction set, and chosen when they are called (`isa`).
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx2;
