@@ -15,6 +15,7 @@ _PlanTensors = tuple[Tensor | None, Tensor, Tensor]
 _Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 _Form = tuple[str, bool, bool, int]
 _Sizes = tuple[int, int, int, int]
+_TokenSizes = tuple[int, int, int, int]
 _Gradients = tuple[Tensor | None, ...]
 
 def plan(
@@ -59,10 +60,7 @@ def plan_stats(offsets: int, experts: int) -> tuple[int, float, float, int]:
 def permute(
     dtype: int,
     threads: int,
-    tokens: int,
-    hidden: int,
-    top_k: int,
-    experts: int,
+    sizes: _TokenSizes,
     x: Tensor,
     plan: _PlanTensors,
     out: Tensor,
@@ -75,10 +73,7 @@ def permute(
 def combine(
     dtype: int,
     threads: int,
-    tokens: int,
-    hidden: int,
-    top_k: int,
-    experts: int,
+    sizes: _TokenSizes,
     y: Tensor,
     weights: Tensor | None,
     plan: _PlanTensors,
@@ -92,10 +87,7 @@ def combine(
 def combine_backward(
     dtype: int,
     threads: int,
-    tokens: int,
-    hidden: int,
-    top_k: int,
-    experts: int,
+    sizes: _TokenSizes,
     dout: Tensor,
     y: Tensor | None,
     weights: Tensor | None,

@@ -30,9 +30,10 @@ def test_every_activation_has_a_code() -> None:
 def test_rust_takes_tuples_by_the_fields_that_python_gives_them() -> None:
     tuples = (call.PlanTensors, call.Weights, call.Form)
     fields = {name: tuple(names) for name, names in _core.fields()}
-    gradients, sizes = fields.pop("Gradients"), fields.pop("Sizes")
+    gradients, sizes, token_sizes = (fields.pop(name) for name in ("Gradients", "Sizes", "TokenSizes"))
     assert fields == {t.__name__: t._fields for t in tuples}
     assert gradients == ("x", "scores", *call.Weights._fields)
     assert sizes == ("experts", "hidden", "inter", "features")
+    assert token_sizes == ("tokens", "hidden", "top_k", "experts")
     weights = call.Weights(torch.empty(5, 14, 6), torch.empty(5, 6, 7))
     assert call.sizes_of(weights, call.Form("swiglu", False, False, 2)) == (5, 6, 7, 14)

@@ -132,7 +132,7 @@ def permute(x: Tensor, plan: Sequence[Tensor], top_k: int) -> Tensor:
     tokens, hidden = x.shape
     out = x.new_empty(inverse.shape[0], hidden)
     _core.permute(
-        DTYPE[x.dtype], torch.get_num_threads(), tokens, hidden, top_k, offsets.shape[0] - 1,
+        DTYPE[x.dtype], torch.get_num_threads(), (tokens, hidden, top_k, offsets.shape[0] - 1),
         x, (None, inverse, offsets), out,
     )  # fmt: skip
     return out
@@ -145,7 +145,7 @@ def combine(y: Tensor, weights: Tensor | None, plan: Sequence[Tensor], top_k: in
     tokens, hidden = y.shape[0] // top_k, y.shape[1]
     out = y.new_empty(tokens, hidden)
     _core.combine(
-        DTYPE[y.dtype], torch.get_num_threads(), tokens, hidden, top_k, offsets.shape[0] - 1,
+        DTYPE[y.dtype], torch.get_num_threads(), (tokens, hidden, top_k, offsets.shape[0] - 1),
         y, weights, (None, inverse, offsets), out,
     )  # fmt: skip
     return out
@@ -161,7 +161,7 @@ def combine_backward(
     dy = torch.empty_like(y) if needs[0] else y.new_empty(0)
     dweights = torch.empty_like(weights) if needs[1] and weights is not None else None
     _core.combine_backward(
-        DTYPE[y.dtype], torch.get_num_threads(), tokens, hidden, top_k, offsets.shape[0] - 1,
+        DTYPE[y.dtype], torch.get_num_threads(), (tokens, hidden, top_k, offsets.shape[0] - 1),
         dout, y, weights, (None, inverse, offsets), dy if needs[0] else None, dweights,
     )  # fmt: skip
     return dy, y.new_empty(0) if dweights is None else dweights

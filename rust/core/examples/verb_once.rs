@@ -1,10 +1,10 @@
 //! Does one verb once, on one thread, for counting instructions: `verb_once VERB ISA DTYPE TOKENS`.
 //!
-//! H = 256, I = 128, 4 experts, 2 a token, SwiGLU. VERB is combine, forward or backward, ISA a name that
+//! H = 256, I = 128, 4 experts, 2 per token, SwiGLU. VERB is combine, forward or backward, ISA a name that
 //! `MOEKERN_CPU_ISA` takes, DTYPE fp32 or bf16. All data are zero, which changes no count and costs no instructions to
 //! make. An instruction set that this processor lacks ends with code 3.
 
-use moekern_core::experts::{ExpertsBackward, ExpertsForward, experts_backward, experts_forward};
+use moekern_core::experts::{ExpertsBackward, ExpertsForward, ExpertsInputs, experts_backward, experts_forward};
 use moekern_core::gemm::Activation;
 use moekern_core::permute::{Combine, TokenMap};
 use moekern_core::plan::plan;
@@ -51,7 +51,7 @@ struct Case {
 }
 
 impl Case {
-    /// Slots in turn to all experts.
+    /// Slots go to all experts one after the other.
     fn new(isa: Isa, dtype: DType, tokens: usize) -> Self {
         let slots = tokens * TOP_K;
         let ids: Vec<i64> = (0..slots).map(|slot| (slot % EXPERTS) as i64).collect();
@@ -91,9 +91,8 @@ impl Case {
         unsafe { Combine { map, y: self.rows.as_ptr(), weights, out: out.as_mut_ptr() }.run() };
     }
 
-    fn forward(mut self) {
-        let mut out = vec![0; self.x.len()];
-        let args = ExpertsForward {
+    fn inputs(&self) -> ExpertsInputs {
+        ExpertsInputs {
             isa: self.isa,
             threads: 1,
             dtype: self.dtype,
@@ -114,9 +113,12 @@ impl Case {
             w_down: self.w_down.as_ptr(),
             b_gate_up: null(),
             b_down: null(),
-            pre: self.pre.as_mut_ptr(),
-            out: out.as_mut_ptr(),
-        };
+        }
+    }
+
+    fn forward(mut self) {
+        let mut out = vec![0; self.x.len()];
+        let args = ExpertsForward { inputs: self.inputs(), pre: self.pre.as_mut_ptr(), out: out.as_mut_ptr() };
         // SAFETY: as above.
         unsafe { experts_forward(&args) };
     }
@@ -125,27 +127,9 @@ impl Case {
         let (mut dx, mut dscores) = (vec![0; self.x.len()], vec![0.0; self.scores.len()]);
         let (mut dw_gate_up, mut dw_down) = (vec![0; self.w_gate_up.len()], vec![0; self.w_down.len()]);
         let args = ExpertsBackward {
-            isa: self.isa,
-            threads: 1,
-            dtype: self.dtype,
-            tokens: self.tokens,
-            hidden: HIDDEN,
-            inter: INTER,
-            experts: EXPERTS,
-            top_k: TOP_K,
-            activation: Activation::Swiglu,
-            transposed: false,
-            interleaved: false,
+            inputs: self.inputs(),
             dout: self.x.as_ptr(),
-            x: self.x.as_ptr(),
             pre: self.pre.as_ptr(),
-            scores: self.scores.as_ptr(),
-            order: self.order.as_ptr(),
-            inverse: self.inverse.as_ptr(),
-            offsets: self.offsets.as_ptr(),
-            w_gate_up: self.w_gate_up.as_ptr(),
-            w_down: self.w_down.as_ptr(),
-            b_down: null(),
             dx: dx.as_mut_ptr(),
             dscores: dscores.as_mut_ptr(),
             dw_gate_up: dw_gate_up.as_mut_ptr(),

@@ -6,9 +6,8 @@ mod common;
 mod layer;
 
 use common::{Random, Tensor, isas};
-use layer::{Layer, Shape, address};
+use layer::{Layer, Shape};
 use moekern_core::experts::{ExpertsBackward, ExpertsForward, experts_backward, experts_forward};
-use moekern_core::gemm::Activation;
 use moekern_core::plan::plan;
 use moekern_core::vector::{DType, Isa};
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -48,60 +47,17 @@ fn second_time(mut run: impl FnMut()) -> (usize, usize) {
 }
 
 fn forward(layer: &Layer, isa: Isa, out: &mut Tensor, pre: &mut Tensor) {
-    let s = &layer.shape;
-    let args = ExpertsForward {
-        isa,
-        threads: 1,
-        dtype: layer.dtype,
-        tokens: s.tokens,
-        hidden: s.hidden,
-        inter: s.inter,
-        experts: s.experts,
-        top_k: s.top_k,
-        activation: Activation::ALL[usize::from(s.activation)],
-        transposed: s.transposed,
-        interleaved: s.interleaved,
-        x: layer.x.ptr(),
-        scores: address(&layer.scores),
-        order: layer.routing.order.as_ptr(),
-        inverse: layer.routing.inverse.as_ptr(),
-        offsets: layer.routing.offsets.as_ptr(),
-        w_gate_up: layer.w_gate_up.ptr(),
-        w_down: layer.w_down.ptr(),
-        b_gate_up: address(&layer.b_gate_up),
-        b_down: address(&layer.b_down),
-        pre: pre.mut_ptr(),
-        out: out.mut_ptr(),
-    };
+    let args = ExpertsForward { inputs: layer.inputs(isa, 1), pre: pre.mut_ptr(), out: out.mut_ptr() };
     // SAFETY: the tensors have the shapes of the layer.
     unsafe { experts_forward(&args) };
 }
 
 fn backward(layer: &Layer, isa: Isa, pre: &Tensor, gradients: &mut [Tensor; 3], dscores: &mut [f32]) {
-    let s = &layer.shape;
     let [dx, dw_gate_up, dw_down] = gradients;
     let args = ExpertsBackward {
-        isa,
-        threads: 1,
-        dtype: layer.dtype,
-        tokens: s.tokens,
-        hidden: s.hidden,
-        inter: s.inter,
-        experts: s.experts,
-        top_k: s.top_k,
-        activation: Activation::ALL[usize::from(s.activation)],
-        transposed: s.transposed,
-        interleaved: s.interleaved,
+        inputs: layer.inputs(isa, 1),
         dout: layer.x.ptr(),
-        x: layer.x.ptr(),
         pre: pre.ptr(),
-        scores: address(&layer.scores),
-        order: layer.routing.order.as_ptr(),
-        inverse: layer.routing.inverse.as_ptr(),
-        offsets: layer.routing.offsets.as_ptr(),
-        w_gate_up: layer.w_gate_up.ptr(),
-        w_down: layer.w_down.ptr(),
-        b_down: address(&layer.b_down),
         dx: dx.mut_ptr(),
         dscores: dscores.as_mut_ptr(),
         dw_gate_up: dw_gate_up.mut_ptr(),

@@ -4,9 +4,8 @@ mod common;
 mod layer;
 
 use common::{Random, Tensor, error, isas};
-use layer::{Gradients, Layer, Operands, Routing, Shape, address, gradients, output, pre_activations};
+use layer::{Gradients, Layer, Operands, Routing, Shape, gradients, output, pre_activations};
 use moekern_core::experts::{ExpertsBackward, experts_backward};
-use moekern_core::gemm::Activation;
 use moekern_core::vector::{DType, Isa};
 use std::ptr::null_mut;
 
@@ -50,39 +49,6 @@ impl Case {
         Self { layer, dout, pre, want }
     }
 
-    fn arguments(&self, isa: Isa, threads: usize) -> ExpertsBackward {
-        let (l, s) = (&self.layer, &self.layer.shape);
-        ExpertsBackward {
-            isa,
-            threads,
-            dtype: l.dtype,
-            tokens: s.tokens,
-            hidden: s.hidden,
-            inter: s.inter,
-            experts: s.experts,
-            top_k: s.top_k,
-            activation: Activation::ALL[usize::from(s.activation)],
-            transposed: s.transposed,
-            interleaved: s.interleaved,
-            dout: self.dout.ptr(),
-            x: l.x.ptr(),
-            pre: self.pre.ptr(),
-            scores: address(&l.scores),
-            order: l.routing.order.as_ptr(),
-            inverse: l.routing.inverse.as_ptr(),
-            offsets: l.routing.offsets.as_ptr(),
-            w_gate_up: l.w_gate_up.ptr(),
-            w_down: l.w_down.ptr(),
-            b_down: address(&l.b_down),
-            dx: null_mut(),
-            dscores: null_mut(),
-            dw_gate_up: null_mut(),
-            dw_down: null_mut(),
-            db_gate_up: null_mut(),
-            db_down: null_mut(),
-        }
-    }
-
     fn run(&self, isa: Isa, threads: usize, wanted: [bool; 6]) -> Results {
         let w = &self.want;
         let poisoned = |len: usize| Tensor::nan(self.layer.dtype, len);
@@ -94,14 +60,18 @@ impl Case {
             db_gate_up: poisoned(w.db_gate_up.len()),
             db_down: poisoned(w.db_down.len()),
         };
-        let mut args = self.arguments(isa, threads);
         let choose = |t: &mut Tensor, wanted: bool| if wanted { t.mut_ptr() } else { null_mut() };
-        args.dx = choose(&mut r.dx, wanted[0]);
-        args.dscores = choose(&mut r.dscores, wanted[1]).cast();
-        args.dw_gate_up = choose(&mut r.dw_gate_up, wanted[2]);
-        args.dw_down = choose(&mut r.dw_down, wanted[3]);
-        args.db_gate_up = choose(&mut r.db_gate_up, wanted[4]);
-        args.db_down = choose(&mut r.db_down, wanted[5]);
+        let args = ExpertsBackward {
+            inputs: self.layer.inputs(isa, threads),
+            dout: self.dout.ptr(),
+            pre: self.pre.ptr(),
+            dx: choose(&mut r.dx, wanted[0]),
+            dscores: choose(&mut r.dscores, wanted[1]).cast(),
+            dw_gate_up: choose(&mut r.dw_gate_up, wanted[2]),
+            dw_down: choose(&mut r.dw_down, wanted[3]),
+            db_gate_up: choose(&mut r.db_gate_up, wanted[4]),
+            db_down: choose(&mut r.db_down, wanted[5]),
+        };
         // SAFETY: the tensors have the shapes of the layer.
         unsafe { experts_backward(&args) };
         r

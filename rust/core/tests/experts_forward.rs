@@ -4,9 +4,8 @@ mod common;
 mod layer;
 
 use common::{Random, Tensor, error, isas};
-use layer::{Layer, Shape, address, output, pre_activations};
+use layer::{Layer, Shape, output, pre_activations};
 use moekern_core::experts::{ExpertsForward, experts_forward};
-use moekern_core::gemm::Activation;
 use moekern_core::vector::{DType, Isa};
 use std::ptr::null_mut;
 
@@ -44,26 +43,7 @@ impl Case {
         let mut out = Tensor::nan(l.dtype, s.tokens * s.hidden);
         let mut pre = Tensor::nan(l.dtype, self.pre.len());
         let args = ExpertsForward {
-            isa,
-            threads,
-            dtype: l.dtype,
-            tokens: s.tokens,
-            hidden: s.hidden,
-            inter: s.inter,
-            experts: s.experts,
-            top_k: s.top_k,
-            activation: Activation::ALL[usize::from(s.activation)],
-            transposed: s.transposed,
-            interleaved: s.interleaved,
-            x: l.x.ptr(),
-            scores: address(&l.scores),
-            order: l.routing.order.as_ptr(),
-            inverse: l.routing.inverse.as_ptr(),
-            offsets: l.routing.offsets.as_ptr(),
-            w_gate_up: l.w_gate_up.ptr(),
-            w_down: l.w_down.ptr(),
-            b_gate_up: address(&l.b_gate_up),
-            b_down: address(&l.b_down),
+            inputs: self.layer.inputs(isa, threads),
             pre: if save { pre.mut_ptr() } else { null_mut() },
             out: out.mut_ptr(),
         };

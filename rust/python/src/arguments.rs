@@ -76,6 +76,8 @@ named_tuples! {
     Form { activation: ActivationName, transposed: bool, interleaved: bool, top_k: usize }
     /// Sizes of the weights.
     Sizes { experts: usize, hidden: usize, inter: usize, features: usize }
+    /// Sizes of tokens and of their rows.
+    TokenSizes { tokens: usize, hidden: usize, top_k: usize, experts: usize }
     /// The gradients, or where they go.
     Gradients { x: Address, scores: Address, w_gate_up: Address, w_down: Address, b_gate_up: Address, b_down: Address }
 }

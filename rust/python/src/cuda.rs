@@ -262,7 +262,7 @@ fn check_map_count(count: usize) -> PyResult<()> {
 
 /// Encodes the maps and launches `function` on `stream` with the maps and `params` as its arguments.
 #[pyfunction]
-#[allow(clippy::too_many_arguments)]
+#[allow(clippy::too_many_arguments, reason = "Python's arguments")]
 fn cuda_launch(
     function: u64,
     device: i32,

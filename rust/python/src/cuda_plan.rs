@@ -145,7 +145,7 @@ fn shape(function: u64, blocks: usize) -> LaunchShape {
 
 /// See `python/moekern/_core.pyi`.
 #[pyfunction]
-#[allow(clippy::too_many_arguments)]
+#[allow(clippy::too_many_arguments, reason = "Python's arguments")]
 fn cuda_plan(
     py: Python<'_>,
     narrow: u64,

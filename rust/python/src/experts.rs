@@ -1,11 +1,13 @@
 //! The experts' passes.
 
 use moekern_core::experts::{
-    ExpertsBackward, ExpertsForward, experts_backward as backward, experts_forward as forward,
+    ExpertsBackward, ExpertsForward, ExpertsInputs, experts_backward as backward, experts_forward as forward,
 };
 use pyo3::prelude::*;
 
-use crate::arguments::{Address, Form, Gradients, PlanTensors, Sizes, Weights, check_present, check_size, dtype, isa};
+use crate::arguments::{
+    ActivationName, Address, Form, Gradients, PlanTensors, Sizes, Weights, check_present, check_size, dtype, isa,
+};
 
 /// Adds what is here to the module.
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
@@ -13,10 +15,53 @@ pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(experts_backward, module)?)
 }
 
+/// Checks what both passes read, apart from which tensors are there, and makes it one argument.
+#[allow(clippy::too_many_arguments, reason = "the arguments of the two functions below")]
+fn inputs(
+    dtype: u8,
+    threads: usize,
+    tokens: usize,
+    sizes: &Sizes,
+    x: Address,
+    scores: Address,
+    plan: &PlanTensors,
+    weights: &Weights,
+    form: &Form,
+) -> PyResult<ExpertsInputs> {
+    let dtype = self::dtype(dtype)?;
+    let &Sizes { experts, hidden, inter, features } = sizes;
+    let &Form { activation: ActivationName(activation), transposed, interleaved, top_k } = form;
+    check_size("x", dtype, &[tokens, hidden])?;
+    check_size("pre", dtype, &[tokens, top_k, features])?;
+    check_size("w_gate_up", dtype, &[experts, features, hidden])?;
+    Ok(ExpertsInputs {
+        isa: isa()?,
+        threads: threads.max(1),
+        dtype,
+        tokens,
+        hidden,
+        inter,
+        experts,
+        top_k,
+        activation,
+        transposed,
+        interleaved,
+        x: x.read(),
+        scores: scores.read(),
+        order: plan.order.read(),
+        inverse: plan.inverse.read(),
+        offsets: plan.offsets.read(),
+        w_gate_up: weights.w_gate_up.read(),
+        w_down: weights.w_down.read(),
+        b_gate_up: weights.b_gate_up.read(),
+        b_down: weights.b_down.read(),
+    })
+}
+
 /// See `python/moekern/_core.pyi`.
 #[pyfunction]
 #[pyo3(signature = (dtype, threads, tokens, sizes, x, scores, plan, weights, form, pre, out))]
-#[allow(clippy::too_many_arguments)]
+#[allow(clippy::too_many_arguments, reason = "Python's arguments")]
 fn experts_forward(
     py: Python<'_>,
     dtype: u8,
@@ -31,44 +76,15 @@ fn experts_forward(
     pre: Address,
     out: Address,
 ) -> PyResult<()> {
-    let dtype = self::dtype(dtype)?;
-    let isa = isa()?;
-    let Sizes { experts, hidden, inter, features } = sizes;
-    let Form { activation, transposed, interleaved, top_k } = form;
-    check_size("x", dtype, &[tokens, hidden])?;
-    check_size("pre", dtype, &[tokens, top_k, features])?;
-    check_size("w_gate_up", dtype, &[experts, features, hidden])?;
-    if tokens == 0 || hidden == 0 {
+    let inputs = inputs(dtype, threads, tokens, &sizes, x, scores, &plan, &weights, &form)?;
+    if tokens == 0 || sizes.hidden == 0 {
         return Ok(());
     }
     check_present(&[("offsets", plan.offsets), ("x", x), ("out", out)])?;
-    if top_k > 0 {
+    if form.top_k > 0 {
         check_present(&[("order", plan.order), ("inverse", plan.inverse)])?;
     }
-    let args = ExpertsForward {
-        isa,
-        threads: threads.max(1),
-        dtype,
-        tokens,
-        hidden,
-        inter,
-        experts,
-        top_k,
-        activation: activation.0,
-        transposed,
-        interleaved,
-        x: x.read(),
-        scores: scores.read(),
-        order: plan.order.read(),
-        inverse: plan.inverse.read(),
-        offsets: plan.offsets.read(),
-        w_gate_up: weights.w_gate_up.read(),
-        w_down: weights.w_down.read(),
-        b_gate_up: weights.b_gate_up.read(),
-        b_down: weights.b_down.read(),
-        pre: pre.write(),
-        out: out.write(),
-    };
+    let args = ExpertsForward { inputs, pre: pre.write(), out: out.write() };
     // SAFETY: Python vouches for the tensors behind the addresses.
     py.detach(|| unsafe { forward(&args) });
     Ok(())
@@ -77,7 +93,7 @@ fn experts_forward(
 /// See `python/moekern/_core.pyi`.
 #[pyfunction]
 #[pyo3(signature = (dtype, threads, tokens, sizes, dout, x, pre, scores, plan, weights, form, gradients))]
-#[allow(clippy::too_many_arguments)]
+#[allow(clippy::too_many_arguments, reason = "Python's arguments")]
 fn experts_backward(
     py: Python<'_>,
     dtype: u8,
@@ -93,16 +109,11 @@ fn experts_backward(
     form: Form,
     gradients: Gradients,
 ) -> PyResult<()> {
-    let dtype = self::dtype(dtype)?;
-    let isa = isa()?;
-    let Sizes { experts, hidden, inter, features } = sizes;
-    let Form { activation, transposed, interleaved, top_k } = form;
-    check_size("x", dtype, &[tokens, hidden])?;
-    check_size("pre", dtype, &[tokens, top_k, features])?;
-    check_size("dout", dtype, &[tokens, top_k, hidden])?;
-    check_size("w_gate_up", dtype, &[experts, features, hidden])?;
+    let inputs = inputs(dtype, threads, tokens, &sizes, x, scores, &plan, &weights, &form)?;
+    let Sizes { experts, hidden, inter, .. } = sizes;
+    check_size("dout", inputs.dtype, &[tokens, form.top_k, hidden])?;
     check_present(&[("offsets", plan.offsets)])?;
-    if tokens > 0 && top_k > 0 {
+    if tokens > 0 && form.top_k > 0 {
         check_present(&[("order", plan.order), ("inverse", plan.inverse)])?;
         if hidden > 0 && inter > 0 {
             check_present(&[("dout", dout), ("x", x), ("pre", pre)])?;
@@ -112,28 +123,9 @@ fn experts_backward(
         check_present(&[("w_gate_up", weights.w_gate_up), ("w_down", weights.w_down)])?;
     }
     let args = ExpertsBackward {
-        isa,
-        threads: threads.max(1),
-        dtype,
-        tokens,
-        hidden,
-        inter,
-        experts,
-        top_k,
-        activation: activation.0,
-        transposed,
-        interleaved,
+        inputs,
         dout: dout.read(),
-        x: x.read(),
         pre: pre.read(),
-        scores: scores.read(),
-        order: plan.order.read(),
-        inverse: plan.inverse.read(),
-        offsets: plan.offsets.read(),
-        w_gate_up: weights.w_gate_up.read(),
-        w_down: weights.w_down.read(),
-        // The saved pre-activations contain the first bias.
-        b_down: weights.b_down.read(),
         dx: gradients.x.write(),
         dscores: gradients.scores.write(),
         dw_gate_up: gradients.w_gate_up.write(),

@@ -21,7 +21,7 @@ pub const KINDS: [(&str, u8); 3] = [("nt", NT), ("nn", NN), ("tn", TN)];
 /// See `python/moekern/_core.pyi`.
 #[pyfunction]
 #[pyo3(signature = (dtype, threads, kind, experts, rows, k, n, a, b, offsets, out))]
-#[allow(clippy::too_many_arguments)]
+#[allow(clippy::too_many_arguments, reason = "Python's arguments")]
 fn grouped_mm(
     py: Python<'_>,
     dtype: u8,

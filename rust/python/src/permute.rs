@@ -5,7 +5,7 @@ use moekern_core::vector::DType;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
-use crate::arguments::{Address, PlanTensors, check_present, isa};
+use crate::arguments::{Address, PlanTensors, TokenSizes, check_present, isa};
 
 /// Moving fewer bytes takes less than about 20 us, too short to let other Python threads run meanwhile.
 const BYTES_WORTH_RELEASING: usize = 128 << 10;
@@ -15,14 +15,6 @@ pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(permute, module)?)?;
     module.add_function(wrap_pyfunction!(combine, module)?)?;
     module.add_function(wrap_pyfunction!(combine_backward, module)?)
-}
-
-/// Sizes of tokens and of their rows.
-struct TokenSizes {
-    tokens: usize,
-    hidden: usize,
-    top_k: usize,
-    experts: usize,
 }
 
 /// Checks sizes, and that the plan and the `required` tensors are there. None if there is nothing to do.
@@ -67,21 +59,17 @@ fn run<T: Sync>(py: Python<'_>, map: &TokenMap, args: T, work: unsafe fn(&T)) {
 
 /// See `python/moekern/_core.pyi`.
 #[pyfunction]
-#[pyo3(signature = (dtype, threads, tokens, hidden, top_k, experts, x, plan, out))]
-#[allow(clippy::too_many_arguments)]
+#[pyo3(signature = (dtype, threads, sizes, x, plan, out))]
+#[allow(clippy::too_many_arguments, reason = "Python's arguments")]
 fn permute(
     py: Python<'_>,
     dtype: u8,
     threads: usize,
-    tokens: usize,
-    hidden: usize,
-    top_k: usize,
-    experts: usize,
+    sizes: TokenSizes,
     x: Address,
     plan: PlanTensors,
     out: Address,
 ) -> PyResult<()> {
-    let sizes = TokenSizes { tokens, hidden, top_k, experts };
     if let Some(map) = token_map(dtype, threads, sizes, plan, &[("x", x), ("out", out)])? {
         run(py, &map, Permute { map, x: x.read(), out: out.write() }, Permute::run);
     }
@@ -90,22 +78,18 @@ fn permute(
 
 /// See `python/moekern/_core.pyi`.
 #[pyfunction]
-#[pyo3(signature = (dtype, threads, tokens, hidden, top_k, experts, y, weights, plan, out))]
-#[allow(clippy::too_many_arguments)]
+#[pyo3(signature = (dtype, threads, sizes, y, weights, plan, out))]
+#[allow(clippy::too_many_arguments, reason = "Python's arguments")]
 fn combine(
     py: Python<'_>,
     dtype: u8,
     threads: usize,
-    tokens: usize,
-    hidden: usize,
-    top_k: usize,
-    experts: usize,
+    sizes: TokenSizes,
     y: Address,
     weights: Address,
     plan: PlanTensors,
     out: Address,
 ) -> PyResult<()> {
-    let sizes = TokenSizes { tokens, hidden, top_k, experts };
     if let Some(map) = token_map(dtype, threads, sizes, plan, &[("y", y), ("out", out)])? {
         let args = Combine { map, y: y.read(), weights: weights.read(), out: out.write() };
         run(py, &map, args, Combine::run);
@@ -115,16 +99,13 @@ fn combine(
 
 /// See `python/moekern/_core.pyi`.
 #[pyfunction]
-#[pyo3(signature = (dtype, threads, tokens, hidden, top_k, experts, dout, y, weights, plan, dy, dweights))]
-#[allow(clippy::too_many_arguments)]
+#[pyo3(signature = (dtype, threads, sizes, dout, y, weights, plan, dy, dweights))]
+#[allow(clippy::too_many_arguments, reason = "Python's arguments")]
 fn combine_backward(
     py: Python<'_>,
     dtype: u8,
     threads: usize,
-    tokens: usize,
-    hidden: usize,
-    top_k: usize,
-    experts: usize,
+    sizes: TokenSizes,
     dout: Address,
     y: Address,
     weights: Address,
@@ -133,7 +114,6 @@ fn combine_backward(
     dweights: Address,
 ) -> PyResult<()> {
     let required = [("dout", dout), ("y", if dweights.is_null() { dout } else { y })];
-    let sizes = TokenSizes { tokens, hidden, top_k, experts };
     if let Some(map) = token_map(dtype, threads, sizes, plan, &required)? {
         let args = CombineBackward {
             map,

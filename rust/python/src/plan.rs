@@ -71,7 +71,7 @@ unsafe fn plan_offsets<'a>(address: usize, experts: usize) -> PyResult<&'a [i32]
 /// See `python/moekern/_core.pyi`.
 #[pyfunction]
 #[pyo3(signature = (ids, id_type, slots, experts, order, inverse, offsets, threads))]
-#[allow(clippy::too_many_arguments)]
+#[allow(clippy::too_many_arguments, reason = "Python's arguments")]
 fn plan(
     py: Python<'_>,
     ids: usize,

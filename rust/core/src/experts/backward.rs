@@ -11,20 +11,18 @@
 //! threads.
 
 use super::activation_grad::HiddenGradient;
+use super::arguments::{ExpertsInputs, Operand};
 use super::column_sums::ColumnSums;
 use super::score_grad::ScoreGradient;
-use crate::gemm::activation::Activation;
-use crate::gemm::grouped::Epilogue;
-use crate::gemm::grouped::{Gather, Grouped};
+use crate::gemm::grouped::{Epilogue, Gather};
 use crate::gemm::nn::pass::{COLUMN_BLOCK, Finish, FinishedSums, NnJob, StoreSums};
 use crate::gemm::nt::pass::grouped_nt;
 use crate::gemm::tn::{GroupedTn, TnJob, larger_than_cache};
 use crate::memory::scratch::{Buffer, with_workspace};
-use crate::permute::arguments::{Combine, TokenMap};
+use crate::permute::arguments::Combine;
 use crate::threads::jobs::{Job, ThreadState, run_jobs};
-use crate::vector::dtype::DType;
 use crate::vector::format::Format;
-use crate::vector::isa::{Isa, with_kernels};
+use crate::vector::isa::with_kernels;
 use crate::vector::round::widen_row;
 use crate::vector::simd::{Kernel, Simd};
 use std::marker::PhantomData;
@@ -33,53 +31,15 @@ use std::ptr::null_mut;
 /// Rows of a ticket where activations are differentiated on their own.
 const ROWS: usize = 32;
 
-/// Arguments of [`experts_backward`]. Matrices are row-major and of type `dtype` (not fp64); a null result is not
-/// wanted. Shapes are those of plain weights, in brackets those of `transposed` ones; `width` is `2 * inter` for
-/// gated activations, else `inter`.
+/// Arguments of [`experts_backward`]; a null result is not wanted.
 #[derive(Clone, Copy)]
 pub struct ExpertsBackward {
-    /// Instruction set of the kernels, one that this CPU has.
-    pub isa: Isa,
-    /// Threads to use, at least one.
-    pub threads: usize,
-    /// Element type.
-    pub dtype: DType,
-    /// Number of tokens.
-    pub tokens: usize,
-    /// Features of a token.
-    pub hidden: usize,
-    /// Features between the projections.
-    pub inter: usize,
-    /// Number of experts.
-    pub experts: usize,
-    /// Slots of a token.
-    pub top_k: usize,
-    /// What lies between the projections.
-    pub activation: Activation,
-    /// Whether weights have their input features first.
-    pub transposed: bool,
-    /// Whether gate and up features alternate.
-    pub interleaved: bool,
-    /// `[tokens, hidden]`.
+    /// What the forward pass read.
+    pub inputs: ExpertsInputs,
+    /// `[tokens, hidden]`, the gradient of the output.
     pub dout: *const u8,
-    /// `[tokens, hidden]`.
-    pub x: *const u8,
     /// `[slots, width]`, as the forward pass left it.
     pub pre: *const u8,
-    /// `[slots]` fp32, by slot; null: ones.
-    pub scores: *const f32,
-    /// Row to slot.
-    pub order: *const i32,
-    /// Slot to row.
-    pub inverse: *const i32,
-    /// `experts + 1` row offsets.
-    pub offsets: *const i32,
-    /// `[experts, width, hidden]` (`[experts, hidden, width]`).
-    pub w_gate_up: *const u8,
-    /// `[experts, hidden, inter]` (`[experts, inter, hidden]`).
-    pub w_down: *const u8,
-    /// `[experts, hidden]` or null.
-    pub b_down: *const u8,
     /// `[tokens, hidden]`.
     pub dx: *mut u8,
     /// `[slots]` fp32, by slot.
@@ -107,7 +67,7 @@ pub unsafe fn experts_backward(args: &ExpertsBackward) {
     // SAFETY: the caller's, handed on with memory for what the steps share.
     unsafe {
         with_workspace(|[buffer, _]| {
-            with_kernels!(args.isa, args.dtype, S, F => Pass::<S, F>::new(args, buffer).run());
+            with_kernels!(args.inputs.isa, args.inputs.dtype, S, F => Pass::<S, F>::new(args, buffer).run());
         });
     }
 }
@@ -115,6 +75,7 @@ pub unsafe fn experts_backward(args: &ExpertsBackward) {
 /// What the steps share. Results that no later step needs are null.
 struct Pass<'a, S, F> {
     args: &'a ExpertsBackward,
+    inputs: &'a ExpertsInputs,
     slots: usize,
     width: usize,
     /// Rows that belong to an expert.
@@ -136,19 +97,20 @@ struct Pass<'a, S, F> {
 
 impl<'a, S: Simd, F: Format> Pass<'a, S, F> {
     unsafe fn new(args: &'a ExpertsBackward, buffer: &mut Buffer) -> Self {
-        // SAFETY: offsets end with that of `args.experts`, and the parts are within the bytes asked for.
+        // SAFETY: offsets end with that of `inputs.experts`, and the parts are within the bytes asked for.
         unsafe {
-            let slots = args.tokens * args.top_k;
-            let width = args.inter * args.activation.columns();
-            let used = *args.offsets.add(args.experts) as usize;
+            let inputs = &args.inputs;
+            let slots = inputs.tokens * inputs.top_k;
+            let width = inputs.width();
+            let used = inputs.used();
             let wants_hidden = !args.dx.is_null() || !args.dw_gate_up.is_null() || !args.db_gate_up.is_null();
             let wants_grad = wants_hidden || !args.dscores.is_null();
             let sizes = [
-                if wants_grad && args.transposed { used * args.inter * F::BYTES } else { 0 },
+                if wants_grad && inputs.transposed { used * inputs.inter * F::BYTES } else { 0 },
                 if wants_hidden { used * width * F::BYTES } else { 0 },
-                if args.dw_down.is_null() { 0 } else { used * args.inter * F::BYTES },
-                if args.dx.is_null() { 0 } else { used * args.hidden * F::BYTES },
-                if args.dscores.is_null() { 0 } else { args.inter.div_ceil(COLUMN_BLOCK) * slots * 4 },
+                if args.dw_down.is_null() { 0 } else { used * inputs.inter * F::BYTES },
+                if args.dx.is_null() { 0 } else { used * inputs.hidden * F::BYTES },
+                if args.dscores.is_null() { 0 } else { inputs.inter.div_ceil(COLUMN_BLOCK) * slots * 4 },
             ];
             // A line between the parts, so that vectors at the end of one do not share it with the next.
             let mut next = buffer.bytes(sizes.iter().map(|size| size.next_multiple_of(64) + 64).sum());
@@ -157,9 +119,9 @@ impl<'a, S: Simd, F: Format> Pass<'a, S, F> {
                 next = next.add(size.next_multiple_of(64) + 64);
                 if size == 0 { null_mut() } else { start }
             });
-            let gather = Gather { order: args.order, top_k: args.top_k };
+            let gather = inputs.gather();
             let shares = shares.cast();
-            Self { args, slots, width, used, gather, grad, hidden, scaled, rows, shares, types: PhantomData }
+            Self { args, inputs, slots, width, used, gather, grad, hidden, scaled, rows, shares, types: PhantomData }
         }
     }
 
@@ -167,31 +129,32 @@ impl<'a, S: Simd, F: Format> Pass<'a, S, F> {
         // SAFETY: the pointers are the caller's and those of `new`, each with the shape stated there; a step reads
         // what the steps before it have written.
         unsafe {
-            let args = self.args;
+            let (args, inputs) = (self.args, self.inputs);
             let into_activation = HiddenGradient::<F> {
-                activation: args.activation,
-                interleaved: args.interleaved,
-                inter: args.inter,
+                activation: inputs.activation,
+                interleaved: inputs.interleaved,
+                inter: inputs.inter,
                 slots: self.slots,
                 pre: args.pre,
-                order: args.order,
-                scores: args.scores,
+                order: inputs.order,
+                scores: inputs.scores,
                 hidden: self.hidden,
                 scaled: self.scaled,
                 shares: self.shares,
                 format: PhantomData,
             };
-            let down = self.product(args.dout, self.gather, args.w_down, args.hidden, args.inter, self.grad);
+            let dout = (args.dout, self.gather, inputs.hidden);
+            let down = inputs.product(dout, inputs.w_down, inputs.inter, self.grad);
             if self.hidden.is_null() && self.shares.is_null() {
                 // Only the weights' own gradient, which needs the activations but not their gradient.
                 if !self.scaled.is_null() {
-                    run_jobs(args.threads, &[&self.differentiate_rows(into_activation)]);
+                    run_jobs(inputs.threads, &[&self.differentiate_rows(into_activation)]);
                 }
-            } else if args.transposed {
+            } else if inputs.transposed {
                 grouped_nt(&down, &Epilogue::NONE);
-                run_jobs(args.threads, &[&self.differentiate_rows(into_activation)]);
+                run_jobs(inputs.threads, &[&self.differentiate_rows(into_activation)]);
             } else {
-                run_jobs(args.threads, &[&NnJob::<S, F, _>::new(&down, into_activation)]);
+                run_jobs(inputs.threads, &[&NnJob::<S, F, _>::new(&down, into_activation)]);
             }
             self.after_activation();
             if !args.dx.is_null() {
@@ -204,59 +167,52 @@ impl<'a, S: Simd, F: Format> Pass<'a, S, F> {
     unsafe fn after_activation(&self) {
         // SAFETY: as in `run`, which has computed `dH` and `A'`.
         unsafe {
-            let args = self.args;
+            let (args, inputs) = (self.args, self.inputs);
             let mut jobs: Vec<Box<dyn Job + '_>> = Vec::new();
+            let hidden = (self.hidden.cast_const(), Gather::NONE, self.width);
             if !args.dx.is_null() {
-                let up = self.product(self.hidden, Gather::NONE, args.w_gate_up, self.width, args.hidden, self.rows);
-                if args.transposed {
+                let up = inputs.product(hidden, inputs.w_gate_up, inputs.hidden, self.rows);
+                if inputs.transposed {
                     grouped_nt(&up, &Epilogue::NONE);
                 } else {
                     let finish =
-                        StoreSums::<F> { out: self.rows, bias: null_mut(), n: args.hidden, format: PhantomData };
+                        StoreSums::<F> { out: self.rows, bias: null_mut(), n: inputs.hidden, format: PhantomData };
                     jobs.push(Box::new(NnJob::<S, F, _>::new(&up, finish)));
                 }
             }
-            let elements = args.experts
-                * args.hidden
-                * (if args.dw_down.is_null() { 0 } else { args.inter }
+            let elements = inputs.experts
+                * inputs.hidden
+                * (if args.dw_down.is_null() { 0 } else { inputs.inter }
                     + if args.dw_gate_up.is_null() { 0 } else { self.width });
             let stream = larger_than_cache(elements * F::BYTES);
-            let dout = (args.dout, self.gather, args.hidden);
-            let x = (args.x, self.gather, args.hidden);
+            let dout = (args.dout, self.gather, inputs.hidden);
+            let x = (inputs.x, self.gather, inputs.hidden);
             if !args.dw_down.is_null() {
-                let scaled = (self.scaled.cast_const(), Gather::NONE, args.inter);
-                let (a, b) = if args.transposed { (scaled, dout) } else { (dout, scaled) };
+                let scaled = (self.scaled.cast_const(), Gather::NONE, inputs.inter);
+                let (a, b) = if inputs.transposed { (scaled, dout) } else { (dout, scaled) };
                 jobs.push(Box::new(self.weight_gradient(a, b, args.dw_down, stream)));
             }
             if !args.dw_gate_up.is_null() {
-                let hidden = (self.hidden.cast_const(), Gather::NONE, self.width);
-                let (a, b) = if args.transposed { (x, hidden) } else { (hidden, x) };
+                let (a, b) = if inputs.transposed { (x, hidden) } else { (hidden, x) };
                 jobs.push(Box::new(self.weight_gradient(a, b, args.dw_gate_up, stream)));
             }
             if !args.db_gate_up.is_null() {
-                let hidden = (self.hidden.cast_const(), Gather::NONE, self.width);
                 jobs.push(Box::new(self.column_sums(hidden, std::ptr::null(), args.db_gate_up)));
             }
             if !args.db_down.is_null() {
-                jobs.push(Box::new(self.column_sums(dout, args.scores, args.db_down)));
+                jobs.push(Box::new(self.column_sums(dout, inputs.scores, args.db_down)));
             }
             if !args.dscores.is_null() {
                 jobs.push(Box::new(self.score_gradient()));
             }
-            run_jobs(args.threads, &jobs.iter().map(|job| &**job).collect::<Vec<_>>());
+            run_jobs(inputs.threads, &jobs.iter().map(|job| &**job).collect::<Vec<_>>());
         }
-    }
-
-    /// A product of rows with an expert's weights.
-    fn product(&self, a: *const u8, gather: Gather, b: *const u8, k: usize, n: usize, out: *mut u8) -> Grouped {
-        let &ExpertsBackward { isa, threads, dtype, experts, offsets, .. } = self.args;
-        Grouped { isa, threads, dtype, experts, offsets, k, n, a, gather, b, bias: std::ptr::null(), out }
     }
 
     unsafe fn weight_gradient(&self, a: Operand, b: Operand, out: *mut u8, stream: bool) -> TnJob<S, F> {
         // SAFETY: the caller's: operands with the rows that the plan has, and room for the result.
         unsafe {
-            let &ExpertsBackward { isa, threads, dtype, experts, offsets, .. } = self.args;
+            let &ExpertsInputs { isa, threads, dtype, experts, offsets, .. } = self.inputs;
             let ((a, gather_a, p), (b, gather_b, n)) = (a, b);
             TnJob::new(&GroupedTn {
                 isa,
@@ -277,19 +233,20 @@ impl<'a, S: Simd, F: Format> Pass<'a, S, F> {
     }
 
     fn column_sums(&self, (a, gather, n): Operand, scores: *const f32, out: *mut u8) -> ColumnSums<S, F> {
-        let &ExpertsBackward { experts, offsets, order, .. } = self.args;
+        let &ExpertsInputs { experts, offsets, order, .. } = self.inputs;
         ColumnSums { experts, offsets, a, gather, n, order, scores, out, types: PhantomData }
     }
 
     fn score_gradient(&self) -> ScoreGradient<S, F> {
-        let &ExpertsBackward { experts, offsets, order, dout, hidden, b_down, dscores, .. } = self.args;
+        let &ExpertsInputs { experts, offsets, order, hidden, b_down, .. } = self.inputs;
+        let &ExpertsBackward { dout, dscores, .. } = self.args;
         ScoreGradient {
             experts,
             offsets,
             slots: self.slots,
             order,
             shares: self.shares,
-            blocks: self.args.inter.div_ceil(COLUMN_BLOCK),
+            blocks: self.inputs.inter.div_ceil(COLUMN_BLOCK),
             dout,
             gather: self.gather,
             hidden,
@@ -300,9 +257,8 @@ impl<'a, S: Simd, F: Format> Pass<'a, S, F> {
     }
 
     fn token_sums(&self) -> Combine {
-        let &ExpertsBackward { isa, threads, dtype, tokens, top_k, inverse, hidden, dx: out, .. } = self.args;
-        let map = TokenMap { isa, threads, dtype, tokens, top_k, hidden, inverse, used: self.used };
-        Combine { map, y: self.rows, weights: std::ptr::null(), out }
+        let map = self.inputs.token_map(self.used);
+        Combine { map, y: self.rows, weights: std::ptr::null(), out: self.args.dx }
     }
 
     fn differentiate_rows(&self, finish: HiddenGradient<F>) -> DifferentiateRows<S, F> {
@@ -310,10 +266,7 @@ impl<'a, S: Simd, F: Format> Pass<'a, S, F> {
     }
 }
 
-/// A matrix, the rows of it that are read, its columns.
-type Operand = (*const u8, Gather, usize);
-
-/// The way back through the activation as a pass of its own.
+/// The gradient through the activation as a pass of its own.
 struct DifferentiateRows<S, F> {
     /// `g`, `[used, inter]`; null: zeros.
     grad: *const u8,

@@ -13,67 +13,25 @@
 //! with a pass over `pre` between the projections.
 
 use super::activate_rows::ActivateRows;
-use crate::gemm::activation::Activation;
-use crate::gemm::grouped::Epilogue;
-use crate::gemm::grouped::{Gather, Grouped};
+use super::arguments::ExpertsInputs;
+use crate::gemm::grouped::{Epilogue, Gather, Grouped};
 use crate::gemm::nn::pass::grouped_nn;
 use crate::gemm::nt::pass::NtPass;
 use crate::gemm::nt::tickets::{Tickets, units};
 use crate::memory::pages::advise_huge_pages;
 use crate::memory::scratch::{with_scratch, with_workspace};
-use crate::permute::arguments::{Combine, TokenMap};
+use crate::permute::arguments::Combine;
 use crate::threads::jobs::run_jobs;
 use crate::threads::pool::parallel;
-use crate::vector::dtype::DType;
-use crate::vector::isa::{Isa, with_kernels};
+use crate::vector::isa::with_kernels;
 use std::marker::PhantomData;
 use std::sync::atomic::AtomicUsize;
 
-/// Arguments of [`experts_forward`]. Matrices are row-major and of type `dtype` (not fp64). Shapes are those of
-/// plain weights, in brackets those of `transposed` ones; `width` is `2 * inter` for gated activations, else
-/// `inter`.
+/// Arguments of [`experts_forward`].
 #[derive(Clone, Copy)]
 pub struct ExpertsForward {
-    /// Instruction set of the kernels, one that this CPU has.
-    pub isa: Isa,
-    /// Threads to use, at least one.
-    pub threads: usize,
-    /// Element type.
-    pub dtype: DType,
-    /// Number of tokens.
-    pub tokens: usize,
-    /// Columns of `x` and `out`.
-    pub hidden: usize,
-    /// Columns between the projections.
-    pub inter: usize,
-    /// Number of experts.
-    pub experts: usize,
-    /// Slots of a token.
-    pub top_k: usize,
-    /// Between the projections.
-    pub activation: Activation,
-    /// Whether weights are `[in, out]`.
-    pub transposed: bool,
-    /// Whether gate and up features alternate.
-    pub interleaved: bool,
-    /// `[tokens, hidden]`.
-    pub x: *const u8,
-    /// `[slots]` fp32, by slot; null: ones.
-    pub scores: *const f32,
-    /// Row to slot.
-    pub order: *const i32,
-    /// Slot to row.
-    pub inverse: *const i32,
-    /// `experts + 1` row offsets; rows behind the last are sentinels' and contribute nothing.
-    pub offsets: *const i32,
-    /// `[experts, width, hidden]` (`[experts, hidden, width]`).
-    pub w_gate_up: *const u8,
-    /// `[experts, hidden, inter]` (`[experts, inter, hidden]`).
-    pub w_down: *const u8,
-    /// `[experts, width]` or null.
-    pub b_gate_up: *const u8,
-    /// `[experts, hidden]` or null.
-    pub b_down: *const u8,
+    /// What is read.
+    pub inputs: ExpertsInputs,
     /// `[slots, width]`: the rounded input of the activation is left here, except in sentinels' rows. Null: not
     /// wanted.
     pub pre: *mut u8,
@@ -91,60 +49,32 @@ unsafe impl Sync for ExpertsForward {}
 /// # Safety
 /// All pointers are as documented.
 pub unsafe fn experts_forward(args: &ExpertsForward) {
-    // SAFETY: there are `experts + 1` offsets.
-    let used = unsafe { *args.offsets.add(args.experts) } as usize;
-    let row_bytes = |columns: usize| columns * args.dtype.size();
-    let width = args.inter * args.activation.columns();
-    advise_huge_pages(args.out, args.tokens * row_bytes(args.hidden));
+    let inputs = &args.inputs;
+    // SAFETY: the caller's: the offsets are as documented.
+    let used = unsafe { inputs.used() };
+    let row_bytes = |columns: usize| columns * inputs.dtype.size();
+    let width = inputs.width();
+    advise_huge_pages(args.out, inputs.tokens * row_bytes(inputs.hidden));
     if !args.pre.is_null() {
         advise_huge_pages(args.pre, used * row_bytes(width));
     }
     with_workspace(|[hidden, rows]| {
         // Without a place for it, `pre` follows `hidden` where a pass over it is needed.
-        let inner = used * row_bytes(args.inter);
-        let extra = if args.transposed && args.pre.is_null() { used * row_bytes(width) } else { 0 };
+        let inner = used * row_bytes(inputs.inter);
+        let extra = if inputs.transposed && args.pre.is_null() { used * row_bytes(width) } else { 0 };
         let hidden = hidden.bytes(inner + extra);
-        let rows = rows.bytes(used * row_bytes(args.hidden));
-        let up = Grouped {
-            isa: args.isa,
-            threads: args.threads,
-            dtype: args.dtype,
-            experts: args.experts,
-            offsets: args.offsets,
-            k: args.hidden,
-            n: width,
-            a: args.x,
-            gather: Gather { order: args.order, top_k: args.top_k },
-            b: args.w_gate_up,
-            bias: args.b_gate_up,
-            out: hidden,
-        };
-        let down = Grouped {
-            k: args.inter,
-            n: args.hidden,
-            a: hidden,
-            gather: Gather::NONE,
-            b: args.w_down,
-            bias: args.b_down,
-            out: rows,
-            ..up
-        };
-        let map = TokenMap {
-            isa: args.isa,
-            threads: args.threads,
-            dtype: args.dtype,
-            tokens: args.tokens,
-            top_k: args.top_k,
-            hidden: args.hidden,
-            inverse: args.inverse,
-            used,
-        };
-        let combine = Combine { map, y: rows, weights: args.scores.cast(), out: args.out };
-        let mut epilogue = Epilogue { activation: Some(args.activation), interleaved: args.interleaved, pre: args.pre };
+        let rows = rows.bytes(used * row_bytes(inputs.hidden));
+        let x = (inputs.x, inputs.gather(), inputs.hidden);
+        let up = Grouped { bias: inputs.b_gate_up, ..inputs.product(x, inputs.w_gate_up, width, hidden) };
+        let activated = (hidden.cast_const(), Gather::NONE, inputs.inter);
+        let down = Grouped { bias: inputs.b_down, ..inputs.product(activated, inputs.w_down, inputs.hidden, rows) };
+        let combine = Combine { map: inputs.token_map(used), y: rows, weights: inputs.scores.cast(), out: args.out };
+        let mut epilogue =
+            Epilogue { activation: Some(inputs.activation), interleaved: inputs.interleaved, pre: args.pre };
         // SAFETY: the pointers are as documented, and the workspace has room for `hidden`, `rows` and, where it is
         // needed, `pre`.
         unsafe {
-            if args.transposed {
+            if inputs.transposed {
                 if epilogue.pre.is_null() {
                     epilogue.pre = hidden.add(inner);
                 }

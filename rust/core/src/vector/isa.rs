@@ -109,7 +109,6 @@ impl std::error::Error for IsaError {}
 /// Evaluates `$body` with the type `$S` bound to the fp32 vector unit of `$isa`.
 macro_rules! with_simd {
     ($isa:expr, $S:ident => $body:expr) => {{
-        #[allow(unused_imports)]
         use $crate::vector::{isa::Isa, scalar::Scalar};
         match $isa {
             #[cfg(target_arch = "x86_64")]

@@ -1,5 +1,5 @@
 //! Random tensors of any element type, and fp64 arithmetic to compare with.
-#![allow(dead_code)]
+#![allow(dead_code, reason = "each test program uses a part")]
 
 use half::{bf16, f16};
 use moekern_core::gemm::Activation;

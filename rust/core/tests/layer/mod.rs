@@ -1,10 +1,11 @@
 //! The layer and its gradients in double precision, written from the formulas, one scalar at a time.
-#![allow(dead_code)]
-// Several arrays are indexed alike, as in the formulas.
-#![allow(clippy::needless_range_loop)]
+#![allow(dead_code, reason = "each test program uses a part")]
+#![allow(clippy::needless_range_loop, reason = "several arrays are indexed alike, as in the formulas")]
 
 use super::common::{Random, Tensor};
-use moekern_core::vector::DType;
+use moekern_core::experts::ExpertsInputs;
+use moekern_core::gemm::Activation;
+use moekern_core::vector::{DType, Isa};
 use std::ptr::null;
 
 /// Rows sorted by expert, as the planner gives them.
@@ -163,7 +164,7 @@ pub struct Layer {
 }
 
 /// Address of an optional tensor; null where it is absent.
-pub fn address<T>(tensor: &Option<Tensor>) -> *const T {
+fn address<T>(tensor: &Option<Tensor>) -> *const T {
     tensor.as_ref().map_or(null(), |t| t.ptr().cast())
 }
 
@@ -190,6 +191,33 @@ impl Layer {
         let b_down = biased.then(|| tensor(e * h, 1.0));
         let scores = scored.then(|| Tensor::normal(DType::F32, slots, 1.0, random));
         Self { shape, routing, dtype, x, scores, w_gate_up, w_down, b_gate_up, b_down }
+    }
+
+    /// What both passes read.
+    pub fn inputs(&self, isa: Isa, threads: usize) -> ExpertsInputs {
+        let Shape { tokens, hidden, inter, experts, top_k, activation, transposed, interleaved } = self.shape;
+        ExpertsInputs {
+            isa,
+            threads,
+            dtype: self.dtype,
+            tokens,
+            hidden,
+            inter,
+            experts,
+            top_k,
+            activation: Activation::ALL[usize::from(activation)],
+            transposed,
+            interleaved,
+            x: self.x.ptr(),
+            scores: address(&self.scores),
+            order: self.routing.order.as_ptr(),
+            inverse: self.routing.inverse.as_ptr(),
+            offsets: self.routing.offsets.as_ptr(),
+            w_gate_up: self.w_gate_up.ptr(),
+            w_down: self.w_down.ptr(),
+            b_gate_up: address(&self.b_gate_up),
+            b_down: address(&self.b_down),
+        }
     }
 
     /// The same values in double precision.

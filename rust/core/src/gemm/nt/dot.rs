@@ -160,8 +160,7 @@ unsafe fn step<S: Simd, F: Format, const ROWS: usize, const FEATURES: usize>(
 /// The same address, unknown to the compiler as such: words are then loaded twice, from the first-level cache,
 /// instead of occupying registers that the sums need.
 #[inline(always)]
-// Nothing is read through the pointer inside the block.
-#[allow(clippy::pointers_in_nomem_asm_block)]
+#[allow(clippy::pointers_in_nomem_asm_block, reason = "nothing is read through the pointer inside the block")]
 fn unrelated(p: *const u8) -> *const u8 {
     // SAFETY: no instruction: the assembler sees a comment.
     #[cfg(target_arch = "x86_64")]
