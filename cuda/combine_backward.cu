@@ -1,4 +1,4 @@
-// The gradients of combine.cu in one pass: drows[r] = w[slot] * dout[t] and dw[slot] = <rows[r], dout[t]>, for r = inverse[slot]
+// The gradients of combine.cu in one pass: drows[r] = s[slot] * dout[t] and ds[slot] = <rows[r], dout[t]>, for r = inverse[slot]
 // and slot = (t, k). Zero for sentinels, whose rows, those past offsets[E], are never read. Sums are in float32, without
 // atomics and in an order that depends on the sizes alone.
 //
@@ -12,12 +12,12 @@ constexpr int THREADS = 256, WARPS = THREADS / 32;
 
 struct Params {
   const u8* dout;        // [T, H]
-  const u8* rows;        // [S, H], not read without dweights
-  const float* weights;  // [T, K], or null for ones
+  const u8* rows;        // [S, H], not read without dscores
+  const float* scores;   // [T, K], or null for ones
   const int* inverse;    // slot -> row
   const int* offsets;    // [E + 1]
   u8* drows;             // [S, H], or null
-  float* dweights;       // [T, K], or null
+  float* dscores;        // [T, K], or null
   int tokens, hidden, top_k, experts;
   int share;  // slots of a token that a warp takes, at most 32
 };
@@ -34,10 +34,10 @@ DEVICE float dot(const Vector<VECTOR>& a, const Vector<VECTOR>& b, float sum) {
   return sum;
 }
 
-DEVICE Vector<VECTOR> scaled(float weight, const Vector<VECTOR>& v) {
+DEVICE Vector<VECTOR> scaled(float score, const Vector<VECTOR>& v) {
   float x[Values::COUNT];
 #pragma unroll
-  for (int i = 0; i < Values::COUNT; i++) x[i] = weight * Values::at(v, i);
+  for (int i = 0; i < Values::COUNT; i++) x[i] = score * Values::at(v, i);
   return Values::narrow(x);
 }
 
@@ -52,7 +52,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) combine_backward(const 
     const u64 slot = token * p.top_k + first + lane;
     const bool exists = (int)lane < count;
     const int my_row = exists ? __ldg(p.inverse + slot) : 0;
-    const float my_weight = exists && p.weights ? __ldg(p.weights + slot) : 1.0f;
+    const float my_score = exists && p.scores ? __ldg(p.scores + slot) : 1.0f;
     float total = 0.0f;
     for (u64 byte = lane * VECTOR; byte < row_bytes + lane * VECTOR; byte += SPAN) {
       const u8* source = p.dout + token * row_bytes + byte;
@@ -65,10 +65,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) combine_backward(const 
       }
       for (int k = 0; k < count; k++) {
         const int row = __shfl_sync(ALL_LANES, my_row, k);
-        const float weight = __shfl_sync(ALL_LANES, my_weight, k);
+        const float score = __shfl_sync(ALL_LANES, my_score, k);
         const u64 place = (u64)(u32)row * row_bytes + byte;
         const bool real = row < end;
-        if (p.dweights && real) {
+        if (p.dscores && real) {
           Vector<VECTOR> y[LOADS];
 #pragma unroll
           for (int i = 0; i < LOADS; i++)
@@ -82,10 +82,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) combine_backward(const 
         if (p.drows) {
 #pragma unroll
           for (int i = 0; i < LOADS; i++)
-            if (inside[i]) (real ? scaled(weight, d[i]) : Vector<VECTOR>{}).store(p.drows + place + i * PIECE);
+            if (inside[i]) (real ? scaled(score, d[i]) : Vector<VECTOR>{}).store(p.drows + place + i * PIECE);
         }
       }
     }
-    if (p.dweights && exists) p.dweights[slot] = total;
+    if (p.dscores && exists) p.dscores[slot] = total;
   }
 }

@@ -6,7 +6,7 @@
 //   A'_r  = s_r A_r                              stored, [S, I]: the operand of the down projection's weight gradient
 //
 // Macros: ELEMENT, ACTIVATION (activation.cuh), INTERLEAVED (gate and up features alternate), TRANSPOSED (W_down is
-// [E, I, H] instead of [E, H, I]), BLOCK_ROWS (136, or 144 where that spares most experts a second tile).
+// [E, I, H] instead of [E, H, I]), TILE_ROWS (272, or 288 where that spares most experts a second tile).
 //
 // A cluster of two blocks computes 256 features x up to 272 rows, or 288; the blocks split the rows and share the weights: each
 // loads half of them and multicasts, each gathers its own rows. Splitting the features instead would make either block
@@ -33,7 +33,7 @@
 
 constexpr int THREADS = 512, STAGES = 3, GATHER_THREADS = 96;
 constexpr int FEATURES = 256;  // of a tile, and of one partial sum of dS
-constexpr int ROWS = BLOCK_ROWS;
+constexpr int ROWS = TILE_ROWS / 2;  // of a block
 constexpr bool TIGHT = ROWS > 136;  // no room for a second slot of pre: it lies where the hand-off has been read
 constexpr int PRODUCER_REGISTERS = 56, CONSUMER_REGISTERS = TIGHT ? 176 : 168;
 constexpr int EPILOGUE_REGISTERS = 512 - PRODUCER_REGISTERS - 2 * CONSUMER_REGISTERS;

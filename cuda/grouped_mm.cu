@@ -15,15 +15,17 @@
 //   ring[16]            1 + 16 bytes                           a tile was drawn (tickets.cuh)
 //
 // RING_STAGES 3 and STORE_ROWS 256: a whole tile leaves in one asynchronous store, waited for at the next tile. RING_STAGES 4
-// and STORE_ROWS 128 where experts have few rows: a longer ring, two stores.
+// and STORE_ROWS 128 for few rows per expert: a longer ring, two stores.
 //
 // Macros: ELEMENT, TRANSPOSED (weights [E, k, features]), BIAS, RING_STAGES, STORE_ROWS.
 #include "epilogue.cuh"
 
 constexpr int THREADS = 384;
 constexpr int PRODUCER_REGISTERS = 56, CONSUMER_REGISTERS = 224;
-constexpr int FEATURES = 128, ROWS = 256;           // of a block
-constexpr int BOX_ROWS = ROWS / 2, TAIL_ROWS = 32;  // a tile of 256 rows comes in boxes of the one, a shorter one in boxes of the other
+constexpr int TILE_ROWS = 256, TILE_FEATURES = 256;
+constexpr int FEATURES = TILE_FEATURES / 2, ROWS = TILE_ROWS;  // of a block
+// A tile of 256 rows comes in boxes of the one, a shorter one in boxes of the other.
+constexpr int BOX_ROWS = ROWS / 2, TAIL_ROWS = 32;
 constexpr u32 WEIGHT_BYTES = FEATURES * 128, STAGE_BYTES = WEIGHT_BYTES + ROWS * 128;
 constexpr u32 STORE_BYTES = STORE_ROWS * 128;  // of a consumer warpgroup: [rows][64 features]
 constexpr u32 SHARED_BYTES = RING_STAGES * STAGE_BYTES + 2 * STORE_BYTES + FRAME_BYTES;
@@ -32,7 +34,7 @@ struct Params {
   const int4* table;
   int* counter;
   const u16* bias;   // [E, features], or null
-  int columns;       // feature tiles: ceil(features / 256)
+  int columns;       // feature tiles: ceil(features / TILE_FEATURES)
   int inner;         // k
   int features;
 };
@@ -48,7 +50,7 @@ struct Shape {
 };
 
 // One thread of each block.
-DEVICE void load(const Params& p, const TensorMap* weights, const TensorMap* rows, const TensorMap* few_rows, Pipeline pipe,
+DEVICE void load(const Params& p, const TensorMap* weights, const TensorMap* rows, const TensorMap* tail, Pipeline pipe,
                  TileReader tiles, u32 rank, u32 begun) {
   const int k_blocks = (p.inner + 63) / 64;
   Tile tile;
@@ -57,7 +59,7 @@ DEVICE void load(const Params& p, const TensorMap* weights, const TensorMap* row
     const int boxes = (tile.rows + TAIL_ROWS - 1) / TAIL_ROWS;
     const bool whole = boxes * TAIL_ROWS == ROWS;
     const u32 bytes = WEIGHT_BYTES + boxes * TAIL_ROWS * 128;
-    const int feature = tile.column * 256 + rank * FEATURES;
+    const int feature = tile.column * TILE_FEATURES + rank * FEATURES;
     for (int block = 0; block < k_blocks; block++) {
       pipe.wait_empty();
       const u32 stage = pipe.address<Shape>(), full = pipe.full_barrier(), target = stage + WEIGHT_BYTES;
@@ -74,7 +76,7 @@ DEVICE void load(const Params& p, const TensorMap* weights, const TensorMap* row
         tma_multicast_2d(target + rank * BOX_ROWS * 128, rows, full, k, tile.row + rank * BOX_ROWS);
       else
         for (int box = rank; box < boxes; box += 2)
-          tma_multicast_2d(target + box * TAIL_ROWS * 128, few_rows, full, k, tile.row + box * TAIL_ROWS);
+          tma_multicast_2d(target + box * TAIL_ROWS * 128, tail, full, k, tile.row + box * TAIL_ROWS);
       pipe.advance<Shape>();
     }
   }
@@ -89,7 +91,7 @@ DEVICE void consume(const Params& p, const TensorMap* out, Pipeline pipe, TileRe
   while (tiles.next(tile)) {
     Accumulators<Shape> sums;
     multiply_class<Shape>(tile.rows, sums, pipe, warpgroup * BLOCK_BYTES, k_blocks);
-    const int feature = tile.column * 256 + rank * FEATURES + warpgroup * 64;
+    const int feature = tile.column * TILE_FEATURES + rank * FEATURES + warpgroup * 64;
     const int own_feature = feature + warp * 16 + lane / 4;
     const float low = bias_of(p.bias, tile.expert, p.features, own_feature, own_feature < p.features);
     const float high = bias_of(p.bias, tile.expert, p.features, own_feature + 8, own_feature + 8 < p.features);
@@ -114,14 +116,14 @@ DEVICE void consume(const Params& p, const TensorMap* out, Pipeline pipe, TileRe
 
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1)
     grouped_mm(const __grid_constant__ TensorMap weights, const __grid_constant__ TensorMap rows,
-               const __grid_constant__ TensorMap few_rows, const __grid_constant__ TensorMap out,
+               const __grid_constant__ TensorMap tail, const __grid_constant__ TensorMap out,
                const __grid_constant__ Params p) {
   extern __shared__ u8 shared[];
   const Frame<Shape, 2 * STORE_BYTES, 1, 1> frame(shared);
   const u32 begun = frame.barrier(0);
   if (frame.warpgroup == 0) {
     give_registers<PRODUCER_REGISTERS>();
-    if (threadIdx.x == 0) load(p, &weights, &rows, &few_rows, frame.pipe, frame.tiles, frame.rank, begun);
+    if (threadIdx.x == 0) load(p, &weights, &rows, &tail, frame.pipe, frame.tiles, frame.rank, begun);
     if (threadIdx.x == 32 && frame.rank == 0) draw_tickets(p.table, p.columns, p.counter, frame.ring(), begun);
   } else {
     take_registers<CONSUMER_REGISTERS>();

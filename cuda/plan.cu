@@ -169,7 +169,7 @@ constexpr int TABLES = 3, LOWEST_TILES = 256, TILES_STEP = 16;
 
 struct TilesParams {
   const int* offsets;    // [E + 1]
-  int4* table[3];        // [1 + row tiles]
+  int4* table[3];        // [1 + row tiles], TABLES of them
   int* expert_order;     // [E], or null
   int* counters;
   int experts, counter_count;

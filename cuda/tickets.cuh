@@ -1,8 +1,9 @@
 // Work by ticket: the tile table and its order, the ring through which one thread of a cluster hands tiles to every role.
 //
-// The table (plan.cu, kernel `tiles`) has one entry for every row tile: an expert's rows are split evenly over
-// ceil(rows / 256) tiles, or 272 for kernels that take tall ones. A GEMM has `columns` feature tiles for each. Tickets are numbered so that bands of up to eight
-// row tiles of one expert share the feature tile's weights in the L2: expert, band, feature tile, row tile (innermost).
+// A table (plan.cu, kernel `tiles`) has one entry for every row tile: an expert's rows are split evenly over ceil(rows / 256)
+// tiles, or 272, or 288: there is a table for each. A GEMM has `columns` feature tiles for each row tile. Tickets are numbered
+// so that bands of up to eight row tiles of one expert share the feature tile's weights in the L2: expert, band, feature
+// tile, row tile (innermost).
 //
 //   table[0]     {row tiles, 0, 0, 0}
 //   table[1 + i] {expert, first row, rows, place in its band | band size << 16}

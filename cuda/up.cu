@@ -1,4 +1,4 @@
-// Up projection for many rows an expert: gather, grouped GEMM, activation; stores the activation and, to train, the
+// Up projection for many rows per expert: gather, grouped GEMM, activation; stores the activation and, to train, the
 // pre-activation. A warpgroup of its own runs the epilogue of tile i while the consumers multiply tile i + 1.
 //
 // 512 threads, one block an SM, clusters of two. Roles, and the registers they keep (56 + 2 * 168 + 120 = 512 a lane):
@@ -13,15 +13,15 @@
 //   taken               4 (lane 0 of each epilogue warp)       the buffer may be overwritten
 //   ring[16]            1 + 16 bytes                           a tile was drawn (tickets.cuh)
 //
-// Shared memory: 3 stages of 50176, the hand-off of 69632 = 4 blocks of [136 tokens][64 weight rows] in 16 bits, 128-byte
+// Shared memory: 3 stages of 50176, the hand-off of 69632 = 4 blocks of [136 rows][64 weight rows] in 16 bits, 128-byte
 // swizzled, then barriers. The hand-off rounds gate and up before the activation: the activation is exactly that of the
 // pre-activation a backward pass will read.
 #include "up.cuh"
 
 constexpr int THREADS = 512, STAGES = 3;
-constexpr int PRODUCER_REGISTERS = 56, CONSUMER_REGISTERS = TOKENS > 136 ? 176 : 168;
+constexpr int PRODUCER_REGISTERS = 56, CONSUMER_REGISTERS = ROWS > 136 ? 176 : 168;
 constexpr int EPILOGUE_REGISTERS = 512 - PRODUCER_REGISTERS - 2 * CONSUMER_REGISTERS;
-constexpr u32 TILE_BYTES = TOKENS * 128, HAND_OFF_BYTES = 4 * TILE_BYTES;  // one block of the hand-off, all of it
+constexpr u32 TILE_BYTES = ROWS * 128, HAND_OFF_BYTES = 4 * TILE_BYTES;  // one block of the hand-off, all of it
 constexpr u32 SHARED_BYTES = STAGES * STAGE_BYTES + HAND_OFF_BYTES + FRAME_BYTES;
 
 typedef UpShape<STAGES> Shape;
@@ -41,11 +41,11 @@ DEVICE void consume(const Params& p, Pipeline pipe, TileReader tiles, u32 rank, 
     barrier_wait(taken, parity);
     parity ^= 1;
 #pragma unroll
-    for (int column = 0; column < TOKENS; column += 16)
+    for (int column = 0; column < ROWS; column += 16)
       if (column < own.rows) {
 #pragma unroll
         for (int m = 0; m < 2; m++)
-          store_token_columns<ELEMENT, TOKENS>(own_blocks + m * TILE_BYTES, column, warp, lane, &sums[m][column / 2], bias.value[m][0],
+          store_token_columns<ELEMENT, ROWS>(own_blocks + m * TILE_BYTES, column, warp, lane, &sums[m][column / 2], bias.value[m][0],
                                                bias.value[m][1]);
       }
     fence_async_shared();
@@ -54,7 +54,7 @@ DEVICE void consume(const Params& p, Pipeline pipe, TileReader tiles, u32 rank, 
   }
 }
 
-// The pre-activation leaves as it lies: four boxes of [136 tokens][64 weight rows], clipped at the expert's last row.
+// The pre-activation leaves as it lies: four boxes of [136 rows][64 weight rows], clipped at the expert's last row.
 DEVICE void store_pre_activation(const TensorMap* map, u32 hand_off, const Share& own, int inter) {
 #pragma unroll
   for (int block = 0; block < 4; block++) {
@@ -111,7 +111,7 @@ DEVICE void finish(const Params& p, const TensorMap* pre, TileReader tiles, u32 
       const int feature = own.feature + part * 64 + chunk * 8;
       u8* target = p.activated + (u64)(own.row + (int)first_token) * row_bytes + (u64)feature * 2;
 #pragma unroll 4
-      for (int step = 0; step < (TOKENS + 15) / 16; step++) {
+      for (int step = 0; step < (ROWS + 15) / 16; step++) {
         const u32 token = step * 16 + first_token;
         if ((int)token < own.rows && feature < p.inter)
           store_global(target + (u64)step * 16 * row_bytes, activate_chunk(hand_off, part, token, chunk));

@@ -1,8 +1,8 @@
 // What both forms of the up projection share: the tile of the weights, the gather of token rows, the parameters.
 //
-// A cluster of two blocks computes 256 weight rows x up to 272 tokens of one expert, or 288, split along the *tokens*: each
-// block multiplies all 256 weight rows with its own at most 136 tokens, or 144, loads half of the weights and multicasts it, and gathers
-// its own token rows with cp.async (the copy engine cannot gather rows on Hopper).
+// A cluster of two blocks computes 256 weight rows x up to 272 rows of one expert, or 288, split along the *rows*: each
+// block multiplies all 256 weight rows with its own at most 136 rows, or 144, loads half of the weights and multicasts it,
+// and gathers its own rows of x with cp.async (the copy engine cannot gather rows on Hopper).
 //
 // Weight rows of a tile, as four blocks of 64 (BLOCK_BYTES each); consumer warpgroup w multiplies blocks 2w and 2w + 1:
 //   gated, halves        features f … f + 127: gate rows of f + 64 w, up rows of f + 64 w. The accumulators of a thread then
@@ -11,16 +11,16 @@
 //   plain                256 consecutive rows of 256 features
 //
 // Macros: ELEMENT, ACTIVATION (activation.cuh), TRANSPOSED (weights [E, H, rows]), INTERLEAVED, BIAS, SAVE (the
-// pre-activation is stored), BLOCK_TOKENS (136, or 144 where that spares most experts a second tile).
+// pre-activation is stored), TILE_ROWS (272, or 288 where that spares most experts a second tile).
 #pragma once
 #include "activation.cuh"
 #include "epilogue.cuh"
 
 constexpr bool HALVES = GATED && !INTERLEAVED;
 constexpr int FEATURES = GATED ? 128 : 256;  // of the activation, in a tile
-constexpr int TOKENS = BLOCK_TOKENS;         // of a block
+constexpr int ROWS = TILE_ROWS / 2;          // of a block
 constexpr u32 WEIGHT_BYTES = 256 * 128;
-constexpr u32 STAGE_BYTES = WEIGHT_BYTES + TOKENS * 128;
+constexpr u32 STAGE_BYTES = WEIGHT_BYTES + ROWS * 128;
 constexpr u32 FULL_ARRIVALS = 128 + 1;  // 128 gathering threads, one for the weights' bytes
 
 struct Params {
@@ -39,8 +39,8 @@ template <int Stages> struct UpShape {
   typedef ELEMENT Element;
   static constexpr int STAGES = Stages;
   static constexpr u32 STAGE_BYTES = ::STAGE_BYTES, B_OFFSET = WEIGHT_BYTES;
-  static constexpr int BLOCKS = 2, WIDTH = TOKENS, NARROWEST = 16;
-  // 16, 32, 48, 64, 72, 80 … 136: an expert split over several tiles has 72 tokens a block and more.
+  static constexpr int BLOCKS = 2, WIDTH = ROWS, NARROWEST = 16;
+  // 16, 32, 48, 64, 72, 80 … 136: an expert split over several tiles has 72 rows a block and more.
   static DEVICE constexpr int wider(int n) { return n < 64 ? n + 16 : n + 8; }
   static constexpr bool A_MN_MAJOR = TRANSPOSED, B_MN_MAJOR = false, GATHERED = true;
 };
@@ -76,7 +76,7 @@ DEVICE void load_weights(u32 stage, const TensorMap* map, u32 barrier, const Sha
 // together again. Rows leave in groups of 48, as many as hold the width.
 template <class Shape, bool LoadsWeights>
 DEVICE void gather_rows(const Params& p, const TensorMap* weights, Pipeline pipe, TileReader tiles, u32 rank) {
-  constexpr int STEPS = (TOKENS + 15) / 16, STRIDE = 16, GROUP = 3;
+  constexpr int STEPS = (ROWS + 15) / 16, STRIDE = 16, GROUP = 3;
   static_assert(STEPS == 3 * GROUP);
   const int chunk = threadIdx.x & 7, first = threadIdx.x >> 3;
   const u32 inside = WEIGHT_BYTES + swizzled(first, chunk);
@@ -102,7 +102,7 @@ DEVICE void gather_rows(const Params& p, const TensorMap* weights, Pipeline pipe
             copy_rows(to + i * 2048, to + (i + 1) * 2048, to + (i + 2) * 2048, row[i], row[i + 1], row[i + 2]);
         if (own.width > 6 * STRIDE) {
           copy_rows(to + 6 * 2048, to + 7 * 2048, row[6], row[7]);
-          if (first < TOKENS - 8 * STRIDE) copy_16(to + 8 * 2048, row[8]);
+          if (first < ROWS - 8 * STRIDE) copy_16(to + 8 * 2048, row[8]);
         }
 #pragma unroll
         for (int i = 0; i < STEPS; i++) row[i] += 128;

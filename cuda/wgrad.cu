@@ -9,7 +9,7 @@
 // through cp.async as through TMA.
 //
 // Macros: ELEMENT; GATHER (P by token index, or as it is); P_INNERMOST (which feature is contiguous in the result);
-// RING_STAGES and STORE_FEATURES: 3 and 256, a tile leaves in one store, or 4 and 128 where experts have few rows: in two;
+// RING_STAGES and STORE_FEATURES: 3 and 256, a tile leaves in one store, or 4 and 128 for few rows per expert: in two;
 // LAUNCH_REGISTERS (168 a thread, or 160: that leaves every SM room for four warps of 32 registers, the combine that runs
 // beside this kernel).
 //

@@ -22,7 +22,7 @@ from moekern.backends.call import Form
 from moekern.backends.cuda.build import loader, sources, variants
 from moekern.backends.cuda.build.errors import KernelError
 from moekern.backends.cuda.build.sources import KernelSource
-from moekern.backends.cuda.kernels import grouped
+from moekern.backends.cuda.kernels import combine, tensors
 from moekern.backends.cuda.launch import kernel, program
 
 SMALLEST = KernelSource.of("combine.cu", ELEMENT="Bf16", TOP_K=1, VECTOR=16)
@@ -63,7 +63,7 @@ def multiplying_loops(lines: list[str]) -> list[list[str]]:
 # A gather's copy of 16 bytes: its source's register. One that may fill with zeros has a predicate behind the address.
 WHOLE_COPY = re.compile(r"LDGSTS\.E\.BYPASS\.LTC256B\.128 .*\[(R\d+)\.64(?:\+0x\w+)?\] ;")
 
-HEAVY_FILES = ("up.cu", "up_few.cu", "grouped_mm.cu", "grouped_few.cu", "dh.cu", "wgrad.cu")
+HEAVY_FILES = ("up.cu", "up_consumers.cu", "grouped_mm.cu", "grouped_288.cu", "dh.cu", "wgrad.cu")
 HEAVY = [s for s in variants.layer(torch.bfloat16, "swiglu") if s.file in HEAVY_FILES]
 
 
@@ -231,16 +231,16 @@ def test_a_verbs_variants_are_listed() -> None:
     from moekern.backends.cuda.passes.sizes import Sizes
 
     seen: list[KernelSource] = []
-    few_rows = [tuple(i < n for i in range(3)) for n in range(4)]  # few rows, few even where it saves, one tile
-    for activation, save, few in itertools.product(("swiglu", "relu2"), (False, True), few_rows):
-        chosen = Configuration("hopper", *few, *variants.DOWN_FORMS[few[0]])
+    forms = [tuple(i < n for i in range(3)) for n in range(4)]  # up by consumers, even where it saves, tiles of 288
+    for activation, save, form_of_up in itertools.product(("swiglu", "relu2"), (False, True), forms):
+        configuration = Configuration("hopper", *form_of_up, *variants.DOWN_FORMS[form_of_up[0]])
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(kernel, "multiprocessors", lambda device: 132)
-            patch.setattr(grouped, "multiprocessors", lambda device: 132)
+            patch.setattr(combine, "multiprocessors", lambda device: 132)
             patch.setattr(forward, "record", lambda device, verb, meanwhile: seen.extend(program.sources_of(verb)))
             form = Form(activation, False, False, 2)
             columns = 48 if activation == "swiglu" else 24
-            sizes = Sizes(0, torch.bfloat16, 32, 64, columns, 24, 4, form, True, False, False, chosen)
+            sizes = Sizes(0, torch.bfloat16, 32, 64, columns, 24, 4, form, True, False, False, configuration)
             forward._forward_program.__wrapped__(sizes, save)
     listed = {*variants.layer(torch.bfloat16, "swiglu"), *variants.layer(torch.bfloat16, "relu2")}
     assert set(seen) <= listed
@@ -258,14 +258,14 @@ def test_the_backward_passs_variants_are_listed() -> None:
         return [None] * len(parts)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grouped, "multiprocessors", lambda device: 132)
+        patch.setattr(combine, "multiprocessors", lambda device: 132)
         patch.setattr(kernel, "multiprocessors", lambda device: 132)
         patch.setattr(backward, "record_parts", note)
-        for tokens, activation, one_tile in ((32768, "swiglu", True), (32768, "swiglu", False), (16, "relu2", False)):
-            chosen = Configuration("hopper", one_tile=one_tile)
+        for tokens, activation, tiles_288 in ((32768, "swiglu", True), (32768, "swiglu", False), (16, "relu2", False)):
+            configuration = Configuration("hopper", tiles_288=tiles_288)
             form = Form(activation, False, False, 8)
             columns = 1536 if activation == "swiglu" else 768
-            sizes = Sizes(0, torch.bfloat16, tokens, 2048, columns, 768, 64, form, True, True, True, chosen)
+            sizes = Sizes(0, torch.bfloat16, tokens, 2048, columns, 768, 64, form, True, True, True, configuration)
             before = len(seen)
             programs, _ = backward._programs.__wrapped__(sizes, (True,) * 6)
             assert len(programs) == (3 if tokens == 32768 else 1)
@@ -287,11 +287,11 @@ def test_the_variants_of_permute_and_combine_are_listed(dtype: torch.dtype, hidd
             x, y, index = place(0, tokens, hidden), place(1, tokens * top_k, hidden), place(2, tokens * top_k)
             weights = place(3, tokens, top_k)
             permute.permute(x, index, index, y, top_k)
-            grouped.combine(y, weights, index, index, x, top_k)
+            combine.combine(y, weights, index, index, x, top_k)
             permute.combine_backward(x, y, weights, index, index, y, weights, top_k)
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (grouped, permute):
+        for module in (combine, permute):
             patch.setattr(module, "multiprocessors", lambda device: 132)
         sources = program.sources_of(verb)
     assert set(sources) <= set(variants.rows(dtype))
@@ -313,4 +313,4 @@ def test_recorded_addresses() -> None:
     for place in (0, 3, 200):
         tensor = program.Placeholder(place, (4, 8), torch.bfloat16, 0, offset=512)
         assert program._relocation(tensor.data_ptr()) == (place, 512)
-        assert program._relocation(grouped._ragged(tensor.data_ptr(), 1 << 17)) == (place, 512 - (1 << 26))
+        assert program._relocation(tensors.ragged_base(tensor.data_ptr(), 1 << 17)) == (place, 512 - (1 << 26))

@@ -27,23 +27,23 @@ HOPPER = (9, 0)
 )
 def test_what_the_kernels_do_not_serve(change: dict[str, object], reason: str) -> None:
     call = {"dtype": torch.bfloat16, "capability": HOPPER, "slots": 4096, "experts": 8, "hidden": 2048, "inter": 768}
-    chosen = choose(**{**call, **change})  # type: ignore[arg-type]
-    assert chosen.path == "torch"
-    assert reason in chosen.reason
-    assert str(chosen) == f"torch ({chosen.reason})"
+    configuration = choose(**{**call, **change})  # type: ignore[arg-type]
+    assert configuration.path == "torch"
+    assert reason in configuration.reason
+    assert str(configuration) == f"torch ({configuration.reason})"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_few_rows_an_expert(dtype: torch.dtype) -> None:
+def test_few_rows_per_expert(dtype: torch.dtype) -> None:
     few, many = (choose(dtype, HOPPER, slots, 8, 2048, 768) for slots in (8 * 599, 8 * 600))
-    assert few == Configuration("hopper", few_rows=True, stages=4, store_rows=128, wgrad_stages=4)
+    assert few == Configuration("hopper", up_by_consumers=True, stages=4, store_rows=128, wgrad_stages=4)
     assert many == Configuration("hopper")
-    for rows, saved, one_tile in ((450, False, False), (449, True, False), (289, True, False), (288, True, True),
+    for rows, saving, tiles_288 in ((450, False, False), (449, True, False), (289, True, False), (288, True, True),
                                   (240, True, True), (239, True, False), (0, True, False)):  # fmt: skip
-        chosen = choose(dtype, HOPPER, 8 * rows, 8, 2048, 768)
-        assert chosen == replace(few, few_saved=saved, one_tile=one_tile)
-        assert ("288" in str(chosen)) is one_tile
-        assert ("unless it saves" in str(chosen)) is not saved
+        configuration = choose(dtype, HOPPER, 8 * rows, 8, 2048, 768)
+        assert configuration == replace(few, saving_up_by_consumers=saving, tiles_288=tiles_288)
+        assert ("288" in str(configuration)) is tiles_288
+        assert ("unless it saves" in str(configuration)) is not saving
     assert "4 stages" in str(few)
     assert "3 stages" in str(many)
 

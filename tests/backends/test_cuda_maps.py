@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import pretended
-from moekern.backends.cuda.kernels import gradients, grouped
+from moekern.backends.cuda.kernels import tensors, up
 from moekern.backends.cuda.launch.program import FIRST, SPACING, Map, Placeholder
 
 # Every launcher with maps, recorded and replayed at low addresses, as virtual memory has, cudaMalloc's, the highest.
@@ -18,7 +18,7 @@ import ctypes, itertools, torch
 from moekern.backends.activations import ACTIVATIONS
 from moekern.backends.call import Form
 from moekern.backends.cuda.passes.sizes import Sizes
-from moekern.backends.cuda.kernels import grouped
+from moekern.backends.cuda.kernels import combine
 from moekern.backends.cuda.launch import kernel, program
 from moekern.backends.cuda.passes import backward, forward
 from moekern.backends.cuda.configuration import Configuration
@@ -26,12 +26,12 @@ from moekern.backends.cuda.configuration import Configuration
 driver = ctypes.CDLL("libcuda.so.1")
 encoded = ctypes.c_int.in_dll(driver, "encoded")
 kernel._loaded = lambda *_: 3
-kernel.multiprocessors = grouped.multiprocessors = lambda device: 132
+kernel.multiprocessors = combine.multiprocessors = lambda device: 132
 program.compile_missing = lambda *_, **__: None
 program.all_present = lambda *_: True
 
-forms = [Configuration("hopper", few_rows=f, few_saved=f, one_tile=o, stages=s, store_rows=r, wgrad_stages=s)
-         for f, o, s, r in ((False, False, 3, 256), (True, False, 4, 128), (True, True, 4, 128))]
+forms = [Configuration("hopper", up, up, tiles_288, stages, store_rows, stages)
+         for up, tiles_288, stages, store_rows in ((False, False, 3, 256), (True, False, 4, 128), (True, True, 4, 128))]
 sizes = [(40000, 2048, 768), (100, 8, 8), (7, 16384, 32768)]
 places = [1 << 32, 0x302000000, 0x7f0000000000, (1 << 57) - (1 << 44)]
 def programs(form, activation, transposed, interleaved, dtype, tokens, hidden, inter):
@@ -81,7 +81,7 @@ def _base(described: Map) -> int:
 def test_stores_end_with_the_tile(columns: int, halves: bool) -> None:
     """A tile has up to 288 rows; a box of any of its parts writes its own rows, at their places, and no other."""
     tensor = Placeholder(0, (40000, columns), torch.bfloat16, 0)
-    described = grouped._pre_activation(tensor, columns // 2, halves, 144)  # type: ignore[arg-type]
+    described = up.stored_pre_activation(tensor, columns // 2, halves, 144)  # type: ignore[arg-type]
     _, _, dims, strides, _ = described
     shift = dims[-2]
     for rows, first in product((1, 143, 256, 288), (0, 5, 39_712)):
@@ -97,7 +97,7 @@ def test_stores_end_with_the_tile(columns: int, halves: bool) -> None:
 @pytest.mark.parametrize("columns", [8, 768, 65536])
 def test_loads_end_with_the_expert(columns: int) -> None:
     """An expert has any number of rows; the base is the tensor's, and the shift vanishes modulo 2^64."""
-    described = gradients._ragged_rows(Placeholder(0, (1 << 24, columns), torch.bfloat16, 0))  # type: ignore[arg-type]
+    described = tensors.loaded_rows(Placeholder(0, (1 << 24, columns), torch.bfloat16, 0))  # type: ignore[arg-type]
     _, _, dims, strides, _ = described
     assert _base(described) == 0
     shift = dims[1]

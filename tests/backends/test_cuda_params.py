@@ -11,7 +11,8 @@ import torch
 from moekern.backends.cuda.build import loader, sources, variants
 from moekern.backends.cuda.build.errors import KernelError
 from moekern.backends.cuda.build.sources import KernelSource
-from moekern.backends.cuda.kernels import gradients, grouped, router
+from moekern.backends.cuda.configuration import Configuration
+from moekern.backends.cuda.kernels import gradients, router, tables
 from moekern.backends.cuda.launch import params
 from moekern.backends.cuda.launch.constants import constants
 from moekern.backends.cuda.launch.params import signatures
@@ -20,8 +21,8 @@ from moekern.backends.cuda.launch.program import Placeholder
 EVERY = variants.every()
 FILES = sorted({source.file for source in EVERY})
 LAUNCHERS_CONSTANTS = (
-    "THREADS", "SHARED_BYTES", "TOKENS", "ROWS", "FEATURES", "BOX_ROWS", "TAIL_ROWS", "STORE_TOKENS", "EXPERTS",
-    "WARPS", "TABLES", "SPAN", "RAGGED_STORE", "RAGGED_LOAD",
+    "THREADS", "SHARED_BYTES", "TOKENS", "ROWS", "FEATURES", "BOX_ROWS", "TAIL_ROWS", "STORE_ROWS", "TILE_ROWS",
+    "TILE_FEATURES", "EXPERTS", "WARPS", "TABLES", "SPAN", "RAGGED_STORE", "RAGGED_LOAD",
 )  # fmt: skip
 
 
@@ -72,27 +73,26 @@ def test_constants_of_every_variant() -> None:
         assert constants(source)["THREADS"] in (128, 256, 384, 512, 1024)
         found[source.file].add(constants(source).get("SHARED_BYTES", 0))
     assert {file for file, sizes in found.items() if sizes != {0}} == {
-        "up.cu", "up_few.cu", "grouped_mm.cu", "grouped_few.cu", "dh.cu", "wgrad.cu"
+        "up.cu", "up_consumers.cu", "grouped_mm.cu", "grouped_288.cu", "dh.cu", "wgrad.cu"
     }  # fmt: skip
     assert all(max(sizes) <= 227 << 10 for sizes in found.values())
     assert max(found["wgrad.cu"]) <= (228 << 10) - 2 * 1024
 
 
 def test_numbers_on_both_sides() -> None:
-    """What Python states because it is needed where no kernel is launched."""
-    plan = constants(grouped.PLAN)
-    assert [plan["LOWEST_TILES"] + i * plan["TILES_STEP"] for i in range(plan["TABLES"])] == [
-        grouped.TILE_ROWS,
-        2 * grouped.BLOCK_ROWS,
-        2 * grouped.TALL_BLOCK_ROWS,
-    ]
-    assert {2 * constants(s)["ROWS"] for s in EVERY if s.file == "dh.cu"} == {272, 288}
-    assert {2 * constants(s)["TOKENS"] for s in EVERY if s.file.startswith("up")} == {272, 288}
-    assert {constants(s)["FEATURES"] for s in EVERY if s.file == "dh.cu"} == {gradients.DH_FEATURES}
-    assert {constants(s)["FEATURES"] for s in EVERY if s.file == "grouped_few.cu"} == {grouped.TILE_FEATURES}
-    assert {2 * constants(s)["FEATURES"] for s in EVERY if s.file == "grouped_mm.cu"} == {grouped.TILE_FEATURES}
-    beside = constants(gradients.combine_beside_variant(torch.bfloat16, 1))
-    assert beside["FEATURES"] == gradients.BESIDE_FEATURES
+    """What Python states because a number chooses a variant, or is needed where no kernel is launched."""
+    heights = tables.tile_heights()
+    assert heights == [256, 272, 288]
+    assert len(heights) == next(f.count for f in signatures("plan.cu")["tiles"].params.fields if f.name == "table")
+    found = defaultdict(set)
+    for source in EVERY:
+        rows = constants(source).get("TILE_ROWS", 0)
+        found[source.file].add(rows)
+        assert rows in (0, *heights)
+    split = {Configuration("hopper", tiles_288=tiles_288).split_tile_rows for tiles_288 in (False, True)}
+    assert found["dh.cu"] == found["up.cu"] == split == {272, 288}
+    assert found["up_consumers.cu"] == found["grouped_288.cu"] == {288}
+    assert found["grouped_mm.cu"] == {256}
     logits = constants(router.logits_variant(torch.bfloat16))
     assert (logits["TOKENS"], logits["EXPERTS"]) == (router.LOGITS_TOKENS, router.LOGITS_EXPERTS)
     assert constants(router.route_variant(8))["MOST_TOP_K"] == router.MOST_TOP_K

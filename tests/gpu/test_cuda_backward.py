@@ -40,7 +40,8 @@ def _rows(like: Tensor, order: Tensor, scores: Tensor | None):
 def _check_dh(
     activation: str, dtype: torch.dtype, hidden: int, inter: int, transposed: bool = False, interleaved: bool = False
 ) -> None:
-    from moekern.backends.cuda.kernels import gradients, grouped
+    from moekern.backends.cuda.kernels import gradients
+    from moekern.backends.cuda.kernels.tables import Tables
 
     act = ACTIVATIONS[activation]
     experts, rows, sentinels = len(COUNTS), sum(COUNTS), 40
@@ -61,13 +62,13 @@ def _check_dh(
     wanted_dh = join(*act.backward(da * score, g, u), interleaved)
 
     results = []
-    for one_tile in (False, True, True):
+    for tile_rows in (272, 288, 288):
         whole_h, dh = guarded(slots, columns, dtype=dtype)
         whole_a, scaled = guarded(slots, inter, dtype=dtype)
         whole_s, partials = guarded(slots, -(-inter // 256), dtype=torch.float32)
-        tables, values = grouped.Tables(offsets, slots), _rows(dout, order, scores)
+        tables, values = Tables(offsets, slots), _rows(dout, order, scores)
         gradients.dh(
-            dout, w, pre, values, tables, activation, transposed, interleaved, dh, scaled, partials, one_tile
+            dout, w, pre, values, tables, activation, transposed, interleaved, dh, scaled, partials, tile_rows
         )  # fmt: skip
         out = torch.full((slots, 1), NAN, device="cuda")
         gradients.score_gradient(partials, inverse, offsets, dout, None, 1, out)
@@ -162,7 +163,8 @@ def test_dh_on_odd_sizes(
 def test_wgrad_on_ragged_rows(
     stages: int, launch_registers: int, dtype: torch.dtype, p_size: int, q_size: int, gather: bool, p_innermost: bool
 ) -> None:
-    from moekern.backends.cuda.kernels import gradients, grouped
+    from moekern.backends.cuda.kernels import gradients
+    from moekern.backends.cuda.kernels.tables import Tables
 
     experts, rows, sentinels = len(COUNTS), sum(COUNTS), 40
     order, _, offsets = plan_of_counts(COUNTS, sentinels)
@@ -174,7 +176,7 @@ def test_wgrad_on_ragged_rows(
     def run() -> tuple[Tensor, Tensor]:
         shape = (experts, q_size, p_size) if p_innermost else (experts, p_size, q_size)
         whole, out = guarded(*shape, dtype=dtype)
-        tables = grouped.Tables(offsets, slots)
+        tables = Tables(offsets, slots)
         token = _rows(p, order, None).token if gather else None
         gradients.wgrad(p, q, token, offsets, tables, out, p_innermost, launch_registers, stages)
         return whole, out
@@ -256,7 +258,7 @@ def test_bias_gradient(dtype: torch.dtype, gather: bool, features: int) -> None:
 @pytest.mark.parametrize("hidden", [8, 456, 2048])
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_combine_beside(dtype: torch.dtype, hidden: int, top_k: int) -> None:
-    from moekern.backends.cuda.kernels import gradients, grouped
+    from moekern.backends.cuda.kernels import combine
 
     tokens, experts = 1301, 9
     ids = torch.randint(-1, experts, (tokens, top_k), device="cuda")
@@ -264,10 +266,10 @@ def test_combine_beside(dtype: torch.dtype, hidden: int, top_k: int) -> None:
     rows = normal(tokens * top_k, hidden, dtype=dtype)
     rows[offsets[-1] :] = NAN
     whole, out = guarded(tokens, hidden, dtype=dtype)
-    gradients.combine_beside(rows, inverse, offsets, out, top_k)
+    combine.combine_beside(rows, inverse, offsets, out, top_k)
     assert_guards(whole)
     serial = torch.empty_like(out)
-    grouped.combine(rows, None, inverse, offsets, serial, top_k)
+    combine.combine(rows, None, inverse, offsets, serial, top_k)
     assert torch.equal(out, serial)
 
 
@@ -310,10 +312,10 @@ def _kernels(arguments: tuple[Any, ...], needs: list[bool], rows: int = 2048) ->
     from moekern.backends.cuda.configuration import choose
     from moekern.backends.cuda.passes import backward
 
-    chosen = choose(BF16, (9, 0), rows, 1, 8, 8)
+    configuration = choose(BF16, (9, 0), rows, 1, 8, 8)
     torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty then hands out NaN
     try:
-        return backward.experts_backward(*arguments, needs, chosen)
+        return backward.experts_backward(*arguments, needs, configuration)
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -424,12 +426,12 @@ def test_backward_in_a_cuda_graph(tokens: int) -> None:
 
     arguments = _problem(tokens, 1024, 512, 16, 4, BF16, bias=True)
     other = _problem(tokens, 1024, 512, 16, 4, BF16, bias=True)
-    needs, chosen = [True] * 6, Configuration("hopper")
-    wanted = [g.clone() for g in backward.experts_backward(*other, needs, chosen)]
-    backward.experts_backward(*arguments, needs, chosen)
+    needs, configuration = [True] * 6, Configuration("hopper")
+    wanted = [g.clone() for g in backward.experts_backward(*other, needs, configuration)]
+    backward.experts_backward(*arguments, needs, configuration)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = backward.experts_backward(*arguments, needs, chosen)
+        got = backward.experts_backward(*arguments, needs, configuration)
     for mine, theirs in zip(tree_leaves(arguments), tree_leaves(other), strict=True):
         if isinstance(mine, Tensor):
             mine.copy_(theirs)
@@ -443,15 +445,15 @@ def test_backward_on_a_stream_while_another_is_captured() -> None:
     from moekern.backends.cuda.configuration import Configuration
     from moekern.backends.cuda.passes import backward
 
-    needs, chosen = [True] * 6, Configuration("hopper")
+    needs, configuration = [True] * 6, Configuration("hopper")
     inside, outside = (_problem(4096, 1024, 512, 16, 4, BF16) for _ in range(2))
-    wanted = [backward.experts_backward(*t, needs, chosen) for t in (inside, outside)]
+    wanted = [backward.experts_backward(*t, needs, configuration) for t in (inside, outside)]
     torch.cuda.synchronize()
     graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     with torch.cuda.graph(graph, capture_error_mode="relaxed"):
-        captured = backward.experts_backward(*inside, needs, chosen)
+        captured = backward.experts_backward(*inside, needs, configuration)
         with torch.cuda.stream(aside):
-            eager = backward.experts_backward(*outside, needs, chosen)
+            eager = backward.experts_backward(*outside, needs, configuration)
     graph.replay()
     torch.cuda.synchronize()
     for got, right in zip((captured, eager), wanted, strict=True):
@@ -462,16 +464,16 @@ def test_backward_on_two_streams_at_once() -> None:
     from moekern.backends.cuda.configuration import Configuration
     from moekern.backends.cuda.passes import backward
 
-    needs, chosen = [True] * 6, Configuration("hopper")
+    needs, configuration = [True] * 6, Configuration("hopper")
     problems = [_problem(4096, 1024, 512, 16, 4, BF16) for _ in range(2)]
-    wanted = [backward.experts_backward(*p, needs, chosen) for p in problems]
+    wanted = [backward.experts_backward(*p, needs, configuration) for p in problems]
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in problems]
     results = [[], []]
     for _ in range(3):
         for stream, p, kept in zip(streams, problems, results, strict=True):
             with torch.cuda.stream(stream):
-                kept.append(backward.experts_backward(*p, needs, chosen))
+                kept.append(backward.experts_backward(*p, needs, configuration))
     torch.cuda.synchronize()
     for kept, right in zip(results, wanted, strict=True):
         for grads in kept:

@@ -50,7 +50,7 @@ def test_plan_has_the_reference_planners_bits(tokens: int, top_k: int, experts: 
 @pytest.mark.parametrize("hidden", [8, 256, 456, 2048])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_combine(dtype: torch.dtype, hidden: int, top_k: int) -> None:
-    from moekern.backends.cuda.kernels import grouped
+    from moekern.backends.cuda.kernels import combine
 
     tokens, experts = 301, 9
     ids = torch.randint(-1, experts, (tokens, top_k), device="cuda")
@@ -61,7 +61,7 @@ def test_combine(dtype: torch.dtype, hidden: int, top_k: int) -> None:
     by_slot = torch.where(real, rows[inverse.long()].reshape(tokens, top_k, hidden).float(), 0)
     for s in (scores, None):
         whole, out = guarded(tokens, hidden, dtype=dtype)
-        grouped.combine(rows, s, inverse, offsets, out, top_k)
+        combine.combine(rows, s, inverse, offsets, out, top_k)
         assert_guards(whole)
         wanted = (by_slot * (1 if s is None else s.unsqueeze(-1))).sum(1)
         assert error(out, wanted) <= ROUNDING[dtype]
@@ -69,12 +69,13 @@ def test_combine(dtype: torch.dtype, hidden: int, top_k: int) -> None:
 
 @pytest.mark.parametrize(("inner", "features"), [(512, 512), (456, 1936), (64, 128), (1408, 456), (8, 8)])
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize(("stages", "store_rows"), [(3, 256), (4, 128), (0, 0)], ids=["3-256", "4-128", "one-tile"])
+@pytest.mark.parametrize(("stages", "store_rows"), [(3, 256), (4, 128), (0, 0)], ids=["3-256", "4-128", "288"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_grouped_mm_on_ragged_rows(
     dtype: torch.dtype, stages: int, store_rows: int, transposed: bool, inner: int, features: int
 ) -> None:
     from moekern.backends.cuda.kernels import grouped
+    from moekern.backends.cuda.kernels.tables import Tables
 
     experts, rows = len(COUNTS), sum(COUNTS)
     _, _, offsets = plan_of_counts(COUNTS)
@@ -86,11 +87,11 @@ def test_grouped_mm_on_ragged_rows(
         results = []
         for _ in range(2):
             whole, out = guarded(rows, features, dtype=dtype)
-            tables = grouped.Tables(offsets, rows)
+            tables = Tables(offsets, rows)
             if stages:
                 grouped.grouped_mm(a, w, b, out, tables, transposed, stages, store_rows)
             else:
-                grouped.grouped_few(a, w, b, out, tables, transposed)
+                grouped.grouped_288(a, w, b, out, tables, transposed)
             assert_guards(whole)
             results.append(out)
         wanted = plain if b is None else plain + reference.bias_rows(b.float(), offsets, rows)
@@ -114,7 +115,8 @@ def test_grouped_mm_on_ragged_rows(
 def test_up_on_ragged_rows(
     activation: str, dtype: torch.dtype, bias: bool, hidden: int, inter: int, transposed: bool, interleaved: bool
 ) -> None:
-    from moekern.backends.cuda.kernels import grouped
+    from moekern.backends.cuda.kernels import up
+    from moekern.backends.cuda.kernels.tables import Tables
 
     act = ACTIVATIONS[activation]
     experts, rows, sentinels = len(COUNTS), sum(COUNTS), 40
@@ -131,14 +133,13 @@ def test_up_on_ragged_rows(
     if b is not None:
         wanted = wanted + reference.bias_rows(b.float(), offsets, rows)
     results = []
-    # Gate and up in halves have another form for one tile: the next test.
-    for save, one_tile in ((True, False), (False, False), (True, not act.gated or interleaved)):
+    for save, tile_rows in ((True, 272), (False, 272), (True, 288)):
         whole_a, activated = guarded(rows, inter, dtype=dtype)
         whole_p, pre = guarded(rows, columns, dtype=dtype)
-        tables = grouped.Tables(offsets, rows)
-        grouped.up(
+        tables = Tables(offsets, rows)
+        up.up(
             x, order, w, b, activated, pre if save else None, tables, 1, activation, transposed, interleaved, False,
-            one_tile,
+            tile_rows,
         )  # fmt: skip
         assert_guards(whole_a, whole_p)
         results.append(activated)
@@ -157,10 +158,11 @@ def test_up_on_ragged_rows(
 @pytest.mark.parametrize(
     ("activation", "dtype", "bias"), [("swiglu", torch.bfloat16, False), ("geglu", torch.float16, True)]
 )
-def test_up_for_few_rows(
+def test_up_by_consumers(
     activation: str, dtype: torch.dtype, bias: bool, hidden: int, inter: int, transposed: bool
 ) -> None:
-    from moekern.backends.cuda.kernels import grouped
+    from moekern.backends.cuda.kernels import up
+    from moekern.backends.cuda.kernels.tables import Tables
 
     act, experts, rows = ACTIVATIONS[activation], len(COUNTS), sum(COUNTS)
     order, _, offsets = plan_of_counts(COUNTS)
@@ -175,8 +177,8 @@ def test_up_for_few_rows(
     for save in (False, True, False, True):
         whole, activated = guarded(rows, inter, dtype=dtype)
         whole_p, saved = guarded(rows, 2 * inter, dtype=dtype)
-        tables, kept = grouped.Tables(offsets, rows), saved if save else None
-        grouped.up(x, order, w, b, activated, kept, tables, 1, activation, transposed, False, True, False)
+        tables, kept = Tables(offsets, rows), saved if save else None
+        up.up(x, order, w, b, activated, kept, tables, 1, activation, transposed, False, True, 288)
         assert_guards(whole, whole_p)
         results.append((activated, saved))
         if save:
@@ -204,17 +206,18 @@ def _even(rows: int, most: int) -> int:
 @pytest.mark.parametrize("experts", [1, 5, 128, 1024])
 @pytest.mark.parametrize("mean", [0, 3, 256, 300])
 def test_tables_hold_every_row_once(mean: int, experts: int) -> None:
-    from moekern.backends.cuda.kernels import grouped
+    from moekern.backends.cuda.kernels import tables
+    from moekern.backends.cuda.kernels.tables import Tables
 
     torch.manual_seed(mean + experts)
     rows = (torch.rand(experts) * 2 * mean).int()
     rows[experts // 2] *= 9  # one with more than a band of eight tiles
     offsets = torch.cat((torch.zeros(1, dtype=torch.int32), rows.cumsum(0).int()))
     total = int(offsets[-1])
-    memory = torch.full((grouped.Tables.size(total, experts),), 255, dtype=torch.uint8, device="cuda")
-    grouped.Tables(offsets.cuda(), total, memory)
+    memory = torch.full((Tables.size(total, experts),), 255, dtype=torch.uint8, device="cuda")
+    Tables(offsets.cuda(), total, memory)
     words = memory.view(torch.int32).cpu()
-    entries = grouped.Tables._entries(total, experts)
+    entries = Tables.entries(total, experts)
     for i, most in enumerate((256, 272, 288)):
         table = words[4 * entries * i :][: 4 * entries].view(-1, 4).tolist()
         expected = []
@@ -229,7 +232,7 @@ def test_tables_hold_every_row_once(mean: int, experts: int) -> None:
         assert table[1 : 1 + len(expected)] == expected
     by_rows = words[12 * entries :][:experts].tolist()
     assert by_rows == sorted(range(experts), key=lambda e: (-int(rows[e]), e))
-    assert words[12 * entries + experts :].tolist() == [0] * grouped.COUNTERS
+    assert words[12 * entries + experts :].tolist() == [0] * tables.COUNTERS
 
 
 def layer(tokens: int, hidden: int, inter: int, experts: int, top_k: int) -> tuple[Tensor, ...]:
@@ -298,12 +301,12 @@ def test_forward_on_two_streams_at_once() -> None:
 
 
 def test_first_use_inside_a_capture_is_an_error() -> None:
-    from moekern.backends.cuda.kernels import grouped
+    from moekern.backends.cuda.kernels import combine
     from moekern.backends.cuda.launch import kernel
 
     kernel._loaded.cache_clear()
     with pytest.raises(RuntimeError, match="graph is being captured"), torch.cuda.graph(torch.cuda.CUDAGraph()):
-        kernel._loaded(grouped.combine_variant(torch.bfloat16, 3), "combine", 0, 0, None)
+        kernel._loaded(combine.combine_variant(torch.bfloat16, 3), "combine", 0, 0, None)
 
 
 def test_more_than_2_31_elements() -> None:

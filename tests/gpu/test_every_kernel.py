@@ -21,13 +21,14 @@ pytestmark = pytest.mark.gpu
 BF16, F16 = torch.bfloat16, torch.float16
 H, I = 328, 296  # six and five k-blocks, the last of them ragged
 
-# tokens, top_k, rows of all experts but the last, which has the rest; the resulting choice of kernels
+# tokens, top_k, rows of all experts but the last, which has the rest; whether the up projection's consumers run its
+# epilogue, whether even if it saves, whether tiles have up to 288 rows
 ROUTINGS = {
-    "many": (1400, 1, (500,), {"few_rows": False, "few_saved": False, "one_tile": False}),
-    "few": (1000, 1, (545,), {"few_rows": True, "few_saved": False, "one_tile": False}),
-    "fewer": (700, 1, (345, 1, 0), {"few_rows": True, "few_saved": True, "one_tile": False}),
-    "one tile": (490, 2, (300, 340, 1), {"few_rows": True, "few_saved": True, "one_tile": True}),
-    "a handful": (30, 2, (17, 0, 1, 33, 0), {"few_rows": True, "few_saved": True, "one_tile": False}),
+    "many": (1400, 1, (500,), (False, False, False)),
+    "few": (1000, 1, (545,), (True, False, False)),
+    "fewer": (700, 1, (345, 1, 0), (True, True, False)),
+    "288": (490, 2, (300, 340, 1), (True, True, True)),
+    "a handful": (30, 2, (17, 0, 1, 33, 0), (True, True, False)),
 }
 KINDS = {
     "bfloat16": {"dtype": BF16},
@@ -42,7 +43,7 @@ def _hopper() -> None:
         pytest.skip("needs a GPU of compute capability 9.0")
 
 
-def problem(routing: str, **options: object) -> tuple[Problem, dict[str, bool]]:
+def problem(routing: str, **options: object) -> tuple[Problem, tuple[bool, ...]]:
     tokens, top_k, rows, choice = ROUTINGS[routing]
     experts = len(rows) + 1
     last = tokens * top_k - sum(rows)
@@ -77,8 +78,8 @@ def check(p: Problem) -> None:
 def test_experts(routing: str, kind: str) -> None:
     p, choice = problem(routing, **KINDS[kind])
     p.ids[::7] = -1  # sentinels
-    chosen = configuration.choose(p.x.dtype, (9, 0), p.ids.numel(), len(p.w_down), H, I)
-    assert {name: getattr(chosen, name) for name in choice} == choice
+    found = configuration.choose(p.x.dtype, (9, 0), p.ids.numel(), len(p.w_down), H, I)
+    assert (found.up_by_consumers, found.saving_up_by_consumers, found.tiles_288) == choice
     check(p)
 
 

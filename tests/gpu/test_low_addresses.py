@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import subprocess
 import sys
@@ -97,7 +98,8 @@ def arena() -> Iterator[Arena]:
 
 
 def test_each_kernel_with_maps(arena: Arena) -> None:
-    from moekern.backends.cuda.kernels import gradients, grouped
+    from moekern.backends.cuda.kernels import gradients, grouped, up
+    from moekern.backends.cuda.kernels.tables import Tables
 
     hidden, inter, experts, rows = 328, 296, len(COUNTS), sum(COUNTS)
     order, _, offsets = plan_of_counts(COUNTS)
@@ -111,31 +113,24 @@ def test_each_kernel_with_maps(arena: Arena) -> None:
 
         found = []
         x, w, w_down = place(x), place(w), place(w_down)
-        for few_rows, one_tile, save in (
-            (False, False, True),
-            (False, False, False),
-            (True, True, True),
-            (True, True, False),
-        ):
+        for by_consumers, save in itertools.product((False, True), (True, False)):
             activated, pre = new(rows, inter), new(rows, 2 * inter)
-            tables = grouped.Tables(offsets, rows)
-            grouped.up(
-                x, order, w, None, activated, pre if save else None, tables, 1, "swiglu", False, False, few_rows,
-                one_tile,
-            )  # fmt: skip
+            tables = Tables(offsets, rows)
+            form = ("swiglu", False, False, by_consumers, 272)
+            up.up(x, order, w, None, activated, pre if save else None, tables, 1, *form)
             found += [activated, pre] if save else [activated]
         for stages, store_rows in ((3, 256), (4, 128), (0, 0)):
             out = new(rows, hidden)
-            tables = grouped.Tables(offsets, rows)
+            tables = Tables(offsets, rows)
             if stages:
                 grouped.grouped_mm(found[0], w_down, None, out, tables, False, stages, store_rows)
             else:
-                grouped.grouped_few(found[0], w_down, None, out, tables, False)
+                grouped.grouped_288(found[0], w_down, None, out, tables, False)
             found.append(out)
         token = torch.arange(rows, dtype=torch.int32, device="cuda")
         for stages, gather in ((3, None), (4, token)):
             out = new(experts, hidden, inter)
-            gradients.wgrad(x, found[0], gather, offsets, grouped.Tables(offsets, rows), out, False, stages=stages)
+            gradients.wgrad(x, found[0], gather, offsets, Tables(offsets, rows), out, False, stages=stages)
             found.append(out)
         results.append(found)
     assert len(results[0]) == 11

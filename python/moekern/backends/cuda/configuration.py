@@ -11,13 +11,14 @@ import torch
 
 MOST_EXPERTS = 1024  # in the planner and the tile table each expert has one thread of a block
 
-# With fewer rows per expert on average, four stages and consumers' stores beat three stages and whole-tile stores.
+# With fewer rows per expert on average, four stages and half-tile stores beat three stages and whole-tile stores, and the
+# consumers' epilogue in the up projection beats that of a warpgroup of its own.
 FEW_ROWS = 600
-# With fewer rows, the up projection's form for few rows is faster even if it saves the pre-activation.
-FEW_ROWS_SAVED = 450
+# With fewer rows the consumers' epilogue is faster even if it saves the pre-activation.
+FEW_ROWS_SAVING = 450
 # Between these means most experts fit a tile of 288 rows, and many have more than the 256 or 272 rows of the other
 # forms, which then need two tiles.
-ONE_TILE = (240, 288)
+ROWS_OF_TILES_288 = (240, 288)
 
 
 @dataclass(frozen=True)
@@ -25,21 +26,26 @@ class Configuration:
     """The choice for one verb on one device; `reason` says why the torch path was chosen, and is empty otherwise."""
 
     path: str  # "hopper" or "torch"
-    few_rows: bool = False  # few rows per expert on average: the up projection's form for that, in inference
-    few_saved: bool = False  # so few that the up projection takes this form in training too
-    one_tile: bool = False  # most experts fit a tile of 288 rows: the forms of the other GEMMs on tokens for that
+    up_by_consumers: bool = False  # the up projection's consumers run its epilogue, where it saves no pre-activation …
+    saving_up_by_consumers: bool = False  # … and where it does
+    tiles_288: bool = False  # most experts fit a tile of 288 rows: the GEMMs on tokens have tiles of up to so many
     stages: int = 3  # of the down projection's pipeline
     store_rows: int = 256  # rows of one of its stores
     wgrad_stages: int = 3  # of the weight gradients' pipeline
     combine_beside: bool = True  # the backward's combine may overlap the weight gradient (backward.py)
     reason: str = ""
 
+    @property
+    def split_tile_rows(self) -> int:
+        """The most rows of a tile in the kernels whose blocks split its rows: up.cu and dh.cu."""
+        return 288 if self.tiles_288 else 272
+
     def __str__(self) -> str:
         if self.path == "torch":
             return f"torch ({self.reason})"
-        up = "the consumers' epilogue" if self.few_rows else "an epilogue warpgroup"
-        up += " unless it saves" if self.few_rows and not self.few_saved else ""
-        down = "tiles of 288 rows" if self.one_tile else f"{self.stages} stages, stores of {self.store_rows} rows"
+        up = "the consumers' epilogue" if self.up_by_consumers else "an epilogue warpgroup"
+        up += " unless it saves" if self.up_by_consumers and not self.saving_up_by_consumers else ""
+        down = "tiles of 288 rows" if self.tiles_288 else f"{self.stages} stages, stores of {self.store_rows} rows"
         return f"hopper: up with {up}; down with {down}; weight gradients with {self.wgrad_stages} stages"
 
 
@@ -75,9 +81,9 @@ def choose(
     if not aligned:
         return Configuration("torch", reason="the Hopper kernels need tensors that start at multiples of 16 bytes")
     if slots < FEW_ROWS * experts:
-        one_tile = ONE_TILE[0] * experts <= slots <= ONE_TILE[1] * experts
+        tiles_288 = ROWS_OF_TILES_288[0] * experts <= slots <= ROWS_OF_TILES_288[1] * experts
         return Configuration(
-            "hopper", few_rows=True, few_saved=slots < FEW_ROWS_SAVED * experts, one_tile=one_tile,
-            stages=4, store_rows=128, wgrad_stages=4,
+            "hopper", up_by_consumers=True, saving_up_by_consumers=slots < FEW_ROWS_SAVING * experts,
+            tiles_288=tiles_288, stages=4, store_rows=128, wgrad_stages=4,
         )  # fmt: skip
     return Configuration("hopper")

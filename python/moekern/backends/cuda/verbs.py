@@ -80,8 +80,8 @@ def get_ready(device: int) -> None:
 
 def plan(topk_ids: Tensor, num_experts: int) -> PlanTensors:
     """Sort the slots by expert: two launches, no synchronisation, bitwise the host planner's result."""
-    chosen = _choose(torch.bfloat16, _capability(topk_ids.get_device()), 0, num_experts, 8, 8, True)
-    if topk_ids.numel() == 0 or chosen.path == "torch":
+    configuration = _choose(torch.bfloat16, _capability(topk_ids.get_device()), 0, num_experts, 8, 8, True)
+    if topk_ids.numel() == 0 or configuration.path == "torch":
         return torch_path.plan(topk_ids, num_experts)
     from moekern.backends.cuda.passes import forward
 
@@ -220,10 +220,11 @@ def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor, kind: str) -> Tensor:
     features = b.shape[1 if kind in ("nt", "tn") else 2]
     experts = offsets.shape[0] - 1
     a = _copied(a)
-    chosen = _configuration(a, a.shape[0], experts, a.shape[1], features, _aligned(b))
-    if chosen.path == "torch":
+    configuration = _configuration(a, a.shape[0], experts, a.shape[1], features, _aligned(b))
+    if configuration.path == "torch":
         return torch_path.grouped_mm(a, b, offsets, kind)
     from moekern.backends.cuda.kernels import gradients, grouped
+    from moekern.backends.cuda.kernels.tables import Tables
 
     if kind == "tn":
         out = a.new_empty((experts, a.shape[1], features))
@@ -231,14 +232,14 @@ def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor, kind: str) -> Tensor:
             return out.zero_()
         if out.numel():
             with torch.cuda.device(a.device):
-                tables = grouped.Tables(offsets, a.shape[0])
-                gradients.wgrad(a, b, None, offsets, tables, out, False, stages=chosen.wgrad_stages)
+                tables = Tables(offsets, a.shape[0])
+                gradients.wgrad(a, b, None, offsets, tables, out, False, stages=configuration.wgrad_stages)
         return out
     out = a.new_zeros((a.shape[0], features))  # rows past the last expert's stay zero
     if out.numel() and a.shape[1]:
         with torch.cuda.device(a.device):
-            tables = grouped.Tables(offsets, a.shape[0])
-            grouped.grouped_product(a, b, None, out, tables, kind == "nn", chosen)
+            tables = Tables(offsets, a.shape[0])
+            grouped.grouped_product(a, b, None, out, tables, kind == "nn", configuration)
     return out
 
 

@@ -1,7 +1,7 @@
 """The backward pass's own kernels as Python functions: tensor maps, parameters and launch of each.
 
-The input gradient of a GEMM is grouped.py's `grouped_mm` with the other orientation of the
-weights, and the sum over a token's rows is its `combine`.
+The input gradient of a GEMM is that of grouped.py with the other orientation of the weights, and the sum over a token's
+rows is one of combine.py's.
 """
 
 from __future__ import annotations
@@ -11,35 +11,28 @@ from torch import Tensor
 
 from moekern.backends.activations import ACTIVATIONS
 from moekern.backends.cuda.build.sources import KernelSource
-from moekern.backends.cuda.kernels.grouped import (
-    BLOCK_ROWS,
-    ELEMENT,
-    HOPPER,
-    MAP_ELEMENT,
-    MOST_ROWS,
-    TALL_BLOCK_ROWS,
-    Tables,
-    matrices,
-)
+from moekern.backends.cuda.kernels.tables import Tables
+from moekern.backends.cuda.kernels.tensors import ELEMENT, loaded_rows, matrices
 from moekern.backends.cuda.launch.constants import constants
 from moekern.backends.cuda.launch.kernel import launch
-from moekern.backends.cuda.launch.program import Map
 
-WGRAD_STORE_FEATURES = {3: 256, 4: 128}
-DH_FEATURES = 256  # of a tile, and of one partial sum of dS
-BESIDE_TOP_K = (1, 2, 4, 8)
-BESIDE_FEATURES = 512  # of a block
+WGRAD_STORE_FEATURES = {3: 256, 4: 128}  # of one store, by stages
 
 
 def dh_variant(
-    dtype: torch.dtype, activation: str, transposed: bool, interleaved: bool, one_tile: bool = False
+    dtype: torch.dtype, activation: str, transposed: bool, interleaved: bool, tile_rows: int = 272
 ) -> KernelSource:
-    """The pre-activation's gradient."""
+    """The pre-activation's gradient, in tiles of up to 272 or 288 rows."""
     act = ACTIVATIONS[activation]
     return KernelSource.of(
-        "dh.cu", ACTIVATION=act.code, BLOCK_ROWS=TALL_BLOCK_ROWS if one_tile else BLOCK_ROWS, ELEMENT=ELEMENT[dtype],
-        INTERLEAVED=interleaved and act.gated, TRANSPOSED=transposed,
+        "dh.cu", ACTIVATION=act.code, ELEMENT=ELEMENT[dtype], INTERLEAVED=interleaved and act.gated,
+        TILE_ROWS=tile_rows, TRANSPOSED=transposed,
     )  # fmt: skip
+
+
+def partial_sums(inter: int) -> int:
+    """Partial sums of dS in a row: one for each feature tile of dh.cu."""
+    return -(-inter // constants(KernelSource("dh.cu"))["FEATURES"])
 
 
 def wgrad_variant(
@@ -50,11 +43,6 @@ def wgrad_variant(
         "wgrad.cu", ELEMENT=ELEMENT[dtype], GATHER=gather, LAUNCH_REGISTERS=launch_registers, P_INNERMOST=p_innermost,
         RING_STAGES=stages, STORE_FEATURES=WGRAD_STORE_FEATURES[stages],
     )  # fmt: skip
-
-
-def combine_beside_variant(dtype: torch.dtype, top_k: int) -> KernelSource:
-    """The combine that runs beside the weight gradient; `top_k` in BESIDE_TOP_K."""
-    return KernelSource.of("combine_beside.cu", ELEMENT=ELEMENT[dtype], TOP_K=top_k)
 
 
 def rows_variant(dtype: torch.dtype) -> KernelSource:
@@ -89,26 +77,18 @@ def dh(
     grad_pre: Tensor,
     scaled: Tensor | None,
     partials: Tensor | None,
-    one_tile: bool = False,
+    tile_rows: int = 272,
 ) -> None:
-    """Fill the gradient of `pre`, A' ``[S, I]`` and the partial sums of dS, ``[S, ceil(I / 256)]``."""
+    """Fill the gradient of `pre`, A' ``[S, I]`` and the partial sums of dS, ``[S, partial_sums(I)]``."""
     hidden, inter = dout.shape[1], w_down.shape[1 if transposed else 2]
-    source = dh_variant(dout.dtype, activation, transposed, interleaved, one_tile)
+    source = dh_variant(dout.dtype, activation, transposed, interleaved, tile_rows)
     params = {
-        "table": tables.for_blocks_of(constants(source)["ROWS"]), "counter": tables.counter(), "source": dout,
+        "table": tables.table(tile_rows), "counter": tables.counter(), "source": dout,
         "row_token": rows.token, "row_score": rows.score, "pre": pre, "dh": grad_pre, "scaled": scaled,
-        "partials": partials, "hidden": hidden, "inter": inter, "columns": -(-inter // DH_FEATURES),
+        "partials": partials, "hidden": hidden, "inter": inter, "columns": partial_sums(inter),
         "source_pitch_16": hidden // 8,
     }  # fmt: skip
     launch(source, "dh", dout.get_device(), params, maps={"weights": matrices(w_down, 64)})
-
-
-def _ragged_rows(tensor: Tensor) -> Map:
-    """Boxes of 64 rows and 64 features that end with an expert's rows (hopper.cuh)."""
-    columns, pitch = tensor.shape[1], 2 * tensor.shape[1]
-    shift = constants(HOPPER)["RAGGED_LOAD"]
-    dims, strides = (columns, shift, MOST_ROWS, MOST_ROWS), (pitch, (1 << 35) - pitch, pitch)
-    return MAP_ELEMENT[tensor.dtype], tensor.data_ptr(), dims, strides, (64, 64, 1, 1)
 
 
 def wgrad(
@@ -128,9 +108,9 @@ def wgrad(
     """
     gather = row_token is not None
     source = wgrad_variant(q.dtype, gather, p_innermost, launch_registers, stages)
-    q_map = _ragged_rows(q)
+    q_map = loaded_rows(q)
     maps = {
-        "p_map": q_map if gather else _ragged_rows(p),  # with a gather not used
+        "p_map": q_map if gather else loaded_rows(p),  # with a gather not used
         "q_map": q_map,
         "result": matrices(out, WGRAD_STORE_FEATURES[stages] if p_innermost else 64),
     }
@@ -168,14 +148,3 @@ def bias_gradient(
         "features": features, "columns": columns,
     }  # fmt: skip
     launch(rows_variant(source.dtype), "bias_gradient", source.get_device(), params, blocks=experts * columns)
-
-
-def combine_beside(rows: Tensor, inverse: Tensor, offsets: Tensor, out: Tensor, top_k: int) -> None:
-    """``out[t] = sum over k of rows[inverse[t, k]]``, in the registers that :func:`wgrad` with 160 leaves free."""
-    device, (tokens, hidden) = out.get_device(), out.shape
-    params = {
-        "rows": rows, "inverse": inverse, "offsets": offsets, "out": out, "tokens": tokens, "hidden": hidden,
-        "experts": offsets.shape[0] - 1, "span": -(-hidden // BESIDE_FEATURES),
-    }  # fmt: skip
-    # The same split of an SM's memory as the GEMM's: blocks that ask for another one cannot share an SM with it.
-    launch(combine_beside_variant(out.dtype, top_k), "combine_beside", device, params, carve_out=100)

@@ -1,6 +1,6 @@
 """Moving rows between token order and expert order: parameters and launch of permute.cu and combine_backward.cu.
 
-The sum over a token's rows is grouped.py's `combine`. Rows may have any length, and begin anywhere.
+The sum over a token's rows is combine.py's `combine`. Rows may have any length, and begin anywhere.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moekern.backends.cuda.build.sources import KernelSource
-from moekern.backends.cuda.kernels.grouped import ELEMENT, vector_of
+from moekern.backends.cuda.kernels.tensors import ELEMENT, vector_of
 from moekern.backends.cuda.launch.constants import constants
 from moekern.backends.cuda.launch.device import multiprocessors
 from moekern.backends.cuda.launch.kernel import launch
@@ -64,22 +64,22 @@ def share_of(tokens: int, top_k: int, multiprocessors: int) -> int:
 def combine_backward(
     dout: Tensor,
     rows: Tensor,
-    weights: Tensor | None,
+    scores: Tensor | None,
     inverse: Tensor,
     offsets: Tensor,
     drows: Tensor | None,
-    dweights: Tensor | None,
+    dscores: Tensor | None,
     top_k: int,
     share: int | None = None,
 ) -> None:
-    """Fill the gradients of the rows ``[S, H]`` and of the weights, float32 ``[T, K]``; None where not wanted."""
+    """Fill the gradients of the rows ``[S, H]`` and of the scores, float32 ``[T, K]``; None where not wanted."""
     device, (tokens, hidden) = dout.get_device(), dout.shape
     row_bytes = hidden * dout.dtype.itemsize
     vector = vector_of(row_bytes, *(t for t in (dout, rows, drows) if t is not None))
     share = share or share_of(tokens, top_k, multiprocessors(device))
     params = {
-        "dout": dout, "rows": rows, "weights": weights, "inverse": inverse, "offsets": offsets, "drows": drows,
-        "dweights": dweights, "tokens": tokens, "hidden": hidden, "top_k": top_k,
+        "dout": dout, "rows": rows, "scores": scores, "inverse": inverse, "offsets": offsets, "drows": drows,
+        "dscores": dscores, "tokens": tokens, "hidden": hidden, "top_k": top_k,
         "experts": offsets.shape[0] - 1, "share": share,
     }  # fmt: skip
     units, source = tokens * -(-top_k // share), combine_backward_variant(dout.dtype, vector)

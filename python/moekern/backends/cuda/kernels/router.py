@@ -1,4 +1,4 @@
-"""The router's part of a layer as launches: the logits of few tokens, the choice from logits, and the way back.
+"""The router's part of a layer as launches: the logits of few tokens, the choice from logits, and the backward pass.
 
 Kernels: cuda/logits.cu, cuda/route.cu, cuda/route_backward.cu.
 """
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from moekern.backends.cuda.build.sources import KernelSource
-from moekern.backends.cuda.kernels.grouped import ELEMENT
+from moekern.backends.cuda.kernels.tensors import ELEMENT
 from moekern.backends.cuda.launch.constants import constants
 from moekern.backends.cuda.launch.kernel import launch
 

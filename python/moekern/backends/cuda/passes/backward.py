@@ -19,8 +19,9 @@ from moekern.backends.activations import ACTIVATIONS, split
 from moekern.backends.call import Form, PlanTensors, Weights
 from moekern.backends.cuda.build.sources import KernelSource
 from moekern.backends.cuda.configuration import Configuration
+from moekern.backends.cuda.kernels import combine, grouped
 from moekern.backends.cuda.kernels import gradients as own
-from moekern.backends.cuda.kernels import grouped
+from moekern.backends.cuda.kernels.tables import Tables
 from moekern.backends.cuda.launch.device import round_up, stream_of
 from moekern.backends.cuda.launch.program import PROGRAMS, record_parts, sources_of
 from moekern.backends.cuda.passes.sizes import Sizes
@@ -38,9 +39,8 @@ LEAST_BESIDE_INTER = 512
 
 def combines_beside(slots: int, hidden: int, inter: int, top_k: int) -> bool:
     """Whether the sum over a token's rows runs on a second stream, during the weight gradient of the up projection."""
-    fits = hidden <= 16 * own.BESIDE_FEATURES  # blocks that share a token; with more, too many would have none
     pays = 2 * slots * hidden >= LEAST_BESIDE and inter >= LEAST_BESIDE_INTER
-    return fits and pays and top_k in own.BESIDE_TOP_K
+    return pays and combine.fits_beside(hidden, top_k)
 
 
 class _Work:
@@ -52,10 +52,10 @@ class _Work:
         rows_of_dx = 2 * slots * sizes.hidden if wanted[0] else 0
         scaled = 2 * slots * sizes.inter if wanted[3] else 0
         parts = {
-            "table": grouped.Tables.size(slots, sizes.experts),
+            "table": Tables.size(slots, sizes.experts),
             "token": 4 * slots,
             "score": 4 * slots,
-            "partials": 4 * slots * -(-sizes.inter // own.DH_FEATURES) if wanted[1] else 0,
+            "partials": 4 * slots * own.partial_sums(sizes.inter) if wanted[1] else 0,
             "grad_pre": 2 * slots * sizes.columns,
             "in_turn": max(rows_of_dx, scaled),
         }
@@ -88,7 +88,7 @@ class _Launches:
         self.score = self._buffer("score", (z.slots,), torch.float32)
         self.grad_pre = self._buffer("grad_pre", (z.slots, z.columns))
         self.grad_rows = self._buffer("in_turn", (z.slots, z.hidden))
-        self.partials = self._buffer("partials", (z.slots, -(-z.inter // own.DH_FEATURES)), torch.float32)
+        self.partials = self._buffer("partials", (z.slots, own.partial_sums(z.inter)), torch.float32)
 
     def _buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Any:
         return self.z.place(WORK, shape, dtype, self.work.offset[name])
@@ -99,14 +99,14 @@ class _Launches:
         activation, transposed, interleaved, top_k = z.form
         order = z.place(ORDER, (z.slots,), torch.int32)
         scores = z.place(SCORES, (z.tokens, top_k), torch.float32) if z.has_scores else None
-        table_bytes = grouped.Tables.size(z.slots, z.experts)
-        self.tables = grouped.Tables(self.offsets, z.slots, self._buffer("table", (table_bytes,), torch.uint8))
+        table_bytes = Tables.size(z.slots, z.experts)
+        self.tables = Tables(self.offsets, z.slots, self._buffer("table", (table_bytes,), torch.uint8))
         rows = own.Rows(self.dout, order, scores, top_k, self.token, self.score)
         scaled = self._buffer("in_turn", (z.slots, z.inter)) if wanted[3] else None
         partials = self.partials if wanted[1] else None
         own.dh(
             self.dout, self.weights.w_down, z.place(PRE, (z.slots, z.columns)), rows, self.tables, activation,
-            transposed, interleaved, self.grad_pre, scaled, partials, z.configuration.one_tile,
+            transposed, interleaved, self.grad_pre, scaled, partials, z.configuration.split_tile_rows,
         )  # fmt: skip
         if not self.beside:
             self._score_gradient()
@@ -124,7 +124,7 @@ class _Launches:
                 z.configuration,
             )  # fmt: skip
             if not self.beside:
-                grouped.combine(self.grad_rows, None, self.inverse, self.offsets, self.dx, top_k)
+                combine.combine(self.grad_rows, None, self.inverse, self.offsets, self.dx, top_k)
 
     def _score_gradient(self) -> None:
         if self.wanted[1]:
@@ -157,7 +157,7 @@ class _Launches:
 
     def combine(self) -> None:
         """The sum of the rows of dx, in the registers that the weight gradient leaves free; then dS, which is short."""
-        own.combine_beside(self.grad_rows, self.inverse, self.offsets, self.dx, self.z.form.top_k)
+        combine.combine_beside(self.grad_rows, self.inverse, self.offsets, self.dx, self.z.form.top_k)
         self._score_gradient()
 
 
@@ -202,7 +202,7 @@ def _only_down_projection(
     if dw_down is not None:
         act = ACTIVATIONS[form.activation]
         scaled = (act.forward(*split(pre.float(), act, form.interleaved)) * score.unsqueeze(1)).to(pre.dtype)
-        tables = grouped.Tables(offsets, slots)
+        tables = Tables(offsets, slots)
         own.wgrad(dout, scaled, token, offsets, tables, dw_down, p_innermost=form.transposed)
 
 

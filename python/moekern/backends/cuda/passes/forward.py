@@ -11,7 +11,8 @@ from torch import Tensor
 from moekern.backends.call import Form, PlanTensors, Weights
 from moekern.backends.cuda.build.sources import KernelSource
 from moekern.backends.cuda.configuration import Configuration
-from moekern.backends.cuda.kernels import grouped
+from moekern.backends.cuda.kernels import combine, grouped, planner, up
+from moekern.backends.cuda.kernels.tables import Tables
 from moekern.backends.cuda.launch.device import on_device, round_up, stream_of
 from moekern.backends.cuda.launch.program import PROGRAMS, Placeholder, record
 from moekern.backends.cuda.passes.sizes import Sizes
@@ -26,10 +27,10 @@ def _plan_program(device: int, dtype: torch.dtype, slots: int, experts: int) -> 
     def place(index: int, words: int, kind: torch.dtype = torch.int32) -> Any:
         return Placeholder(index, (words,), kind, device)
 
-    counts = grouped.plan_counts(slots, experts)
+    counts = planner.plan_counts(slots, experts)
     return record(
         device,
-        lambda: grouped.plan(
+        lambda: planner.plan(
             place(0, slots, dtype), place(1, slots), place(2, slots), place(3, experts + 1), place(4, counts)
         ),
     )
@@ -41,7 +42,7 @@ def plan(topk_ids: Tensor, num_experts: int) -> PlanTensors:
     order = torch.empty(slots, dtype=torch.int32, device=topk_ids.device)
     inverse = torch.empty_like(order)
     offsets = order.new_empty(num_experts + 1)
-    words = grouped.plan_counts(slots, num_experts)
+    words = planner.plan_counts(slots, num_experts)
     counts = order.new_empty(words) if words else offsets
     with on_device(device):
         program = _plan_program(device, topk_ids.dtype, slots, num_experts)
@@ -51,7 +52,7 @@ def plan(topk_ids: Tensor, num_experts: int) -> PlanTensors:
 
 def work_bytes(sizes: Sizes) -> int:
     """Bytes of working memory: the tile table, the activation ``[S, I]``, the rows ``[S, H]``."""
-    table_bytes = grouped.Tables.size(sizes.slots, sizes.experts)
+    table_bytes = Tables.size(sizes.slots, sizes.experts)
     return round_up(table_bytes) + round_up(2 * sizes.slots * sizes.inter) + 2 * sizes.slots * sizes.hidden
 
 
@@ -63,18 +64,18 @@ def launch_all(
     w_gate_up, w_down, b_gate_up, b_down = sizes.given(weights)
     activation, transposed, interleaved, top_k = sizes.form
     configuration, slots = sizes.configuration, sizes.slots
-    table_bytes = grouped.Tables.size(slots, sizes.experts)
-    tables = grouped.Tables(offsets, slots, work.part((table_bytes,), torch.uint8), ordered=False)
+    table_bytes = Tables.size(slots, sizes.experts)
+    tables = Tables(offsets, slots, work.part((table_bytes,), torch.uint8), ordered=False)
     activated = work.part((slots, sizes.inter), sizes.dtype, round_up(table_bytes))
     before = round_up(table_bytes) + round_up(2 * slots * sizes.inter)
     rows = work.part((slots, sizes.hidden), sizes.dtype, before)
-    few_rows = configuration.few_rows if pre is None else configuration.few_saved
-    grouped.up(
-        x, order, w_gate_up, b_gate_up, activated, pre, tables, top_k, activation, transposed, interleaved, few_rows,
-        configuration.one_tile,
+    by_consumers = configuration.up_by_consumers if pre is None else configuration.saving_up_by_consumers
+    up.up(
+        x, order, w_gate_up, b_gate_up, activated, pre, tables, top_k, activation, transposed, interleaved,
+        by_consumers, configuration.split_tile_rows,
     )  # fmt: skip
     grouped.grouped_product(activated, w_down, b_down, rows, tables, transposed, configuration)
-    grouped.combine(rows, scores, inverse, offsets, out, top_k)
+    combine.combine(rows, scores, inverse, offsets, out, top_k)
 
 
 @lru_cache(maxsize=PROGRAMS)

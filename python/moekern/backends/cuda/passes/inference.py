@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moekern.backends.call import Form, PlanTensors, Weights
 from moekern.backends.cuda.configuration import Configuration
-from moekern.backends.cuda.kernels import grouped, router
+from moekern.backends.cuda.kernels import planner, router
 from moekern.backends.cuda.launch.device import current_device, on_device, round_up, stream_of
 from moekern.backends.cuda.launch.program import record
 from moekern.backends.cuda.passes import forward
@@ -49,7 +49,7 @@ def make(
         "order": 4 * slots,
         "inverse": 4 * slots,
         "offsets": 4 * (experts + 1),
-        "counts": 4 * grouped.plan_counts(slots, experts),
+        "counts": 4 * planner.plan_counts(slots, experts),
         "ids": 4 * slots if formula is not None else 0,
         "scores": 4 * slots if formula is not None else 0,
         "logits": 4 * tokens * experts if makes_logits else 0,
@@ -77,7 +77,7 @@ def make(
                 router.logits(place(X, (tokens, hidden)), weight, bias, logits)
             router.route(logits, ids, scores, formula)
         plan = PlanTensors(buffer("order", slots), buffer("inverse", slots), buffer("offsets", experts + 1))
-        grouped.plan(ids, *plan, buffer("counts", parts["counts"] // 4))
+        planner.plan(ids, *plan, buffer("counts", parts["counts"] // 4))
         work = place(WORK, (parts["verb"],), torch.uint8, offset["verb"])
         rows, out = place(X, (tokens, hidden)), place(OUT, (tokens, hidden))
         forward.launch_all(sizes, rows, scores, plan, sizes.weights(WEIGHTS), out, None, work)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moekern.backends.cuda.kernels import grouped
+from moekern.backends.cuda.kernels import combine as sums
 from moekern.backends.cuda.kernels import permute as kernels
 from moekern.backends.cuda.launch.device import on_device
 
@@ -35,7 +35,7 @@ def combine(y: Tensor, weights: Tensor | None, plan: Sequence[Tensor], top_k: in
     out = y.new_empty(y.shape[0] // top_k, y.shape[1])
     if out.numel():
         with on_device(y.get_device()):
-            grouped.combine(y, weights, inverse, offsets, out, top_k)
+            sums.combine(y, weights, inverse, offsets, out, top_k)
     return out
 
 

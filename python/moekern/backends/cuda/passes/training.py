@@ -14,7 +14,7 @@ from torch import Tensor
 from moekern.backends.call import Form, PlanTensors, Weights
 from moekern.backends.cuda.build.sources import KernelSource
 from moekern.backends.cuda.configuration import Configuration
-from moekern.backends.cuda.kernels import grouped, router
+from moekern.backends.cuda.kernels import planner, router
 from moekern.backends.cuda.launch.device import current_device, on_device, round_up, stream_of
 from moekern.backends.cuda.launch.program import record
 from moekern.backends.cuda.passes import backward, forward
@@ -76,7 +76,7 @@ class Layer:
         self._rows, self._pre_shape = (tokens, hidden), (slots, sizes.columns)
         self._logits_shape = (tokens, experts)
         self._makes_logits = router.makes_logits(tokens, experts, hidden)
-        counts = grouped.plan_counts(slots, experts)
+        counts = planner.plan_counts(slots, experts)
         verb_bytes = forward.work_bytes(sizes)
         self._work_size = round_up(4 * counts) + verb_bytes
 
@@ -94,7 +94,7 @@ class Layer:
             plan = PlanTensors(
                 part(kept.order, (slots,)), part(kept.inverse, (slots,)), part(kept.offsets, (experts + 1,))
             )
-            grouped.plan(ids, *plan, place(WORK, (counts,), torch.int32))
+            planner.plan(ids, *plan, place(WORK, (counts,), torch.int32))
             forward.launch_all(
                 sizes,
                 place(X, (tokens, hidden)),

@@ -1,5 +1,5 @@
-// Grouped GEMM over contiguous rows where experts have few of them: what grouped_mm.cu computes, in tiles of up to 288 rows,
-// so that an expert with somewhat more than 256 rows is one tile and its weights pass once.
+// What grouped_mm.cu computes, in tiles of up to 288 rows: an expert with somewhat more than 256 is one tile, and its weights
+// pass once.
 //
 // A cluster of two blocks computes 256 features x up to 288 rows of one expert, split along the *rows*: each block multiplies
 // all 256 weight rows with its own at most 144 rows, loads half of the weights and multicasts it.
@@ -22,7 +22,8 @@
 
 constexpr int THREADS = 384, STAGES = 4;
 constexpr int PRODUCER_REGISTERS = 56, CONSUMER_REGISTERS = 224;
-constexpr int FEATURES = 256, ROWS = 144;     // of a block
+constexpr int TILE_ROWS = 288, TILE_FEATURES = 256;
+constexpr int FEATURES = TILE_FEATURES, ROWS = TILE_ROWS / 2;  // of a block
 constexpr int BOX_ROWS = 64, TAIL_ROWS = 16;  // rows come in boxes of the one, the last of a tile in boxes of the other
 constexpr int STORE_ROWS = 96;
 constexpr u32 WEIGHT_BYTES = FEATURES * 128, STAGE_BYTES = WEIGHT_BYTES + ROWS * 128;
@@ -34,7 +35,7 @@ struct Params {
   int* counter;
   const u16* bias;   // [E, features], or null
   u8* out;           // [rows, features]
-  int columns;       // feature tiles: ceil(features / 256)
+  int columns;       // feature tiles: ceil(features / TILE_FEATURES)
   int inner;         // k
   int features;
 };
@@ -49,7 +50,7 @@ struct Shape {
 };
 
 // One thread of each block.
-DEVICE void load(const Params& p, const TensorMap* weights, const TensorMap* rows, const TensorMap* few_rows, Pipeline pipe,
+DEVICE void load(const Params& p, const TensorMap* weights, const TensorMap* rows, const TensorMap* tail, Pipeline pipe,
                  TileReader tiles, u32 rank, u32 begun) {
   const int k_blocks = (p.inner + 63) / 64;
   Tile tile;
@@ -74,7 +75,7 @@ DEVICE void load(const Params& p, const TensorMap* weights, const TensorMap* row
       // Rows beyond the block's share are the next ones, or zeros past the tensor's end: columns that are never stored.
       int row = 0;
       for (; row + BOX_ROWS <= loaded; row += BOX_ROWS) tma_load_2d(target + row * 128, rows, full, k, own.row + row);
-      for (; row < loaded; row += TAIL_ROWS) tma_load_2d(target + row * 128, few_rows, full, k, own.row + row);
+      for (; row < loaded; row += TAIL_ROWS) tma_load_2d(target + row * 128, tail, full, k, own.row + row);
       pipe.advance<Shape>();
     }
   }
@@ -108,14 +109,14 @@ DEVICE void consume(const Params& p, Pipeline pipe, TileReader tiles, u32 rank, 
 }
 
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1)
-    grouped_few(const __grid_constant__ TensorMap weights, const __grid_constant__ TensorMap rows,
-                const __grid_constant__ TensorMap few_rows, const __grid_constant__ Params p) {
+    grouped_288(const __grid_constant__ TensorMap weights, const __grid_constant__ TensorMap rows,
+                const __grid_constant__ TensorMap tail, const __grid_constant__ Params p) {
   extern __shared__ u8 shared[];
   const Frame<Shape, 2 * STORE_BYTES, 1, 1> frame(shared);
   const u32 begun = frame.barrier(0);
   if (frame.warpgroup == 0) {
     give_registers<PRODUCER_REGISTERS>();
-    if (threadIdx.x == 0) load(p, &weights, &rows, &few_rows, frame.pipe, frame.tiles, frame.rank, begun);
+    if (threadIdx.x == 0) load(p, &weights, &rows, &tail, frame.pipe, frame.tiles, frame.rank, begun);
     if (threadIdx.x == 32 && frame.rank == 0) draw_tickets(p.table, p.columns, p.counter, frame.ring(), begun);
   } else {
     take_registers<CONSUMER_REGISTERS>();

@@ -1,5 +1,5 @@
-// Up projection for few rows an expert: the consumers run the epilogue themselves, which leaves room for a fourth stage, and
-// the activation is taken of fp32 sums. For gate and up halves.
+// Up projection for few rows per expert: the consumers run the epilogue themselves, which leaves room for a fourth stage,
+// and the activation is taken of fp32 sums. For gate and up halves.
 //
 // 512 threads, one block an SM, clusters of two. Roles, and the registers they keep (56 + 2 * 208 + 40 = 512 a lane):
 //   warpgroup 0   56   gathers token rows (all 128 threads)
@@ -12,17 +12,17 @@
 //   begun               1                                      the copies of another tile have begun: publish the next
 //   ring[16]            1 + 16 bytes                           a tile was drawn (tickets.cuh)
 //
-// Shared memory: 4 stages of 51200, for each consumer warpgroup [96 tokens][64 features] to store from, then barriers. There
-// is no room for all 144 tokens: the last of a wide tile leave in a second store.
+// Shared memory: 4 stages of 51200, for each consumer warpgroup [96 rows][64 features] to store from, then barriers. There
+// is no room for all 144 rows: the last of a wide tile leave in a second store.
 #include "up.cuh"
 
 static_assert(HALVES, "other layouts use up.cu");
-static_assert(TOKENS % 16 == 0, "the epilogue takes sixteen tokens at a time");
+static_assert(ROWS % 16 == 0, "the epilogue takes sixteen rows at a time");
 
 constexpr int THREADS = 512, STAGES = 4;
 constexpr int PRODUCER_REGISTERS = 56, CONSUMER_REGISTERS = 208, LOADER_REGISTERS = 40;
-constexpr int STORE_TOKENS = 96;
-constexpr u32 STORE_BYTES = STORE_TOKENS * 128;  // of a consumer warpgroup
+constexpr int STORE_ROWS = 96;
+constexpr u32 STORE_BYTES = STORE_ROWS * 128;  // of a consumer warpgroup
 constexpr u32 SHARED_BYTES = STAGES * STAGE_BYTES + 2 * STORE_BYTES + FRAME_BYTES;
 
 typedef UpShape<STAGES> Shape;
@@ -42,7 +42,7 @@ DEVICE void load(const Params& p, const TensorMap* weights, Pipeline pipe, TileR
   }
 }
 
-// Sixteen token columns of gate and up sums as rows of a [tokens][64 features] tile.
+// Sixteen columns of gate and up sums as rows of a [rows][64 features] tile.
 DEVICE void store_activated(u32 tile, int column, u32 warp, u32 lane, const float* gate, const float* up, const BiasRows& bias) {
   u32 out[4];
 #pragma unroll
@@ -62,13 +62,13 @@ DEVICE void store_all(const Params& p, const Share& own, const Accumulators<Shap
   const u32 lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3;
   const int feature = own.feature + (int)warpgroup * 64;
 #pragma unroll
-  for (int first = 0; first < TOKENS; first += STORE_TOKENS)
+  for (int first = 0; first < ROWS; first += STORE_ROWS)
 #pragma unroll
     for (int part = 0; part < 3; part++)
       if (first < own.rows) {
         sync_consumers(warpgroup);  // the other warps have read what is overwritten
 #pragma unroll
-        for (int column = first; column < first + STORE_TOKENS && column < TOKENS; column += 16)
+        for (int column = first; column < first + STORE_ROWS && column < ROWS; column += 16)
           if (column < own.rows) {
             const float *gate = &sums[0][column / 2], *up = &sums[1][column / 2];
             if (part == 2)
@@ -78,9 +78,9 @@ DEVICE void store_all(const Params& p, const Share& own, const Accumulators<Shap
           }
         sync_consumers(warpgroup);
         if (part == 2)
-          store_by_threads<STORE_TOKENS>(buffer, p.activated, p.inter, feature, p.inter - feature, own, first);
+          store_by_threads<STORE_ROWS>(buffer, p.activated, p.inter, feature, p.inter - feature, own, first);
         else
-          store_by_threads<STORE_TOKENS>(buffer, p.pre, 2 * p.inter, part * p.inter + feature, p.inter - feature, own, first);
+          store_by_threads<STORE_ROWS>(buffer, p.pre, 2 * p.inter, part * p.inter + feature, p.inter - feature, own, first);
       }
 }
 
@@ -90,12 +90,12 @@ DEVICE void store_activation(const TensorMap* activated, const Share& own, const
   const u32 lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3;
   const bool storing = (threadIdx.x & 127) == 0;
 #pragma unroll
-  for (int first = 0; first < TOKENS; first += STORE_TOKENS)
+  for (int first = 0; first < ROWS; first += STORE_ROWS)
     if (first < own.rows) {
       if (storing) tma_store_wait_read<0>();  // the buffer's last store has left
       sync_consumers(warpgroup);
 #pragma unroll
-      for (int column = first; column < first + STORE_TOKENS && column < TOKENS; column += 16)
+      for (int column = first; column < first + STORE_ROWS && column < ROWS; column += 16)
         if (column < own.rows) store_activated(buffer, column - first, warp, lane, &sums[0][column / 2], &sums[1][column / 2], bias);
       fence_async_shared();
       sync_consumers(warpgroup);
@@ -125,8 +125,8 @@ DEVICE void consume(const Params& p, const TensorMap* activated, Pipeline pipe, 
 }
 
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1)
-    up_few(const __grid_constant__ TensorMap weights, const __grid_constant__ TensorMap activated,
-           const __grid_constant__ Params p) {
+    up_consumers(const __grid_constant__ TensorMap weights, const __grid_constant__ TensorMap activated,
+                 const __grid_constant__ Params p) {
   extern __shared__ u8 shared[];
   const Frame<Shape, 2 * STORE_BYTES, FULL_ARRIVALS, 1> frame(shared);
   const u32 begun = frame.barrier(0);
