@@ -11,7 +11,7 @@ is filled again from the record NAME. Views:
   picture, which is drawn into that file (from the root of the repository) and shown;
 - of one of pytest-benchmark: `table GROUP`; `range GROUP COLUMN [PARAMETER=VALUE …]`, the smallest and largest value of
   a column, where COLUMN may be `median`;
-- of one of benches/cards/gpu_experts.py: `columns NAME …`;
+- of one of benches/cards/gpu_experts.py or gpu_permute.py: `columns NAME …`;
 - of a page without a record: `match PATTERN`, the first group of a regular expression.
 
 Tables and pictures take their own lines; everything else is part of its sentence.

@@ -1,7 +1,7 @@
 """Markdown tables of the records in benches/results, for each form of record.
 
-Three programs write records: `moekern bench` (:mod:`moekern.bench.record`), pytest-benchmark through `make bench`, and
-benches/cards/gpu_experts.py, which also measures single CUDA kernels. :func:`page` makes a whole page of any of them.
+These write records: `moekern bench` (:mod:`moekern.bench.record`), pytest-benchmark through `make bench`, and, in a third
+form, benches/cards/gpu_experts.py and gpu_permute.py. :func:`page` makes a whole page of any of them.
 """
 
 from __future__ import annotations
@@ -237,7 +237,7 @@ def group_table(cases: list[dict[str, Any]]) -> str:
     return markdown(header, lines)
 
 
-# Records of benches/cards/gpu_experts.py
+# Records of benches/cards/gpu_experts.py and gpu_permute.py
 
 
 def of_kernels(record: dict[str, Any]) -> list[str]:
@@ -263,7 +263,7 @@ def of_kernels(record: dict[str, Any]) -> list[str]:
 
 
 def kernel_columns(record: dict[str, Any], whats: Cells) -> str:
-    """One row per shape; for each named figure, its share in per cent and its milliseconds.
+    """One row per shape; for each named figure, its share in per cent and its milliseconds, to a microsecond below one.
 
     Raises:
         ValueError: The record has no figure of a name.
@@ -274,9 +274,10 @@ def kernel_columns(record: dict[str, Any], whats: Cells) -> str:
     for what in whats:
         if not any(what in of for of in found.values()):
             raise ValueError(f"the record has no figure {what!r}")
-    header = ["shape"]
+    header, places = ["shape"], {}
     for what in whats:
         header += [what.removeprefix("moekern: "), "ms"]
+        places[what] = 2 if any(of[what].get("ms", 0) >= 1 for of in found.values() if what in of) else 3
     lines = []
     for shape, of in found.items():
         cells = [shape]
@@ -284,7 +285,7 @@ def kernel_columns(record: dict[str, Any], whats: Cells) -> str:
             entry = of.get(what, {})
             cells += [
                 f"{100 * entry['share']:.1f}" if entry.get("share") else "",
-                f"{entry['ms']:.2f}" if entry.get("ms") else "",
+                f"{entry['ms']:.{places[what]}f}" if entry.get("ms") else "",
             ]
         lines.append(cells)
     return markdown(header, lines)
