@@ -1,7 +1,7 @@
 """Markdown tables of the records in benches/results, for each form of record.
 
-These write records: `moekern bench` (:mod:`moekern.bench.record`), pytest-benchmark through `make bench`, and, in a third
-form, benches/cards/gpu_experts.py and gpu_permute.py. :func:`page` makes a whole page of any of them.
+These write records: `moekern bench` (:mod:`moekern.bench.record`), pytest-benchmark through `make bench`, and, in a
+third form, benches/cards/gpu_experts.py and gpu_permute.py. :func:`page` makes a whole page of any of them.
 """
 
 from __future__ import annotations

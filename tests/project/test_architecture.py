@@ -58,11 +58,12 @@ def name_of(path: Path) -> str:
 
 
 FILES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 
 
-def imports(path: Path) -> Iterator[tuple[str, str | None]]:
+def imports(name: str) -> Iterator[tuple[str, str | None]]:
     """Modules of the package that a file imports, with the name taken from it or None; TYPE_CHECKING's count too."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(TREES[name]):
         if isinstance(node, ast.Import):
             yield from ((alias.name, None) for alias in node.names if alias.name.split(".")[0] == "moekern")
         elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "moekern":
@@ -137,7 +138,7 @@ def rank(module: str) -> int:
 
 
 Arrow = tuple[str, str]
-ARROWS = sorted({(name, module) for name, path in FILES.items() for module, _ in imports(path) if module != name})
+ARROWS = sorted({(name, module) for name in FILES for module, _ in imports(name) if module != name})
 RUST_ARROWS = sorted({(name, module) for name in RUST_FILES for module in rust_imports(name) if module != name})
 BOTH = pytest.mark.parametrize("arrows", [ARROWS, RUST_ARROWS], ids=["python", "rust"])
 
@@ -191,15 +192,97 @@ def test_rust_arrows_are_found() -> None:
     assert circle([("a", "b"), ("b", "c"), ("c", "b")]) == "b -> c -> b"
 
 
+def test_every_layer_exists() -> None:
+    known = {*FILES, *RUST_FILES, "moekern._core"}
+    assert [name for layer in LAYERS for name in layer if name not in known] == []
+
+
 @pytest.mark.parametrize("name", FILES)
-def test_no_file_imports_anothers_private_name(name: str) -> None:
-    private = [f"{module}.{taken}" for module, taken in imports(FILES[name]) if taken and taken.startswith("_")]
-    assert [p for p in private if not p.endswith("__")] == []
+def test_imports_name_the_whole_module(name: str) -> None:
+    """A relative import would be an arrow that nothing here sees."""
+    nodes = ast.walk(TREES[name])
+    assert [ast.unparse(node) for node in nodes if isinstance(node, ast.ImportFrom) and node.level] == []
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.endswith("__")
+
+
+def private_members(tree: ast.Module) -> set[str]:
+    """Private names that a file gives to its classes and objects."""
+    found = {
+        node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            for inner in node.body:
+                if isinstance(inner, ast.FunctionDef | ast.ClassDef):
+                    found.add(inner.name)
+                elif isinstance(inner, ast.AnnAssign | ast.Assign):
+                    targets = [inner.target] if isinstance(inner, ast.AnnAssign) else inner.targets
+                    found |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return {name for name in found if is_private(name)}
+
+
+MEMBERS = {name: private_members(tree) for name, tree in TREES.items()}
+
+
+def foreign_names(tree: ast.Module, name: str) -> Iterator[str]:
+    """Private names of other files that a file imports, takes out of a module, or reads from an object."""
+    modules = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            modules |= {(alias.asname or alias.name).split(".")[0] for alias in node.names if "moekern" in alias.name}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "moekern":
+            for alias in node.names:
+                if f"{node.module}.{alias.name}" in FILES:
+                    modules.add(alias.asname or alias.name)
+                elif is_private(alias.name) and f"{node.module}.{alias.name}" != "moekern._core":
+                    yield f"{node.module}.{alias.name}"
+    others = set().union(*(members for other, members in MEMBERS.items() if other != name)) - MEMBERS.get(name, set())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and is_private(node.attr):
+            path = ast.unparse(node.value).split(".")
+            if (path[0] in modules and path[:2] != ["moekern", "_core"]) or node.attr in others:
+                yield ast.unparse(node)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_file_uses_anothers_private_name(name: str) -> None:
+    assert list(foreign_names(TREES[name], name)) == []
+
+
+def test_private_names_are_found() -> None:
+    """Imported, in a module, in an object; not one's own, and not torch's."""
+    taken = max(MEMBERS["moekern.layer.moe"])
+    source = f"""
+from moekern import _core
+from moekern.verbs import ops
+from moekern.verbs.ops import _module
+import moekern.backends.cpu as cpu
+ops._module, cpu._result, layer.{taken}, self._own, torch._C, _core.plan
+self._own = 1
+"""
+    tree = ast.parse(source)
+    found = ["moekern.verbs.ops._module", "cpu._result", f"layer.{taken}", "ops._module"]
+    assert sorted(foreign_names(tree, "moekern.made_up")) == sorted(found)
+
+
+def names_given(tree: ast.Module) -> Iterator[str]:
+    """Names that a file defines or takes from elsewhere, modules apart."""
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Assign):
+            yield from (target.id for target in node.targets if isinstance(target, ast.Name))
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                if f"{node.module}.{alias.name}" not in FILES:
+                    yield alias.asname or alias.name
 
 
 def test_no_module_is_hidden_by_a_name_of_its_package() -> None:
-    """`import moekern.x.y` gives the module y, not a function that the package's face took out of it."""
+    """`import moekern.x.y` gives the module y, not a function of the package x."""
     for name, path in FILES.items():
         if path.name == "__init__.py":
-            taken = {alias for module, alias in imports(path) if alias}
-            assert not [t for t in taken if f"{name}.{t}" in FILES], name
+            assert [given for given in names_given(TREES[name]) if f"{name}.{given}" in FILES] == [], name

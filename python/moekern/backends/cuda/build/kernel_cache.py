@@ -21,8 +21,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .errors import CacheError
-from .trust import distrust, distrust_folder
+from moekern.backends.cuda.build.errors import CacheError
+from moekern.backends.cuda.build.trust import distrust, distrust_folder
 
 FOLDER, LIMIT, TRUSTED = "MOEKERN_CACHE_DIR", "MOEKERN_CACHE_LIMIT", "MOEKERN_TRUSTED_CACHE"
 USUAL_LIMIT = "1GiB"

@@ -20,11 +20,11 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import kernel_cache
-from .compilers import Answer, Compilers, Job, NoProcessError, loaded_library
-from .errors import KernelError
-from .nvrtc_process import open_builtins
-from .sources import KernelSource, expand
+from moekern.backends.cuda.build import kernel_cache
+from moekern.backends.cuda.build.compilers import Answer, Compilers, Job, NoProcessError, loaded_library
+from moekern.backends.cuda.build.errors import KernelError
+from moekern.backends.cuda.build.nvrtc_process import open_builtins
+from moekern.backends.cuda.build.sources import KernelSource, expand
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 
-from .errors import KernelError
-from .wgmma import wgmma_source
+from moekern.backends.cuda.build.errors import KernelError
+from moekern.backends.cuda.build.wgmma import wgmma_source
 
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"\s*$')
 
