@@ -162,6 +162,19 @@ def test_what_is_abandoned_ends_at_once_and_what_comes_later_is_compiled() -> No
     assert isinstance(pool.submit(jobs[0]).result(timeout=60)[0], bytes)
 
 
+def test_what_is_abandoned_while_its_process_starts_ends_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = Compilers(version(), refuse, most=1)
+
+    class Slow(compilers._Process):
+        def __init__(self, wanted: tuple[int, ...]) -> None:
+            super().__init__(wanted)
+            pool.abandon()
+
+    monkeypatch.setattr(compilers, "_Process", Slow)
+    with pytest.raises(AbandonedError):
+        pool.submit(loader._job(COMBINES[0], "sm_90a")).result(timeout=60)
+
+
 @pytest.mark.parametrize("end", ["returns", "raises", "exits"])
 def test_a_program_that_ends_while_kernels_compile_says_nothing_of_it(end: str, tmp_path: Path) -> None:
     last = {"returns": "", "raises": "raise SystemExit(3)", "exits": "import os; os._exit(0)"}[end]

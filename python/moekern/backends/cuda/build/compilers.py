@@ -99,11 +99,11 @@ class Compilers:
         """Prepare; `version` is that of the loaded NVRTC; `in_this_process` compiles if no process can be started."""
         self._version, self._fallback = version, in_this_process
         self._most = min(_cores(), MOST_PROCESSES) if most is None else most
-        self._jobs: queue.SimpleQueue[tuple[Job, Future[Answer]]] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[Job, Future[Answer], int]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._threads = self._waiting = 0
         self._processes: set[_Process] = set()
-        self._abandoned = 0  # how often; a job from before the latest time is not tried again
+        self._abandoned = 0  # how often; each job has the count of its submission
         _all.add(self)
 
     def abandon(self) -> None:
@@ -123,13 +123,13 @@ class Compilers:
         """Compile when a process is free."""
         future: Future[Answer] = Future()
         with self._lock:
-            self._jobs.put((job, future))
+            self._jobs.put((job, future, self._abandoned))
             if self._jobs.qsize() > self._waiting and self._threads < self._most:
                 self._threads += 1
                 threading.Thread(target=self._work, name="moekern-nvrtc", daemon=True).start()
         return future
 
-    def _next(self) -> tuple[Job, Future[Answer]] | None:
+    def _next(self) -> tuple[Job, Future[Answer], int] | None:
         with self._lock:
             self._waiting += 1
         try:
@@ -150,16 +150,15 @@ class Compilers:
                         continue
                     self._threads -= 1
                 break
-            job, future = task
-            began = self._abandoned
+            job, future, submitted = task
             try:
                 try:
-                    process = process or self._start()
+                    process = process or self._start(submitted)
                     answer = process.compile(job)
                 except (NoProcessError, OSError, EOFError, pickle.UnpicklingError):
                     self._let_go(process)
                     process = None
-                    if began != self._abandoned:
+                    if submitted != self._abandoned:
                         raise AbandonedError("given up while it was compiled") from None
                     answer = self._fallback(job)
                 future.set_result(answer)
@@ -167,10 +166,13 @@ class Compilers:
                 future.set_exception(error)
         self._let_go(process)
 
-    def _start(self) -> _Process:
+    def _start(self, submitted: int) -> _Process:
+        """A process for a job with this count; killed at once if the job was abandoned while it started."""
         process = _Process(self._version)
         with self._lock:
             self._processes.add(process)
+            if submitted != self._abandoned:
+                process.kill()
         return process
 
     def _let_go(self, process: _Process | None) -> None:
