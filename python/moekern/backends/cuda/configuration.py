@@ -11,8 +11,8 @@ import torch
 
 MOST_EXPERTS = 1024  # in the planner and the tile table each expert has one thread of a block
 
-# With fewer rows per expert on average, four stages and half-tile stores beat three stages and whole-tile stores, and the
-# consumers' epilogue in the up projection beats that of a warpgroup of its own.
+# With fewer rows per expert on average, four stages and half-tile stores beat three stages and whole-tile stores,
+# and the consumers' epilogue in the up projection beats that of a warpgroup of its own.
 FEW_ROWS = 600
 # With fewer rows the consumers' epilogue is faster even if it saves the pre-activation.
 FEW_ROWS_SAVING = 450
