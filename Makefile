@@ -102,6 +102,7 @@ lint: $(INSTALLED) $(LINTERS) ## formatters, linters, types, workflows, commit s
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --locked --quiet
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run --Werror cuda/*.cu cuda/*.cuh
 	$(BIN)/mypy
 	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	@git log --no-merges --since=$(SUBJECTS_SINCE) --format='%h %s' | \
@@ -111,6 +112,7 @@ format: $(LINTERS) ## rewrite the sources in the project's format
 	$(CARGO) fmt --all
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+	$(BIN)/clang-format -i cuda/*.cu cuda/*.cuh
 
 bench: $(INSTALLED) ## run the benchmarks; figures go to benches/results/NAME.json and .md (NAME=latest, ARGS="-k plan")
 	$(BIN)/python -m pytest benches --benchmark-only --benchmark-json=benches/results/$(or $(NAME),latest).json $(ARGS)

@@ -1,6 +1,6 @@
-// The activations, by the codes of moekern/backends/activations.py: 0 swiglu, 1 geglu (erf), 2 geglu_tanh, 3 reglu, 4 swiglu_oai
-// (gpt-oss), 5 silu, 6 gelu (erf), 7 gelu_tanh, 8 relu, 9 relu2. Codes below 5 are gated: they read gate and up.
-// ACTIVATION selects one at compile time.
+// The activations, by the codes of moekern/backends/activations.py: 0 swiglu, 1 geglu (erf), 2 geglu_tanh, 3 reglu, 4
+// swiglu_oai (gpt-oss), 5 silu, 6 gelu (erf), 7 gelu_tanh, 8 relu, 9 relu2. Codes below 5 are gated: they read gate and
+// up. ACTIVATION selects one at compile time.
 #pragma once
 #include "base.cuh"
 
@@ -51,9 +51,9 @@ DEVICE float linear_factor(float u) {
   return u;
 }
 
-// Two activations at once. Those by a sigmoid share one reciprocal, 1 / (a b): three special-function operations for two
-// outputs. The exponent is bounded at 62 so that the product cannot overflow, and so that a NaN stays out of its neighbour;
-// sigmoid(-43) is then 2^-62 instead of 0.
+// Two activations at once. Those by a sigmoid share one reciprocal, 1 / (a b): three special-function operations for
+// two outputs. The exponent is bounded at 62 so that the product cannot overflow, and so that a NaN stays out of its
+// neighbour; sigmoid(-43) is then 2^-62 instead of 0.
 DEVICE void activate_two(float g0, float u0, float g1, float u1, float& first, float& second) {
   g0 = bounded_gate(g0), g1 = bounded_gate(g1);
   const float f0 = linear_factor(u0), f1 = linear_factor(u1);

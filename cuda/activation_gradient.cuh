@@ -1,4 +1,5 @@
-// What the backward pass needs of the activation chosen by ACTIVATION: its value and its slopes, from the pre-activation.
+// What the backward pass needs of the activation chosen by ACTIVATION: its value and its slopes, from the
+// pre-activation.
 #pragma once
 #include "activation.cuh"
 
@@ -29,8 +30,8 @@ DEVICE void nonlinearity(float g, float& f, float& slope) {
   }
 }
 
-// A value held at a bound is a constant: slope zero outside and, as in torch.clamp from 2.14 on, at the bound itself. That is
-// no rare place: in bfloat16 all from 6.984 to 7.016 rounds to 7.
+// A value held at a bound is a constant: slope zero outside and, as in torch.clamp from 2.14 on, at the bound itself.
+// That is no rare place: in bfloat16 all from 6.984 to 7.016 rounds to 7.
 DEVICE Slopes slopes(float g, float u) {
   float f, slope;
   nonlinearity(bounded_gate(g), f, slope);

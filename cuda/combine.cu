@@ -1,9 +1,9 @@
 // out[t] = sum over k of scores[t, k] * rows[inverse[t, k]]: fp32, k ascending, no atomics. The end of the forward pass
 // (rows of the down projection) and, with scores of one, of the input gradient.
 //
-// A warp takes 32 vectors of a token, 256 features of 16 bits: 16 bytes a lane and row, eight rows in flight (a token's K
-// rows in batches of eight, or 8 / K tokens at once where K < 8), so that a block of 8 warps keeps 32 KB moving. Rows past
-// offsets[E] belong to sentinels: never read, zero.
+// A warp takes 32 vectors of a token, 256 features of 16 bits: 16 bytes a lane and row, eight rows in flight (a token's
+// K rows in batches of eight, or 8 / K tokens at once where K < 8), so that a block of 8 warps keeps 32 KB moving. Rows
+// past offsets[E] belong to sentinels: never read, zero.
 //
 // Macros: ELEMENT (Bf16, F16, F32), VECTOR (bytes: vectors.cuh), TOP_K (1, 2, 4, 8, or 0 for any).
 #include "vectors.cuh"
@@ -11,11 +11,11 @@
 constexpr int THREADS = 256;
 
 struct Params {
-  const u8* rows;          // [S, H]
-  const int* inverse;      // slot -> row
-  const int* offsets;      // [E + 1]
-  const float* scores;     // [T, K], or null for ones
-  u8* out;                 // [T, H]
+  const u8* rows;       // [S, H]
+  const int* inverse;   // slot -> row
+  const int* offsets;   // [E + 1]
+  const float* scores;  // [T, K], or null for ones
+  u8* out;              // [T, H]
   int tokens, hidden, top_k, experts;
 };
 
@@ -68,7 +68,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, TOP_K ? 4 : 3) combine(con
       for (int t = 0; t < TOKENS; t++) {
         float sum[Values::COUNT] = {};
 #pragma unroll
-        for (int k = 0; k < TOP_K; k++) add_scaled(sum, __shfl_sync(ALL_LANES, slots.score, t * TOP_K + k), v[t * TOP_K + k]);
+        for (int k = 0; k < TOP_K; k++)
+          add_scaled(sum, __shfl_sync(ALL_LANES, slots.score, t * TOP_K + k), v[t * TOP_K + k]);
         if (t < here && inside) Values::narrow(sum).store(target + (u64)t * pitch_of(p));
       }
     } else {

@@ -1,9 +1,10 @@
-// The gradients of combine.cu in one pass: drows[r] = s[slot] * dout[t] and ds[slot] = <rows[r], dout[t]>, for r = inverse[slot]
-// and slot = (t, k). Zero for sentinels, whose rows, those past offsets[E], are never read. Sums are in float32, without
-// atomics and in an order that depends on the sizes alone.
+// The gradients of combine.cu in one pass: drows[r] = s[slot] * dout[t] and ds[slot] = <rows[r], dout[t]>, for r =
+// inverse[slot] and slot = (t, k). Zero for sentinels, whose rows, those past offsets[E], are never read. Sums are in
+// float32, without atomics and in an order that depends on the sizes alone.
 //
-// A warp takes `share` slots of a token. It goes through them in windows of up to 2 KB: dout's window stays in registers
-// while each slot's is read, multiplied, summed over the warp and written. Lane k keeps the sum of the k-th slot.
+// A warp takes `share` slots of a token. It goes through them in windows of up to 2 KB: dout's window stays in
+// registers while each slot's is read, multiplied, summed over the warp and written. Lane k keeps the sum of the k-th
+// slot.
 //
 // Macros: ELEMENT (Bf16, F16, F32), VECTOR (bytes: vectors.cuh).
 #include "vectors.cuh"
@@ -11,13 +12,13 @@
 constexpr int THREADS = 256, WARPS = THREADS / 32;
 
 struct Params {
-  const u8* dout;        // [T, H]
-  const u8* rows;        // [S, H], not read without dscores
-  const float* scores;   // [T, K], or null for ones
-  const int* inverse;    // slot -> row
-  const int* offsets;    // [E + 1]
-  u8* drows;             // [S, H], or null
-  float* dscores;        // [T, K], or null
+  const u8* dout;       // [T, H]
+  const u8* rows;       // [S, H], not read without dscores
+  const float* scores;  // [T, K], or null for ones
+  const int* inverse;   // slot -> row
+  const int* offsets;   // [E + 1]
+  u8* drows;            // [S, H], or null
+  float* dscores;       // [T, K], or null
   int tokens, hidden, top_k, experts;
   int share;  // slots of a token that a warp takes, at most 32
 };

@@ -1,10 +1,10 @@
-// The sum of the input gradient's rows over a token, out[t] = sum over k of rows[inverse[t, k]], in the registers that the
-// weight gradients leave free: it runs beside them on a second stream.
+// The sum of the input gradient's rows over a token, out[t] = sum over k of rows[inverse[t, k]], in the registers that
+// the weight gradients leave free: it runs beside them on a second stream.
 //
 // An SM has four partitions of 16384 registers. A GEMM of three warps a partition launched with 160 registers a thread
-// leaves 16384 - 3 * 32 * 160 = 1024 of them: one warp of 32 registers. So this kernel has 128 threads of 32 registers, a
-// block an SM. Eight bytes a lane and row, because eight rows of 16 would not fit; the next token's row numbers are loaded
-// while this one's rows are on their way.
+// leaves 16384 - 3 * 32 * 160 = 1024 of them: one warp of 32 registers. So this kernel has 128 threads of 32 registers,
+// a block an SM. Eight bytes a lane and row, because eight rows of 16 would not fit; the next token's row numbers are
+// loaded while this one's rows are on their way.
 //
 // Macros: ELEMENT, TOP_K (1, 2, 4, 8).
 #include "base.cuh"
@@ -17,7 +17,7 @@ struct Params {
   const int* offsets;  // [E + 1]
   u8* out;             // [T, H]
   int tokens, hidden, experts;
-  int span;            // blocks that share a token: ceil(hidden / FEATURES)
+  int span;  // blocks that share a token: ceil(hidden / FEATURES)
 };
 
 // Eight bytes of a row, zeros where there is none (row < 0).
@@ -30,12 +30,14 @@ DEVICE uint2 load_row(const u8* column, int row, u32 pitch) {
       "mov.u32 %0, 0;\n"
       "mov.u32 %1, 0;\n"
       "@exists ld.global.cs.v2.u32 {%0, %1}, [%2];\n"
-      "}" : "=&r"(v.x), "=&r"(v.y) : "l"(column + (u64)(u32)row * pitch), "r"(row));
+      "}"
+      : "=&r"(v.x), "=&r"(v.y)
+      : "l"(column + (u64)(u32)row * pitch), "r"(row));
   return v;
 }
 
-// A warp keeps to 128 features; `span` neighbouring blocks have all of a token's, so that rows are read whole while their
-// DRAM pages are open. Lane k < TOP_K holds the row of the token's k-th slot, -1 for sentinels.
+// A warp keeps to 128 features; `span` neighbouring blocks have all of a token's, so that rows are read whole while
+// their DRAM pages are open. Lane k < TOP_K holds the row of the token's k-th slot, -1 for sentinels.
 extern "C" __global__ void __maxnreg__(32) combine_beside(const __grid_constant__ Params p) {
   const int lane = threadIdx.x & 31, part = blockIdx.x % p.span * 4 + threadIdx.x / 32;
   const u32 pitch = p.hidden * 2, byte = part * 256 + lane * 8;

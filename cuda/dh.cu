@@ -8,9 +8,9 @@
 // Macros: ELEMENT, ACTIVATION (activation.cuh), INTERLEAVED (gate and up features alternate), TRANSPOSED (W_down is
 // [E, I, H] instead of [E, H, I]), TILE_ROWS (272, or 288 where that spares most experts a second tile).
 //
-// A cluster of two blocks computes 256 features x up to 272 rows, or 288; the blocks split the rows and share the weights: each
-// loads half of them and multicasts, each gathers its own rows. Splitting the features instead would make either block
-// gather all rows.
+// A cluster of two blocks computes 256 features x up to 272 rows, or 288; the blocks split the rows and share the
+// weights: each loads half of them and multicasts, each gathers its own rows. Splitting the features instead would make
+// either block gather all rows.
 //
 // The epilogue moves more bytes than the GEMM (pre in, dH and A' out), so it has a warpgroup of its own that works on
 // tile i while tile i + 1 is multiplied. The accumulators cross through shared memory as 16-bit values.
@@ -32,9 +32,9 @@
 #include "epilogue.cuh"
 
 constexpr int THREADS = 512, STAGES = 3, GATHER_THREADS = 96;
-constexpr int FEATURES = 256;  // of a tile, and of one partial sum of dS
+constexpr int FEATURES = 256;        // of a tile, and of one partial sum of dS
 constexpr int ROWS = TILE_ROWS / 2;  // of a block
-constexpr bool TIGHT = ROWS > 136;  // no room for a second slot of pre: it lies where the hand-off has been read
+constexpr bool TIGHT = ROWS > 136;   // no room for a second slot of pre: it lies where the hand-off has been read
 constexpr int PRODUCER_REGISTERS = 56, CONSUMER_REGISTERS = TIGHT ? 176 : 168;
 constexpr int EPILOGUE_REGISTERS = 512 - PRODUCER_REGISTERS - 2 * CONSUMER_REGISTERS;
 constexpr u32 WEIGHT_BYTES = FEATURES * 128, STAGE_BYTES = WEIGHT_BYTES + ROWS * 128;
@@ -64,12 +64,13 @@ struct Params {
   u8* scaled;              // A' [S, I], or null
   float* partials;         // dS [S, columns], or null
   int hidden, inter, columns;
-  u32 source_pitch_16;     // row length of dO in units of 16 bytes: 32-bit products reach 64 GiB
+  u32 source_pitch_16;  // row length of dO in units of 16 bytes: 32-bit products reach 64 GiB
 };
 
-// One gathering thread: chunk `chunk` (8 of the 64 k) of the rows first + 12 i, i = 0..11 (i = 11 as far as the width goes: whole
-// warps). Rows step by 12 = 4 mod 8, so odd i have bit 6 of the swizzled address flipped: see wgrad.cu. Rows past the
-// share repeat its first row: their columns of the product are computed and never stored, so they need no zeros.
+// One gathering thread: chunk `chunk` (8 of the 64 k) of the rows first + 12 i, i = 0..11 (i = 11 as far as the width
+// goes: whole warps). Rows step by 12 = 4 mod 8, so odd i have bit 6 of the swizzled address flipped: see wgrad.cu.
+// Rows past the share repeat its first row: their columns of the product are computed and never stored, so they need no
+// zeros.
 //
 // The copies leave back to back in groups of three, 36 rows: as many groups as hold the share's width.
 DEVICE void gather_rows(const Params& p, Pipeline pipe, TileReader tiles, u32 rank, int thread) {
@@ -94,8 +95,8 @@ DEVICE void gather_rows(const Params& p, Pipeline pipe, TileReader tiles, u32 ra
 #pragma unroll
         for (int i = 0; i + GROUP < STEPS; i += GROUP)
           if (share.width > i * STRIDE)
-            copy_rows((i & 1 ? odd : even) + i * 1536, (i & 1 ? even : odd) + (i + 1) * 1536, (i & 1 ? odd : even) + (i + 2) * 1536,
-                      row[i], row[i + 1], row[i + 2]);
+            copy_rows((i & 1 ? odd : even) + i * 1536, (i & 1 ? even : odd) + (i + 1) * 1536,
+                      (i & 1 ? odd : even) + (i + 2) * 1536, row[i], row[i + 1], row[i + 2]);
         if (share.width > 9 * STRIDE) {
           copy_rows(odd + 13824, even + 15360, row[9], row[10]);
           if (first + 11 * STRIDE < share.width) copy_16(odd + 16896, row[11]);
@@ -116,12 +117,12 @@ DEVICE void gather_rows(const Params& p, Pipeline pipe, TileReader tiles, u32 ra
 }
 
 // The epilogue of one share. A step is 16 rows: thread (warp, lane) has row 4 warp + lane / 8 and, in each of the four
-// 64-feature tiles, the 8 features of chunk lane % 8, so that eight lanes move 128 bytes of one row. An item is one tile
-// of a step: 16 bytes of dA, 32 of pre, 32 of dH, 16 of A'.
+// 64-feature tiles, the 8 features of chunk lane % 8, so that eight lanes move 128 bytes of one row. An item is one
+// tile of a step: 16 bytes of dA, 32 of pre, 32 of dH, 16 of A'.
 //
 // pre comes through a ring of cp.async private to the thread, two items ahead: loads into registers would all wait on
-// one scoreboard and not overlap. A slot is refilled after its values have been consumed. Where shared memory has room for
-// one slot only, the odd items' is the places of the thread's first two items of dA, which it reads before.
+// one scoreboard and not overlap. A slot is refilled after its values have been consumed. Where shared memory has room
+// for one slot only, the odd items' is the places of the thread's first two items of dA, which it reads before.
 struct Epilogue {
   const Params& p;
   const u32 hand_off, slots, warp, lane;
@@ -131,9 +132,9 @@ struct Epilogue {
   DEVICE void run(const Share& share, u32 handed, u32 parity) const {
     constexpr int TILES = 4, STEP_ROWS = 16;
     const int local = warp * 4 + (lane >> 3), feature = share.feature + (lane & 7) * 8, inter = p.inter;
-    const u32 pre_pitch = PER_ROW * inter * 2;                           // bytes of a row
-    const u32 second = GATED ? (INTERLEAVED ? 16 : inter * 2) : 0;       // from the first to the second 16 bytes of pre
-    constexpr int PRE_TILE = GATED && INTERLEAVED ? 256 : 128;           // bytes of 64 features
+    const u32 pre_pitch = PER_ROW * inter * 2;                      // bytes of a row
+    const u32 second = GATED ? (INTERLEAVED ? 16 : inter * 2) : 0;  // from the first to the second 16 bytes of pre
+    constexpr int PRE_TILE = GATED && INTERLEAVED ? 256 : 128;      // bytes of 64 features
     const u64 origin = (u64)(share.row + local) * pre_pitch + (u64)feature * (GATED && INTERLEAVED ? 4 : 2);
     const u8* pre = p.pre + origin;
     u8* dh = p.dh + origin;
@@ -145,12 +146,15 @@ struct Epilogue {
       return own + tile % SLOTS * SLOT_BYTES + half * (SLOT_BYTES / 2);
     };
 
-    auto exists = [&](int tile, int step) { return step * STEP_ROWS + local < share.rows && feature + tile * 64 < inter; };
+    auto exists = [&](int tile, int step) {
+      return step * STEP_ROWS + local < share.rows && feature + tile * 64 < inter;
+    };
     auto fetch = [&](int tile, int step) {
       if (exists(tile, step)) {
         const u8* from = pre + (u64)(u32)(step * STEP_ROWS) * pre_pitch + tile * PRE_TILE;
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(slot(tile, 0)), "l"(from) : "memory");
-        if (GATED) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(slot(tile, 1)), "l"(from + second) : "memory");
+        if (GATED)
+          asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(slot(tile, 1)), "l"(from + second) : "memory");
       }
       copy_commit();  // empty groups too: copy_wait counts groups
     };
@@ -191,7 +195,8 @@ struct Epilogue {
 #pragma unroll
           for (int i = 0; i < 4; i++) {  // two features
             const bool mixed = GATED && INTERLEAVED;
-            const float g0 = ELEMENT::low(mixed ? x[2 * i] : x[i]), g1 = mixed ? ELEMENT::low(x[2 * i + 1]) : ELEMENT::high(x[i]);
+            const float g0 = ELEMENT::low(mixed ? x[2 * i] : x[i]);
+            const float g1 = mixed ? ELEMENT::low(x[2 * i + 1]) : ELEMENT::high(x[i]);
             const float u0 = mixed ? ELEMENT::high(x[2 * i]) : ELEMENT::low(x[4 + i]);
             const float u1 = mixed ? ELEMENT::high(x[2 * i + 1]) : ELEMENT::high(x[4 + i]);
             const Slopes s0 = slopes(g0, u0), s1 = slopes(g1, u1);
@@ -212,7 +217,8 @@ struct Epilogue {
           store_streamed(to, make_uint4(out[0], out[1], out[2], out[3]));
           if (GATED) store_streamed(to + second, make_uint4(out[4], out[5], out[6], out[7]));
           if (p.scaled)
-            store_streamed(scaled + (u64)(u32)(step * STEP_ROWS) * (u32)(inter * 2) + tile * 128, make_uint4(a[0], a[1], a[2], a[3]));
+            store_streamed(scaled + (u64)(u32)(step * STEP_ROWS) * (u32)(inter * 2) + tile * 128,
+                           make_uint4(a[0], a[1], a[2], a[3]));
         }
         fetch((tile + SLOTS) % TILES, step + (tile + SLOTS) / TILES);
       }
@@ -220,13 +226,14 @@ struct Epilogue {
       dot += __shfl_xor_sync(~0u, dot, 2);
       dot += __shfl_xor_sync(~0u, dot, 4);
       const int row = step * STEP_ROWS + local;
-      if (p.partials && (lane & 7) == 0 && row < share.rows) p.partials[(u64)(share.row + row) * p.columns + share.column] = dot;
+      if (p.partials && (lane & 7) == 0 && row < share.rows)
+        p.partials[(u64)(share.row + row) * p.columns + share.column] = dot;
     }
   }
 };
 
-// No warp is free to wait for the ticket's atomic and for the two dependent loads of the table: they are begun at successive
-// k-blocks, each used at the next.
+// No warp is free to wait for the ticket's atomic and for the two dependent loads of the table: they are begun at
+// successive k-blocks, each used at the next.
 struct SteppedScheduler : TileScheduler {
   int row_tiles, near, column;
   int4 entry;
@@ -283,7 +290,8 @@ DEVICE void load(const Params& p, const TensorMap* weights, Pipeline pipe, TileR
   }
 }
 
-DEVICE void consume(const Params& p, Pipeline pipe, TileReader tiles, u32 rank, u32 warpgroup, u32 hand_off, u32 handed, u32 taken) {
+DEVICE void consume(const Params& p, Pipeline pipe, TileReader tiles, u32 rank, u32 warpgroup, u32 hand_off, u32 handed,
+                    u32 taken) {
   const u32 lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3;
   const int k_blocks = (p.hidden + 63) / 64;
   const u32 own_tiles = hand_off + warpgroup * 2 * TILE_BYTES;

@@ -1,5 +1,5 @@
-// The frame of every kernel whose clusters of two blocks work through tiles by ticket: what comes before the roles of the
-// warpgroups and behind them, and a block's share of a tile.
+// The frame of every kernel whose clusters of two blocks work through tiles by ticket: what comes before the roles of
+// the warpgroups and behind them, and a block's share of a tile.
 //
 //   extern __shared__ u8 shared[];
 //   const Frame<...> frame(shared);      the barriers are set up, and seen by both blocks
@@ -10,8 +10,8 @@
 //   __syncwarp();
 //   frame.end();
 //
-// Shared memory: the stages, `BufferBytes` of the kernel's own, the barriers full[stage] and empty[stage], one for each of
-// `Arrivals` (barrier(0), barrier(1) …), the ring of tiles.
+// Shared memory: the stages, `BufferBytes` of the kernel's own, the barriers full[stage] and empty[stage], one for each
+// of `Arrivals` (barrier(0), barrier(1) …), the ring of tiles.
 #pragma once
 #include "mainloop.cuh"
 #include "tickets.cuh"
@@ -50,8 +50,8 @@ template <class Shape, u32 BufferBytes, u32 FullArrivals, u32... Arrivals> struc
   DEVICE void end() const { cluster_sync(); }
 };
 
-// A cluster's tile as one of its blocks sees it, where the blocks split the rows: half of them, in multiples of 8 (a width
-// of wgmma). Both blocks multiply the same width; the second may own no row at all: nothing of it is stored.
+// A cluster's tile as one of its blocks sees it, where the blocks split the rows: half of them, in multiples of 8 (a
+// width of wgmma). Both blocks multiply the same width; the second may own no row at all: nothing of it is stored.
 struct Share {
   int expert, row, rows, width, feature, column;
 };
@@ -59,5 +59,6 @@ struct Share {
 // `features` of the tile's columns.
 DEVICE Share share_of(const Tile& tile, u32 rank, int features) {
   const int width = ((tile.rows + 1) / 2 + 7) & ~7, before = (int)rank * width;
-  return {tile.expert, tile.row + before, min(max(tile.rows - before, 0), width), width, tile.column * features, tile.column};
+  const int row = tile.row + before, rows = min(max(tile.rows - before, 0), width);
+  return {tile.expert, row, rows, width, tile.column * features, tile.column};
 }

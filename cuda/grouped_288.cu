@@ -1,8 +1,8 @@
-// What grouped_mm.cu computes, in tiles of up to 288 rows: an expert with somewhat more than 256 is one tile, and its weights
-// pass once.
+// What grouped_mm.cu computes, in tiles of up to 288 rows: an expert with somewhat more than 256 is one tile, and its
+// weights pass once.
 //
-// A cluster of two blocks computes 256 features x up to 288 rows of one expert, split along the *rows*: each block multiplies
-// all 256 weight rows with its own at most 144 rows, loads half of the weights and multicasts it.
+// A cluster of two blocks computes 256 features x up to 288 rows of one expert, split along the *rows*: each block
+// multiplies all 256 weight rows with its own at most 144 rows, loads half of the weights and multicasts it.
 //
 // 384 threads, one block an SM. Roles, and the registers they keep (56 + 2 * 224 = 3 * 168, the launch's share):
 //   warpgroup 0   56   warp 0: one thread starts all copies; warp 1: one thread of block 0 draws tickets
@@ -14,8 +14,8 @@
 //   begun               1                                      the copies of another tile have begun: draw the next
 //   ring[16]            1 + 16 bytes                           a tile was drawn (tickets.cuh)
 //
-// Shared memory: 4 stages of 51200, for each consumer warpgroup [96 rows][64 features] to store from, then barriers. The
-// threads store: the copy engine would have to be waited for at every part of a tile.
+// Shared memory: 4 stages of 51200, for each consumer warpgroup [96 rows][64 features] to store from, then barriers.
+// The threads store: the copy engine would have to be waited for at every part of a tile.
 //
 // Macros: ELEMENT, TRANSPOSED (weights [E, k, features]), BIAS.
 #include "epilogue.cuh"
@@ -33,10 +33,10 @@ constexpr u32 SHARED_BYTES = STAGES * STAGE_BYTES + 2 * STORE_BYTES + FRAME_BYTE
 struct Params {
   const int4* table;
   int* counter;
-  const u16* bias;   // [E, features], or null
-  u8* out;           // [rows, features]
-  int columns;       // feature tiles: ceil(features / TILE_FEATURES)
-  int inner;         // k
+  const u16* bias;  // [E, features], or null
+  u8* out;          // [rows, features]
+  int columns;      // feature tiles: ceil(features / TILE_FEATURES)
+  int inner;        // k
   int features;
 };
 
@@ -91,7 +91,8 @@ DEVICE void consume(const Params& p, Pipeline pipe, TileReader tiles, u32 rank, 
     multiply_class<Shape>(own.width, sums, pipe, warpgroup * 2 * BLOCK_BYTES, k_blocks);
 #pragma unroll
     for (int m = 0; m < Shape::BLOCKS; m++) {
-      const int feature = tile.column * FEATURES + ((int)warpgroup * 2 + m) * 64, own_feature = feature + warp * 16 + lane / 4;
+      const int feature = tile.column * FEATURES + ((int)warpgroup * 2 + m) * 64;
+      const int own_feature = feature + warp * 16 + lane / 4;
       const float low = bias_of(p.bias, tile.expert, p.features, own_feature, own_feature < p.features);
       const float high = bias_of(p.bias, tile.expert, p.features, own_feature + 8, own_feature + 8 < p.features);
 #pragma unroll
@@ -100,7 +101,8 @@ DEVICE void consume(const Params& p, Pipeline pipe, TileReader tiles, u32 rank, 
           sync_consumers(warpgroup);  // the other warps have read what is overwritten
 #pragma unroll
           for (int row = first; row < first + STORE_ROWS && row < ROWS; row += 16)
-            if (row < own.rows) store_token_rows<ELEMENT>(buffer, row - first, warp, lane, &sums[m][row / 2], low, high);
+            if (row < own.rows)
+              store_token_rows<ELEMENT>(buffer, row - first, warp, lane, &sums[m][row / 2], low, high);
           sync_consumers(warpgroup);
           store_by_threads<STORE_ROWS>(buffer, p.out, p.features, feature, p.features - feature, own, first);
         }

@@ -14,8 +14,8 @@
 //   begun               1                                      the copies of another tile have begun: draw the next
 //   ring[16]            1 + 16 bytes                           a tile was drawn (tickets.cuh)
 //
-// RING_STAGES 3 and STORE_ROWS 256: a whole tile leaves in one asynchronous store, waited for at the next tile. RING_STAGES 4
-// and STORE_ROWS 128 for few rows per expert: a longer ring, two stores.
+// RING_STAGES 3 and STORE_ROWS 256: a whole tile leaves in one asynchronous store, waited for at the next tile.
+// RING_STAGES 4 and STORE_ROWS 128 for few rows per expert: a longer ring, two stores.
 //
 // Macros: ELEMENT, TRANSPOSED (weights [E, k, features]), BIAS, RING_STAGES, STORE_ROWS.
 #include "epilogue.cuh"
@@ -33,9 +33,9 @@ constexpr u32 SHARED_BYTES = RING_STAGES * STAGE_BYTES + 2 * STORE_BYTES + FRAME
 struct Params {
   const int4* table;
   int* counter;
-  const u16* bias;   // [E, features], or null
-  int columns;       // feature tiles: ceil(features / TILE_FEATURES)
-  int inner;         // k
+  const u16* bias;  // [E, features], or null
+  int columns;      // feature tiles: ceil(features / TILE_FEATURES)
+  int inner;        // k
   int features;
 };
 
@@ -44,7 +44,8 @@ struct Shape {
   static constexpr int STAGES = RING_STAGES;
   static constexpr u32 STAGE_BYTES = ::STAGE_BYTES, B_OFFSET = WEIGHT_BYTES;
   static constexpr int BLOCKS = 1, WIDTH = ROWS, NARROWEST = 32;
-  // 32, 64, 96, 128, 144, 160 … 256: an expert split over several tiles has 144 rows in each and more, near 256 if it has many.
+  // 32, 64, 96, 128, 144, 160 … 256: an expert split over several tiles has 144 rows in each and more, near 256 if it
+  // has many.
   static DEVICE constexpr int wider(int n) { return n < 128 ? n + 32 : n + 16; }
   static constexpr bool A_MN_MAJOR = TRANSPOSED, B_MN_MAJOR = false, GATHERED = false;
 };
@@ -82,7 +83,8 @@ DEVICE void load(const Params& p, const TensorMap* weights, const TensorMap* row
   }
 }
 
-DEVICE void consume(const Params& p, const TensorMap* out, Pipeline pipe, TileReader tiles, u32 rank, u32 warpgroup, u32 stores) {
+DEVICE void consume(const Params& p, const TensorMap* out, Pipeline pipe, TileReader tiles, u32 rank, u32 warpgroup,
+                    u32 stores) {
   const u32 lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3;
   const bool storing = (threadIdx.x & 127) == 0;
   const int k_blocks = (p.inner + 63) / 64;
@@ -102,7 +104,8 @@ DEVICE void consume(const Params& p, const TensorMap* out, Pipeline pipe, TileRe
         sync_consumers(warpgroup);
 #pragma unroll
         for (int row = 0; row < STORE_ROWS; row += 16)
-          if (first + row < tile.rows) store_token_rows<ELEMENT>(buffer, row, warp, lane, &sums[0][(first + row) / 2], low, high);
+          if (first + row < tile.rows)
+            store_token_rows<ELEMENT>(buffer, row, warp, lane, &sums[0][(first + row) / 2], low, high);
         fence_async_shared();
         sync_consumers(warpgroup);
         if (storing) {

@@ -1,13 +1,14 @@
-// Both ends of a plan that the host makes of ids on the device: the ids cross the bus once, in the narrowest type, and what
-// comes back is a 16-bit rank a slot and a table of rows, whose sum is the slot's row (rust/core/src/plan/ranks.rs). Host
-// memory is read and written in place (pinned memory has an address on the device), so that each way is one launch and no copy of
-// the driver's. Whatever is read is asked for at once, before any of it is used: a trip over the bus takes a microsecond.
+// Both ends of a plan that the host makes of ids on the device: the ids cross the bus once, in the narrowest type, and
+// what comes back is a 16-bit rank a slot and a table of rows, whose sum is the slot's row
+// (rust/core/src/plan/ranks.rs). Host memory is read and written in place (pinned memory has an address on the device),
+// so that each way is one launch and no copy of the driver's. Whatever is read is asked for at once, before any of it
+// is used: a trip over the bus takes a microsecond.
 #include "base.cuh"
 
 constexpr int THREADS = 256;
 
-// The buckets of N slots from `first` on; an id that names no expert becomes E, which names none in the narrow type either.
-// What lies past the end repeats the last slot.
+// The buckets of N slots from `first` on; an id that names no expert becomes E, which names none in the narrow type
+// either. What lies past the end repeats the last slot.
 template <typename Id, int N>
 DEVICE void load_buckets(u32 (&bucket)[N], const void* ids, u32 first, u32 slots, int experts) {
   constexpr int OF_VECTOR = 16 / sizeof(Id);
@@ -48,8 +49,8 @@ struct NarrowParams {
   u32* marks;  // on the host, one a block
   u32 slots;
   int experts, id_type;
-  int bytes;   // of an id in `out`: 1, 2 or 4
-  u32 epoch;   // what a mark becomes when its block's ids are there
+  int bytes;  // of an id in `out`: 1, 2 or 4
+  u32 epoch;  // what a mark becomes when its block's ids are there
   u32 unused;
 };
 static_assert(sizeof(NarrowParams) == 48, "filled by rust/python/src/cuda_plan.rs");
@@ -93,7 +94,7 @@ struct SpreadParams {
   int* offsets;
   u32 slots;
   int experts, id_type;
-  int chunk;           // slots, half of it a multiple of a block's
+  int chunk;  // slots, half of it a multiple of a block's
 };
 static_assert(sizeof(SpreadParams) == 64, "filled by rust/python/src/cuda_plan.rs");
 

@@ -1,9 +1,9 @@
-// The router's logits of few tokens, out[t, e] = <x[t], weight[e]> + bias[e] in fp32: for a product this small a launch in
-// the layer's program costs a quarter of a call of a library.
+// The router's logits of few tokens, out[t, e] = <x[t], weight[e]> + bias[e] in fp32: for a product this small a launch
+// in the layer's program costs a quarter of a call of a library.
 //
 // A block takes 16 tokens and 8 experts, the shape of one mma.sync, and cuts the features among its 8 warps; their sums
-// meet in shared memory and are added in order. A lane's 16 bytes hold eight neighbouring features: which of them a lane
-// multiplies together is the same for tokens and weights, so the order within a sum is all that differs.
+// meet in shared memory and are added in order. A lane's 16 bytes hold eight neighbouring features: which of them a
+// lane multiplies together is the same for tokens and weights, so the order within a sum is all that differs.
 //
 // Macros: ELEMENT.
 #include "base.cuh"
@@ -14,7 +14,7 @@ struct Params {
   const u16* bias;   // [E], or null
   float* out;        // [T, E]
   int tokens, hidden, experts;
-  int expert_blocks; // blocks that share a token
+  int expert_blocks;  // blocks that share a token
 };
 
 constexpr int WARPS = 8, TOKENS = 16, EXPERTS = 8;  // of a block
@@ -23,13 +23,15 @@ constexpr int THREADS = 32 * WARPS;
 template <class Element> DEVICE void multiply(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1);
 
 template <> DEVICE void multiply<Bf16>(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 template <> DEVICE void multiply<F16>(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
@@ -51,7 +53,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) logits(const __grid_consta
 #pragma unroll 4
   for (int block = warp * 32; block < p.hidden; block += 32 * WARPS) {
     const int feature = block + quad * 8;
-    const uint4 a = load(upper, feature, p.hidden), b = load(lower, feature, p.hidden), w = load(weight, feature, p.hidden);
+    const uint4 a = load(upper, feature, p.hidden), b = load(lower, feature, p.hidden);
+    const uint4 w = load(weight, feature, p.hidden);
     multiply<ELEMENT>(even, a.x, b.x, a.y, b.y, w.x, w.y);
     multiply<ELEMENT>(odd, a.z, b.z, a.w, b.w, w.z, w.w);
   }

@@ -14,8 +14,8 @@
 //   GATHERED           part of a stage is written by cp.async, so a proxy fence precedes the wgmma that reads it
 //
 // Barriers: full[s] completes when a stage is filled; empty[s] when all consumer warpgroups of both blocks of the
-// cluster are done with it: each of them arrives once at either block (threads 0 and 1), 4 arrivals. Both blocks' copies
-// are released together because half of one operand is multicast.
+// cluster are done with it: each of them arrives once at either block (threads 0 and 1), 4 arrivals. Both blocks'
+// copies are released together because half of one operand is multicast.
 #pragma once
 #include "hopper.cuh"
 
@@ -57,7 +57,9 @@ DEVICE void sync_consumers(u32 warpgroup) {
 template <class Shape> using Accumulators = float[Shape::BLOCKS][Shape::WIDTH / 2];
 
 // `Steps` times 16 k of the stage that comes next, for N token columns; `first`: the old sums do not count.
-template <class Shape, int N, int Steps> DEVICE void multiply_block(Accumulators<Shape>& sums, Pipeline& pipe, u32 a_offset, bool first) {
+template <class Shape, int N, int Steps>
+DEVICE void multiply_block(Accumulators<Shape>& sums, Pipeline& pipe, u32 a_offset, bool first) {
+  typedef Wgmma<N, typename Shape::Element, Shape::A_MN_MAJOR, Shape::B_MN_MAJOR> Issued;
   constexpr int A_STEP = Shape::A_MN_MAJOR ? MN_MAJOR_STEP : K_MAJOR_STEP;
   constexpr int B_STEP = Shape::B_MN_MAJOR ? MN_MAJOR_STEP : K_MAJOR_STEP;
   pipe.wait_full();
@@ -70,8 +72,7 @@ template <class Shape, int N, int Steps> DEVICE void multiply_block(Accumulators
   for (int k = 0; k < Steps; k++)
 #pragma unroll
     for (int m = 0; m < Shape::BLOCKS; m++)
-      Wgmma<N, typename Shape::Element, Shape::A_MN_MAJOR, Shape::B_MN_MAJOR>::issue(sums[m], a + m * BLOCK_STEP + k * A_STEP,
-                                                                                     b + k * B_STEP, !first || k != 0);
+      Issued::issue(sums[m], a + m * BLOCK_STEP + k * A_STEP, b + k * B_STEP, !first || k != 0);
   wgmma_commit();
   wgmma_wait<0>();
   pipe.release();
@@ -80,7 +81,8 @@ template <class Shape, int N, int Steps> DEVICE void multiply_block(Accumulators
 
 // One tile with N token columns: all of a consumer warpgroup. The result overwrites the accumulators.
 // The loop stays rolled: unrolled by the compiler it takes five times as long to compile and is no faster.
-template <class Shape, int N> DEVICE void multiply(Accumulators<Shape>& sums, Pipeline& pipe, u32 a_offset, int k_blocks) {
+template <class Shape, int N>
+DEVICE void multiply(Accumulators<Shape>& sums, Pipeline& pipe, u32 a_offset, int k_blocks) {
 #pragma unroll 1
   for (int block = 0; block < k_blocks; block++) multiply_block<Shape, N, 4>(sums, pipe, a_offset, block == 0);
 }
@@ -89,8 +91,8 @@ struct Nothing {
   DEVICE void operator()(int) const {}
 };
 
-// The same for `rows` of k, of which the last block has only as many steps of 16 as hold any; at least one block. Behind every
-// whole block `then` is called with its number.
+// The same for `rows` of k, of which the last block has only as many steps of 16 as hold any; at least one block.
+// Behind every whole block `then` is called with its number.
 template <class Shape, int N, class Then = Nothing>
 DEVICE void multiply_ragged(Accumulators<Shape>& sums, Pipeline& pipe, u32 a_offset, int rows, Then then = {}) {
   const int whole = rows / 64, steps = (rows % 64 + 15) / 16;
@@ -110,7 +112,8 @@ DEVICE void multiply_ragged(Accumulators<Shape>& sums, Pipeline& pipe, u32 a_off
     multiply_block<Shape, N, 1>(sums, pipe, a_offset, first);
 }
 
-// The same for a run-time number of columns: the whole k loop is inside the class, so the choice costs one branch a tile.
+// The same for a run-time number of columns: the whole k loop is inside the class, so the choice costs one branch a
+// tile.
 template <class Shape, int N = Shape::NARROWEST>
 DEVICE void multiply_class(int columns, Accumulators<Shape>& sums, Pipeline& pipe, u32 a_offset, int k_blocks) {
   if constexpr (N >= Shape::WIDTH) {

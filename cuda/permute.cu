@@ -1,8 +1,8 @@
-// rows[inverse[t, k]] = x[t], and zero for sentinels, whose rows are those past offsets[E]. Elements are not looked at, so it
-// serves every dtype.
+// rows[inverse[t, k]] = x[t], and zero for sentinels, whose rows are those past offsets[E]. Elements are not looked at,
+// so it serves every dtype.
 //
-// A warp takes 1 KB of a token, reads it once and writes it to the token's K rows: so x is read once, where a gather by row
-// would read it K times, mostly from memory.
+// A warp takes 1 KB of a token, reads it once and writes it to the token's K rows: so x is read once, where a gather by
+// row would read it K times, mostly from memory.
 //
 // Macros: VECTOR (bytes: vectors.cuh).
 #include "vectors.cuh"

@@ -1,21 +1,22 @@
 // The planner on the device: a stable counting sort of the slots by expert in two launches (one for few slots), and the
-// tile table of a verb. Nothing depends on the order in which blocks run, so the result is the host planner's, bit for bit.
+// tile table of a verb. Nothing depends on the order in which blocks run, so the result is the host planner's, bit for
+// bit.
 //
 // Slots are cut into `chunks` contiguous chunks of `chunk_slots`, a block each.
 //   plan_count    counts[chunk][bucket]: how many slots of the chunk go to each bucket
-//   plan_scatter  every block sums the columns of `counts` (all chunks: the experts' totals; earlier chunks: its own start
-//                 in each expert), then ranks its slots in order and writes them
+//   plan_scatter  every block sums the columns of `counts` (all chunks: the experts' totals; earlier chunks: its own
+//                 start in each expert), then ranks its slots in order and writes them
 // Buckets are the E experts and one more, E, for sentinels (ids outside 0 … E - 1).
 #include "base.cuh"
 
 struct PlanParams {
   const void* ids;
-  int* counts;         // [chunks, E + 1]
-  int* order;          // row -> slot
-  int* inverse;        // slot -> row
-  int* offsets;        // [E + 1]
+  int* counts;   // [chunks, E + 1]
+  int* order;    // row -> slot
+  int* inverse;  // slot -> row
+  int* offsets;  // [E + 1]
   int slots, experts, chunks, chunk_slots;
-  int id_type;         // 0 u8, 1 u16, 2 i32, 3 i64
+  int id_type;  // 0 u8, 1 u16, 2 i32, 3 i64
 };
 
 constexpr int WARPS = 32, THREADS = 1024;
@@ -160,24 +161,27 @@ extern "C" __global__ void __launch_bounds__(THREADS) plan_scatter(const __grid_
   }
 }
 
-// The tables of one verb: row tiles (tickets.cuh), experts by rows (most first, then by number), and the ticket counters
-// set to zero. Block b < 3 writes the table of tiles of up to 256 + 16 b rows, block 3, if there is one, the experts' order.
+// The tables of one verb: row tiles (tickets.cuh), experts by rows (most first, then by number), and the ticket
+// counters set to zero. Block b < TABLES writes the table of tiles of up to 256 + 16 b rows, the next one, if there is
+// one, the experts' order.
 //
-// 256 is what one wgmma can take. A block of up.cu and dh.cu has half of a tile's rows and so takes somewhat more: where an
-// expert has 256 rows on average, as powers of two make it, half of the experts have some more and need no second tile.
+// 256 is what one wgmma can take. A block of up.cu and dh.cu has half of a tile's rows and so takes somewhat more:
+// where an expert has 256 rows on average, as powers of two make it, half of the experts have some more and need no
+// second tile.
 constexpr int TABLES = 3, LOWEST_TILES = 256, TILES_STEP = 16;
 
 struct TilesParams {
-  const int* offsets;    // [E + 1]
-  int4* table[3];        // [1 + row tiles], TABLES of them
-  int* expert_order;     // [E], or null
+  const int* offsets;  // [E + 1]
+  int4* table[3];      // [1 + row tiles], TABLES of them
+  int* expert_order;   // [E], or null
   int* counters;
   int experts, counter_count;
 };
 
 constexpr int BAND = 8, GRANULE = 16;
 
-// Rows of a tile: as few tiles as possible, all of one size in multiples of 16 (256 + 14 rows would cost two full tiles).
+// Rows of a tile: as few tiles as possible, all of one size in multiples of 16 (256 + 14 rows would cost two full
+// tiles).
 DEVICE int even_split(int rows, int most) {
   const int count = max((rows + most - 1) / most, 1);
   return max(min(((rows + count - 1) / count + GRANULE - 1) / GRANULE * GRANULE, most), GRANULE);
@@ -194,7 +198,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) tiles(const __grid_constan
     if (e >= p.experts) return;
     int rank = 0;
 #pragma unroll 8
-    for (int other = 0; other < p.experts; other++) rank += rows_of[other] > rows || (rows_of[other] == rows && other < e);
+    for (int other = 0; other < p.experts; other++)
+      rank += rows_of[other] > rows || (rows_of[other] == rows && other < e);
     p.expert_order[rank] = e;
     return;
   }

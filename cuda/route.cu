@@ -12,12 +12,12 @@ struct Params {
   int* ids;             // [T, K]
   float* weights;       // [T, K]
   int tokens, experts, top_k;
-  int formula;          // 0 softmax of the chosen, 1 softmax of all, 2 sigmoid, 3 root of softplus
-  int normalised;       // 2, 3: weights are divided by their sum
+  int formula;     // 0 softmax of the chosen, 1 softmax of all, 2 sigmoid, 3 root of softplus
+  int normalised;  // 2, 3: weights are divided by their sum
   float scale;
 };
 
-constexpr int TOKENS = 8;     // of a block, a warp each
+constexpr int TOKENS = 8;  // of a block, a warp each
 constexpr int THREADS = 32 * TOKENS;
 constexpr int MOST_TOP_K = 64;
 

@@ -1,5 +1,5 @@
-// The gradient of a router's logits, from that of the weights it chose (route.cu), plus one that comes from elsewhere, such
-// as a balancing loss. Rounded to the type in which the router's two products follow.
+// The gradient of a router's logits, from that of the weights it chose (route.cu), plus one that comes from elsewhere,
+// such as a balancing loss. Rounded to the type in which the router's two products follow.
 //
 // A warp takes a token. Lane k holds the choices k and k + 32; the logits of all experts are gone through 32 at a time.
 //
@@ -14,14 +14,14 @@ struct Params {
   const float* elsewhere;  // [T, E], or null
   u8* out;                 // [T, E]
   int tokens, experts, top_k;
-  int formula;             // 0 softmax of the chosen, 1 softmax of all, 2 sigmoid, 3 root of softplus
-  int normalised;          // 2, 3: weights were divided by their sum
+  int formula;     // 0 softmax of the chosen, 1 softmax of all, 2 sigmoid, 3 root of softplus
+  int normalised;  // 2, 3: weights were divided by their sum
   float scale;
 };
 
 constexpr int TOKENS = 8;  // of a block, a warp each
 constexpr int THREADS = 32 * TOKENS;
-constexpr int HELD = 2;    // choices of a lane
+constexpr int HELD = 2;  // choices of a lane
 
 DEVICE float largest_of_warp(float value) {
 #pragma unroll
@@ -66,10 +66,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) route_backward(const __gri
 
   float shared_by_all = 0, largest = 0;  // formula 1: every logit's share of the softmax takes from the others'
   if (p.formula <= 1) {
-    // With w = scale * softmax: dl = w * dw - softmax * sum of w * dw, the latter for all logits that are in the softmax.
+    // With w = scale * softmax: dl = w * dw - softmax * sum of w * dw, the latter for all logits that are in the
+    // softmax.
 #pragma unroll
     for (int i = 0; i < HELD; i++)
-      if (expert[i] >= 0) mine[expert[i]] = weight[i] * gradient[i] - (p.formula == 0 ? weight[i] / p.scale * weighted : 0.0f);
+      if (expert[i] >= 0)
+        mine[expert[i]] = weight[i] * gradient[i] - (p.formula == 0 ? weight[i] / p.scale * weighted : 0.0f);
     if (p.formula == 1 && p.dweights) {
       largest = -__int_as_float(0x7f800000);
       for (int e = lane; e < p.experts; e += 32) largest = fmaxf(largest, __ldg(logits + e));

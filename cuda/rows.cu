@@ -10,10 +10,10 @@
 constexpr int THREADS = 256;
 
 struct RowParams {
-  const int* order;      // row -> slot
-  const float* scores;   // [T, K], or null for ones
-  int* row_token;        // [S]
-  float* row_score;      // [S]
+  const int* order;     // row -> slot
+  const float* scores;  // [T, K], or null for ones
+  int* row_token;       // [S]
+  float* row_score;     // [S]
   int slots, top_k;
 };
 
@@ -84,12 +84,13 @@ struct BiasParams {
   int features, columns;   // columns: ceil(N / 64)
 };
 
-// A block sums 64 features of an expert: thread (row lane, chunk) has 8 features of every 32nd row, so that eight threads
-// read 128 bytes of a row. The 32 row lanes are then added, within warps first, then over the warps.
+// A block sums 64 features of an expert: thread (row lane, chunk) has 8 features of every 32nd row, so that eight
+// threads read 128 bytes of a row. The 32 row lanes are then added, within warps first, then over the warps.
 extern "C" __global__ void __launch_bounds__(THREADS) bias_gradient(const __grid_constant__ BiasParams p) {
   __shared__ float warps[8][64];
   const int expert = blockIdx.x / p.columns, column = blockIdx.x % p.columns;
-  const int chunk = threadIdx.x & 7, feature = column * 64 + chunk * 8, lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const int chunk = threadIdx.x & 7, feature = column * 64 + chunk * 8;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int end = __ldg(p.offsets + expert + 1);
   float sum[8] = {};
   if (feature < p.features) {
@@ -120,7 +121,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) bias_gradient(const __grid
 #pragma unroll
       for (int i = 0; i < 8; i++) total[i] += warps[w][chunk * 8 + i];
     store_global(p.out + ((u64)expert * p.features + feature) * 2,
-                 make_uint4(ELEMENT::pack(total[0], total[1]), ELEMENT::pack(total[2], total[3]), ELEMENT::pack(total[4], total[5]),
-                            ELEMENT::pack(total[6], total[7])));
+                 make_uint4(ELEMENT::pack(total[0], total[1]), ELEMENT::pack(total[2], total[3]),
+                            ELEMENT::pack(total[4], total[5]), ELEMENT::pack(total[6], total[7])));
   }
 }

@@ -1,9 +1,10 @@
-// Work by ticket: the tile table and its order, the ring through which one thread of a cluster hands tiles to every role.
+// Work by ticket: the tile table and its order, the ring through which one thread of a cluster hands tiles to every
+// role.
 //
-// A table (plan.cu, kernel `tiles`) has one entry for every row tile: an expert's rows are split evenly over ceil(rows / 256)
-// tiles, or 272, or 288: there is a table for each. A GEMM has `columns` feature tiles for each row tile. Tickets are numbered
-// so that bands of up to eight row tiles of one expert share the feature tile's weights in the L2: expert, band, feature
-// tile, row tile (innermost).
+// A table (plan.cu, kernel `tiles`) has one entry for every row tile: an expert's rows are split evenly over ceil(rows
+// / 256) tiles, or 272, or 288: there is a table for each. A GEMM has `columns` feature tiles for each row tile.
+// Tickets are numbered so that bands of up to eight row tiles of one expert share the feature tile's weights in the L2:
+// expert, band, feature tile, row tile (innermost).
 //
 //   table[0]     {row tiles, 0, 0, 0}
 //   table[1 + i] {expert, first row, rows, place in its band | band size << 16}
@@ -12,8 +13,8 @@
 // ticket / columns is some row tile of the right band, whose entry tells where in the band the ticket lies: no search.
 //
 // Hand-over: RING slots of an mbarrier (one arrival, 16 bytes) and a 16-byte entry in each block. The scheduler (one
-// thread of block 0) publishes at most two tiles ahead of the role it follows; a slot comes round again after 16 tiles, and
-// the pipeline of stages keeps all roles of a cluster within fewer tiles of each other, so nobody returns slots.
+// thread of block 0) publishes at most two tiles ahead of the role it follows; a slot comes round again after 16 tiles,
+// and the pipeline of stages keeps all roles of a cluster within fewer tiles of each other, so nobody returns slots.
 #pragma once
 #include "hopper.cuh"
 
@@ -81,9 +82,10 @@ struct TileScheduler {
     for (int rank = 0; rank < Blocks; rank++) {
       const u32 barrier = in_block(ring + slot * 8, rank), target = in_block(ring + RING * 8 + slot * 16, rank);
       asm volatile("mbarrier.arrive.expect_tx.shared::cluster.b64 _, [%0], 16;" ::"r"(barrier) : "memory");
-      asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(target),
-                   "r"(tile.expert), "r"(tile.row), "r"(tile.rows), "r"(tile.column), "r"(barrier)
-                   : "memory");
+      asm volatile(
+          "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(target),
+          "r"(tile.expert), "r"(tile.row), "r"(tile.rows), "r"(tile.column), "r"(barrier)
+          : "memory");
     }
     more = tile.rows >= 0;
   }
@@ -95,8 +97,8 @@ struct TileScheduler {
   }
 
   // For a thread with no other work, in clusters of two: publishes a tile when the copies of the one before it begin.
-  // The producer arrives on `begun` (one arrival) at each tile; it cannot arrive twice unseen, because a tile is published
-  // only after the arrival of the last one was seen.
+  // The producer arrives on `begun` (one arrival) at each tile; it cannot arrive twice unseen, because a tile is
+  // published only after the arrival of the last one was seen.
   DEVICE void follow(u32 begun) {
     advance<2>();
     for (u32 parity = 0; more; parity ^= 1) {

@@ -26,7 +26,8 @@ constexpr u32 SHARED_BYTES = STAGES * STAGE_BYTES + HAND_OFF_BYTES + FRAME_BYTES
 
 typedef UpShape<STAGES> Shape;
 
-DEVICE void consume(const Params& p, Pipeline pipe, TileReader tiles, u32 rank, u32 warpgroup, u32 hand_off, u32 handed, u32 taken) {
+DEVICE void consume(const Params& p, Pipeline pipe, TileReader tiles, u32 rank, u32 warpgroup, u32 hand_off, u32 handed,
+                    u32 taken) {
   const u32 lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3;
   const int k_blocks = (p.hidden + 63) / 64;
   const u32 own_blocks = hand_off + warpgroup * 2 * TILE_BYTES;
@@ -45,8 +46,8 @@ DEVICE void consume(const Params& p, Pipeline pipe, TileReader tiles, u32 rank, 
       if (column < own.rows) {
 #pragma unroll
         for (int m = 0; m < 2; m++)
-          store_token_columns<ELEMENT, ROWS>(own_blocks + m * TILE_BYTES, column, warp, lane, &sums[m][column / 2], bias.value[m][0],
-                                               bias.value[m][1]);
+          store_token_columns<ELEMENT, ROWS>(own_blocks + m * TILE_BYTES, column, warp, lane, &sums[m][column / 2],
+                                             bias.value[m][0], bias.value[m][1]);
       }
     fence_async_shared();
     __syncwarp();
@@ -60,9 +61,11 @@ DEVICE void store_pre_activation(const TensorMap* map, u32 hand_off, const Share
   for (int block = 0; block < 4; block++) {
     const u32 source = hand_off + block * TILE_BYTES;
     if constexpr (HALVES)
-      tma_store_4d(map, source, own.feature + (block >> 1) * 64, block & 1, RAGGED_STORE - own.rows, own.row + own.rows);
+      tma_store_4d(map, source, own.feature + (block >> 1) * 64, block & 1, RAGGED_STORE - own.rows,
+                   own.row + own.rows);
     else
-      tma_store_3d(map, source, own.feature * (GATED ? 2 : 1) + block * 64, RAGGED_STORE - own.rows, own.row + own.rows);
+      tma_store_3d(map, source, own.feature * (GATED ? 2 : 1) + block * 64, RAGGED_STORE - own.rows,
+                   own.row + own.rows);
   }
   tma_store_commit();
 }
@@ -77,7 +80,8 @@ DEVICE uint4 activate_chunk(u32 hand_off, u32 part, u32 token, u32 chunk) {
     out.z = activate_packed<ELEMENT>(g.z, u.z), out.w = activate_packed<ELEMENT>(g.w, u.w);
   } else if constexpr (GATED) {
     const u32 tile = hand_off + (part * 2 + (chunk >> 2)) * TILE_BYTES;
-    const uint4 a = load_shared(tile + swizzled(token, (chunk & 3) * 2)), b = load_shared(tile + swizzled(token, (chunk & 3) * 2 + 1));
+    const uint4 a = load_shared(tile + swizzled(token, (chunk & 3) * 2));
+    const uint4 b = load_shared(tile + swizzled(token, (chunk & 3) * 2 + 1));
     out.x = activate_interleaved<ELEMENT>(a.x, a.y), out.y = activate_interleaved<ELEMENT>(a.z, a.w);
     out.z = activate_interleaved<ELEMENT>(b.x, b.y), out.w = activate_interleaved<ELEMENT>(b.z, b.w);
   } else {
@@ -88,7 +92,8 @@ DEVICE uint4 activate_chunk(u32 hand_off, u32 part, u32 token, u32 chunk) {
   return out;
 }
 
-DEVICE void finish(const Params& p, const TensorMap* pre, TileReader tiles, u32 rank, u32 ring, u32 hand_off, u32 handed, u32 taken) {
+DEVICE void finish(const Params& p, const TensorMap* pre, TileReader tiles, u32 rank, u32 ring, u32 hand_off,
+                   u32 handed, u32 taken) {
   const u32 thread = threadIdx.x & 127, lane = thread & 31, chunk = thread & 7, first_token = thread >> 3;
   const u64 row_bytes = (u64)p.inter * 2;
   const bool draws = thread == 0 && rank == 0;
@@ -126,7 +131,8 @@ DEVICE void finish(const Params& p, const TensorMap* pre, TileReader tiles, u32 
 }
 
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1)
-    up(const __grid_constant__ TensorMap weights, const __grid_constant__ TensorMap pre, const __grid_constant__ Params p) {
+    up(const __grid_constant__ TensorMap weights, const __grid_constant__ TensorMap pre,
+       const __grid_constant__ Params p) {
   extern __shared__ u8 shared[];
   const Frame<Shape, HAND_OFF_BYTES, FULL_ARRIVALS, 8, 4> frame(shared);
   const u32 handed = frame.barrier(0), taken = frame.barrier(1);

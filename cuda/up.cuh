@@ -1,12 +1,12 @@
 // What both forms of the up projection share: the tile of the weights, the gather of token rows, the parameters.
 //
 // A cluster of two blocks computes 256 weight rows x up to 272 rows of one expert, or 288, split along the *rows*: each
-// block multiplies all 256 weight rows with its own at most 136 rows, or 144, loads half of the weights and multicasts it,
-// and gathers its own rows of x with cp.async (the copy engine cannot gather rows on Hopper).
+// block multiplies all 256 weight rows with its own at most 136 rows, or 144, loads half of the weights and multicasts
+// it, and gathers its own rows of x with cp.async (the copy engine cannot gather rows on Hopper).
 //
 // Weight rows of a tile, as four blocks of 64 (BLOCK_BYTES each); consumer warpgroup w multiplies blocks 2w and 2w + 1:
-//   gated, halves        features f … f + 127: gate rows of f + 64 w, up rows of f + 64 w. The accumulators of a thread then
-//                        hold gate and up of the same feature and token.
+//   gated, halves        features f … f + 127: gate rows of f + 64 w, up rows of f + 64 w. The accumulators of a thread
+//                        then hold gate and up of the same feature and token.
 //   gated, interleaved   256 consecutive rows g u g u … of 128 features
 //   plain                256 consecutive rows of 256 features
 //
@@ -26,13 +26,13 @@ constexpr u32 FULL_ARRIVALS = 128 + 1;  // 128 gathering threads, one for the we
 struct Params {
   const int4* table;
   int* counter;
-  const u8* x;             // [T, H]
-  const int* order;        // row -> slot
-  u8* activated;           // [S, I]
-  const u16* bias;         // [E, weight rows], or null
-  int columns;             // feature tiles: ceil(I / FEATURES)
+  const u8* x;       // [T, H]
+  const int* order;  // row -> slot
+  u8* activated;     // [S, I]
+  const u16* bias;   // [E, weight rows], or null
+  int columns;       // feature tiles: ceil(I / FEATURES)
   int hidden, inter, top_k;
-  u8* pre;                 // [S, weight rows], or null
+  u8* pre;  // [S, weight rows], or null
 };
 
 template <int Stages> struct UpShape {
@@ -44,7 +44,6 @@ template <int Stages> struct UpShape {
   static DEVICE constexpr int wider(int n) { return n < 64 ? n + 16 : n + 8; }
   static constexpr bool A_MN_MAJOR = TRANSPOSED, B_MN_MAJOR = false, GATHERED = true;
 };
-
 
 // One thread: this block's half of the weights of 64 k, to both blocks.
 DEVICE void load_weights(u32 stage, const TensorMap* map, u32 barrier, const Share& own, int k, u32 rank) {
@@ -69,11 +68,11 @@ DEVICE void load_weights(u32 stage, const TensorMap* map, u32 barrier, const Sha
 
 // The gathering warpgroup; where LoadsWeights, thread 0 starts the weights' copies too.
 //
-// A thread copies 16-byte chunk `chunk` of the rows first + 16 i: eight lanes read 128 consecutive bytes of a token. Rows past
-// the tile's last repeat it: their columns are never stored, so they need no zeros. The pointers of a tile are made before
-// its first stage is waited for and advance in place (see copy_rows). Each is made by one wide multiply-add, base + 16 * a
-// 32-bit number, which reaches 64 GiB: pointers from 64-bit arithmetic end up in halves that every copy has to move
-// together again. Rows leave in groups of 48, as many as hold the width.
+// A thread copies 16-byte chunk `chunk` of the rows first + 16 i: eight lanes read 128 consecutive bytes of a token.
+// Rows past the tile's last repeat it: their columns are never stored, so they need no zeros. The pointers of a tile
+// are made before its first stage is waited for and advance in place (see copy_rows). Each is made by one wide
+// multiply-add, base + 16 * a 32-bit number, which reaches 64 GiB: pointers from 64-bit arithmetic end up in halves
+// that every copy has to move together again. Rows leave in groups of 48, as many as hold the width.
 template <class Shape, bool LoadsWeights>
 DEVICE void gather_rows(const Params& p, const TensorMap* weights, Pipeline pipe, TileReader tiles, u32 rank) {
   constexpr int STEPS = (ROWS + 15) / 16, STRIDE = 16, GROUP = 3;

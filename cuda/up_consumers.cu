@@ -1,5 +1,5 @@
-// Up projection for few rows per expert: the consumers run the epilogue themselves, which leaves room for a fourth stage,
-// and the activation is taken of fp32 sums. For gate and up halves.
+// Up projection for few rows per expert: the consumers run the epilogue themselves, which leaves room for a fourth
+// stage, and the activation is taken of fp32 sums. For gate and up halves.
 //
 // 512 threads, one block an SM, clusters of two. Roles, and the registers they keep (56 + 2 * 208 + 40 = 512 a lane):
 //   warpgroup 0   56   gathers token rows (all 128 threads)
@@ -12,8 +12,8 @@
 //   begun               1                                      the copies of another tile have begun: publish the next
 //   ring[16]            1 + 16 bytes                           a tile was drawn (tickets.cuh)
 //
-// Shared memory: 4 stages of 51200, for each consumer warpgroup [96 rows][64 features] to store from, then barriers. There
-// is no room for all 144 rows: the last of a wide tile leave in a second store.
+// Shared memory: 4 stages of 51200, for each consumer warpgroup [96 rows][64 features] to store from, then barriers.
+// There is no room for all 144 rows: the last of a wide tile leave in a second store.
 #include "up.cuh"
 
 static_assert(HALVES, "other layouts use up.cu");
@@ -43,22 +43,26 @@ DEVICE void load(const Params& p, const TensorMap* weights, Pipeline pipe, TileR
 }
 
 // Sixteen columns of gate and up sums as rows of a [rows][64 features] tile.
-DEVICE void store_activated(u32 tile, int column, u32 warp, u32 lane, const float* gate, const float* up, const BiasRows& bias) {
+DEVICE void store_activated(u32 tile, int column, u32 warp, u32 lane, const float* gate, const float* up,
+                            const BiasRows& bias) {
   u32 out[4];
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     const float g = bias.value[0][i & 1], u = bias.value[1][i & 1];
     float first, second;
-    activate_two(biased(gate[2 * i], g), biased(up[2 * i], u), biased(gate[2 * i + 1], g), biased(up[2 * i + 1], u), first, second);
+    activate_two(biased(gate[2 * i], g), biased(up[2 * i], u), biased(gate[2 * i + 1], g), biased(up[2 * i + 1], u),
+                 first, second);
     out[i] = ELEMENT::pack(first, second);
   }
   const u32 chunk = warp * 2 + ((lane >> 3) & 1);
-  store_matrices_transposed(tile + swizzled(column + (lane & 7) + ((lane >> 4) << 3), chunk), out[0], out[1], out[2], out[3]);
+  store_matrices_transposed(tile + swizzled(column + (lane & 7) + ((lane >> 4) << 3), chunk), out[0], out[1], out[2],
+                            out[3]);
 }
 
-// Gate and up, then the activation: each through the buffer, by the threads. The copy engine would be waited for at every
-// part, because the buffer is as small as four stages leave it.
-DEVICE void store_all(const Params& p, const Share& own, const Accumulators<Shape>& sums, const BiasRows& bias, u32 warpgroup, u32 buffer) {
+// Gate and up, then the activation: each through the buffer, by the threads. The copy engine would be waited for at
+// every part, because the buffer is as small as four stages leave it.
+DEVICE void store_all(const Params& p, const Share& own, const Accumulators<Shape>& sums, const BiasRows& bias,
+                      u32 warpgroup, u32 buffer) {
   const u32 lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3;
   const int feature = own.feature + (int)warpgroup * 64;
 #pragma unroll
@@ -74,19 +78,21 @@ DEVICE void store_all(const Params& p, const Share& own, const Accumulators<Shap
             if (part == 2)
               store_activated(buffer, column - first, warp, lane, gate, up, bias);
             else
-              store_token_rows<ELEMENT>(buffer, column - first, warp, lane, part ? up : gate, bias.value[part][0], bias.value[part][1]);
+              store_token_rows<ELEMENT>(buffer, column - first, warp, lane, part ? up : gate, bias.value[part][0],
+                                        bias.value[part][1]);
           }
         sync_consumers(warpgroup);
         if (part == 2)
           store_by_threads<STORE_ROWS>(buffer, p.activated, p.inter, feature, p.inter - feature, own, first);
         else
-          store_by_threads<STORE_ROWS>(buffer, p.pre, 2 * p.inter, part * p.inter + feature, p.inter - feature, own, first);
+          store_by_threads<STORE_ROWS>(buffer, p.pre, 2 * p.inter, part * p.inter + feature, p.inter - feature, own,
+                                       first);
       }
 }
 
 // The activation alone, by the copy engine.
-DEVICE void store_activation(const TensorMap* activated, const Share& own, const Accumulators<Shape>& sums, const BiasRows& bias,
-                             u32 warpgroup, u32 buffer) {
+DEVICE void store_activation(const TensorMap* activated, const Share& own, const Accumulators<Shape>& sums,
+                             const BiasRows& bias, u32 warpgroup, u32 buffer) {
   const u32 lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3;
   const bool storing = (threadIdx.x & 127) == 0;
 #pragma unroll
@@ -96,17 +102,20 @@ DEVICE void store_activation(const TensorMap* activated, const Share& own, const
       sync_consumers(warpgroup);
 #pragma unroll
       for (int column = first; column < first + STORE_ROWS && column < ROWS; column += 16)
-        if (column < own.rows) store_activated(buffer, column - first, warp, lane, &sums[0][column / 2], &sums[1][column / 2], bias);
+        if (column < own.rows)
+          store_activated(buffer, column - first, warp, lane, &sums[0][column / 2], &sums[1][column / 2], bias);
       fence_async_shared();
       sync_consumers(warpgroup);
       if (storing) {
-        tma_store_3d(activated, buffer, own.feature + warpgroup * 64, RAGGED_STORE - own.rows + first, own.row + own.rows);
+        tma_store_3d(activated, buffer, own.feature + warpgroup * 64, RAGGED_STORE - own.rows + first,
+                     own.row + own.rows);
         tma_store_commit();
       }
     }
 }
 
-DEVICE void consume(const Params& p, const TensorMap* activated, Pipeline pipe, TileReader tiles, u32 rank, u32 warpgroup, u32 stores) {
+DEVICE void consume(const Params& p, const TensorMap* activated, Pipeline pipe, TileReader tiles, u32 rank,
+                    u32 warpgroup, u32 stores) {
   const u32 lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3, buffer = stores + warpgroup * STORE_BYTES;
   const int k_blocks = (p.hidden + 63) / 64;
   Tile tile;

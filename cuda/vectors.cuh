@@ -1,8 +1,8 @@
-// Rows of any length as vectors of 16, 8, 4 or 2 bytes, and their elements in float32. For kernels that only move memory:
-// nothing here needs more than sm_80.
+// Rows of any length as vectors of 16, 8, 4 or 2 bytes, and their elements in float32. For kernels that only move
+// memory: nothing here needs more than sm_80.
 //
-// A row begins at a multiple of VECTOR bytes if the tensor does and if a row has a multiple of it: the launcher takes the
-// largest VECTOR for which both hold.
+// A row begins at a multiple of VECTOR bytes if the tensor does and if a row has a multiple of it: the launcher takes
+// the largest VECTOR for which both hold.
 #pragma once
 #include "base.cuh"
 

@@ -1,4 +1,5 @@
-// Weight gradients: dW[e] = sum over the rows r of expert e of P_r^T Q_r, a grouped GEMM whose k runs over an expert's rows.
+// Weight gradients: dW[e] = sum over the rows r of expert e of P_r^T Q_r, a grouped GEMM whose k runs over an expert's
+// rows.
 //
 //              P (features on wgmma M)            Q (features on wgmma N)   result             contiguous in the result
 //   gate/up    x of the row's token,   [S, H]     dH  [S, 2I]               dW [E, 2I, H]      P
@@ -10,11 +11,11 @@
 //
 // Macros: ELEMENT; GATHER (P by token index, or as it is); P_INNERMOST (which feature is contiguous in the result);
 // RING_STAGES and STORE_FEATURES: 3 and 256, a tile leaves in one store, or 4 and 128 for few rows per expert: in two;
-// LAUNCH_REGISTERS (168 a thread, or 160: that leaves every SM room for four warps of 32 registers, the combine that runs
-// beside this kernel).
+// LAUNCH_REGISTERS (168 a thread, or 160: that leaves every SM room for four warps of 32 registers, the combine that
+// runs beside this kernel).
 //
-// A cluster of two blocks computes 256 x 256 features of one expert. Each block owns 128 features of P; the 256 of Q are
-// common: each block loads half of them and multicasts. Both operands are MN-major in shared memory (a line is 64
+// A cluster of two blocks computes 256 x 256 features of one expert. Each block owns 128 features of P; the 256 of Q
+// are common: each block loads half of them and multicasts. Both operands are MN-major in shared memory (a line is 64
 // features of one row), which wgmma reads through its transpose bits: nothing is transposed in memory.
 //
 // Roles (384 threads)
@@ -30,13 +31,14 @@
 //
 // Ragged k without padding: rows past the expert's end must count as exact zeros in both operands (a neighbour's Inf
 // times zero is NaN). TMA clips through the ragged load map (hopper.cuh), cp.async through its source size. Of the last
-// k-block only the steps of 16 rows that hold any are multiplied: at 256 rows an expert half of the experts have a fifth
-// k-block that is nearly empty. An expert without rows runs one step of zeros and so stores zeros: no special case.
+// k-block only the steps of 16 rows that hold any are multiplied: at 256 rows per expert half of the experts have a
+// fifth k-block that is nearly empty. An expert without rows runs one step of zeros and so stores zeros: no special
+// case.
 #include "frame.cuh"
 
 constexpr int K_BLOCK = 64;  // rows
 constexpr int THREADS = 384, GATHER_THREADS = 96;
-constexpr u32 STAGE_BYTES = 6 * BLOCK_BYTES;           // 128 features of P, 256 of Q
+constexpr u32 STAGE_BYTES = 6 * BLOCK_BYTES;          // 128 features of P, 256 of Q
 constexpr u32 STORE_BYTES = 64 * STORE_FEATURES * 2;  // of a consumer warpgroup: 64 P x STORE_FEATURES of Q
 constexpr u32 SHARED_BYTES = RING_STAGES * STAGE_BYTES + 2 * STORE_BYTES + FRAME_BYTES;
 
@@ -64,13 +66,15 @@ struct Params {
   const u8* source;         // GATHER: [tokens, p_features]
   const int* row_token;     // GATHER: [S]
   int experts, p_features, q_features;
-  u32 source_pitch;         // bytes from token to token
+  u32 source_pitch;  // bytes from token to token
 };
 
-// Ticket -> tile: experts by rows, most first (the short ones fill the gaps at the end); of an expert Q tiles outer, P tiles
-// inner, so that neighbours share Q in the L2. A tile's column is q tile << 16 | p tile.
-// No warp is free to wait for the atomic and for the two dependent loads: they are begun at successive k-blocks, each used
-// at the next; the last one is used at the first k-block of the tile that follows, because a tile may have only a few.
+// Ticket -> tile: experts by rows, most first (the short ones fill the gaps at the end); of an expert Q tiles outer, P
+// tiles inner, so that neighbours share Q in the L2. A tile's column is q tile << 16 | p tile.
+//
+// No warp is free to wait for the atomic and for the two dependent loads: they are begun at successive k-blocks, each
+// used at the next; the last one is used at the first k-block of the tile that follows, because a tile may have only a
+// few.
 struct ExpertScheduler : TileScheduler {
   const int* offsets;
   const int* expert_order;
@@ -115,12 +119,13 @@ DEVICE int q_begin(const Tile& tile) { return (tile.column >> 16) * 256; }
 DEVICE int k_blocks(const Tile& tile) { return max(1, (tile.rows + K_BLOCK - 1) / K_BLOCK); }
 
 #if GATHER
-// One gathering thread copies chunk `chunk` (8 features) of the rows first + 12 i of both 64-feature boxes, i = 0..5: 96
-// threads are 12 rows of 8 chunks, and i = 5 exists for first < 4 only (60 + first < 64), which is warp 1: no divergence.
+// One gathering thread copies chunk `chunk` (8 features) of the rows first + 12 i of both 64-feature boxes, i = 0..5:
+// 96 threads are 12 rows of 8 chunks, and i = 5 exists for first < 4 only (60 + first < 64), which is warp 1: no
+// divergence.
 //
-// Addresses: the swizzle puts chunk c of row r at chunk c ^ (r & 7). 12 is 4 modulo 8, so odd i have bit 2 of the chunk,
-// bit 6 of the address, flipped: with even = stage + swizzled(first, chunk) and odd = even ^ 64, row i of box b lies at
-// (i odd ? odd : even) + 1536 i + BLOCK_BYTES b, and all offsets are immediates.
+// Addresses: the swizzle puts chunk c of row r at chunk c ^ (r & 7). 12 is 4 modulo 8, so odd i have bit 2 of the
+// chunk, bit 6 of the address, flipped: with even = stage + swizzled(first, chunk) and odd = even ^ 64, row i of box b
+// lies at (i odd ? odd : even) + 1536 i + BLOCK_BYTES b, and all offsets are immediates.
 //
 // The row's token changes with every row: token numbers are loaded two k-blocks ahead, over the end of a tile too, by a
 // second reader of the ring (the scheduler has published that tile by then).
@@ -137,8 +142,8 @@ class RowGather {
   const int* numbers;  // token numbers to load next, of `numbers_left` rows
   int numbers_left;
   bool numbers_more, more;
-  const u8* column;       // this thread's chunk of token 0
-  int left;               // rows of the tile from this k-block on
+  const u8* column;         // this thread's chunk of token 0
+  int left;                 // rows of the tile from this k-block on
   bool in_box_0, in_box_1;  // p_features may end inside a box
 
   DEVICE void follow_numbers(const Tile& tile) {
@@ -187,6 +192,7 @@ class RowGather {
       }
       next_numbers(token);
       pipe.wait_empty();
+      // clang-format off
       asm volatile(COPY "[%0], [%2], 16;\n" COPY "[%0+8192], [%2+128], 16;\n"
                    COPY "[%1+1536], [%3], 16;\n" COPY "[%1+9728], [%3+128], 16;\n"
                    COPY "[%0+3072], [%4], 16;\n" COPY "[%0+11264], [%4+128], 16;\n"
@@ -194,8 +200,10 @@ class RowGather {
                    COPY "[%0+6144], [%6], 16;\n" COPY "[%0+14336], [%6+128], 16;" ::"r"(even), "r"(odd),
                    "l"(row[0]), "l"(row[1]), "l"(row[2]), "l"(row[3]), "l"(row[4])
                    : "memory");
-      if (sixth) asm volatile(COPY "[%0+7680], [%1], 16;\n" COPY "[%0+15872], [%1+128], 16;" ::"r"(odd), "l"(row[5]) : "memory");
-    } else {  // the last k-block of an expert, or the last features: what is multiplied and does not exist becomes zeros
+      // clang-format on
+      if (sixth)
+        asm volatile(COPY "[%0+7680], [%1], 16;\n" COPY "[%0+15872], [%1+128], 16;" ::"r"(odd), "l"(row[5]) : "memory");
+    } else {  // an expert's last k-block, or the last features: what is multiplied and does not exist becomes zeros
       const int multiplied = max((left + 15) & ~15, 16);
       u32 bytes_0[STEPS], bytes_1[STEPS];
 #pragma unroll
@@ -228,7 +236,8 @@ class RowGather {
 
  public:
   DEVICE RowGather(const Params& params, Pipeline pipe, TileReader tiles, u32 rank, int thread)
-      : params(params), rank(rank), pipe(pipe), chunk(thread & 7), first(thread >> 3), sixth(first < 4), current(tiles), ahead(tiles) {}
+      : params(params), rank(rank), pipe(pipe), chunk(thread & 7), first(thread >> 3), sixth(first < 4), current(tiles),
+        ahead(tiles) {}
 
   DEVICE void run() {
     int even[STEPS], odd[STEPS];  // in turn: moving one to the other would wait for its loads
@@ -250,7 +259,8 @@ class RowGather {
 #endif
 
 // One thread of each block: Q, half of it for both blocks; P too if its rows are not gathered.
-DEVICE void load(const Params& p, const TensorMap* p_map, const TensorMap* q_map, Pipeline pipe, TileReader tiles, u32 rank, u32 ring) {
+DEVICE void load(const Params& p, const TensorMap* p_map, const TensorMap* q_map, Pipeline pipe, TileReader tiles,
+                 u32 rank, u32 ring) {
   ExpertScheduler scheduler(p, ring);
   const bool schedules = rank == 0;
   if (schedules) scheduler.begin();
@@ -261,7 +271,8 @@ DEVICE void load(const Params& p, const TensorMap* p_map, const TensorMap* q_map
     for (int block = 0; block < blocks; block++) {
       if (schedules) scheduler.step(block, blocks);
       pipe.wait_empty();
-      const u32 stage = pipe.address<Shape>(), full = pipe.full_barrier(), target = stage + Shape::B_OFFSET + rank * 2 * BLOCK_BYTES;
+      const u32 stage = pipe.address<Shape>(), full = pipe.full_barrier();
+      const u32 target = stage + Shape::B_OFFSET + rank * 2 * BLOCK_BYTES;
       const int row = RAGGED_LOAD - tile.rows + block * K_BLOCK;
       if constexpr (GATHER) {
         barrier_arrive_expect(full, 4 * BLOCK_BYTES);
@@ -277,7 +288,8 @@ DEVICE void load(const Params& p, const TensorMap* p_map, const TensorMap* q_map
   }
 }
 
-// The results of a consumer warpgroup on their way out: rounded, put into its buffer, fetched from there by the copy engine.
+// The results of a consumer warpgroup on their way out: rounded, put into its buffer, fetched from there by the copy
+// engine.
 class Results {
   const TensorMap* map;
   const u32 buffer, rank, warpgroup, warp, lane;
@@ -288,13 +300,13 @@ class Results {
     if (storing) tma_store_wait_read<0>();
     sync_consumers(warpgroup);
   }
-  // Sixteen Q features, from j of the part on. A thread has two P features of them: a, b are P features 0-7 and 8-15 of the
-  // warp's sixteen at the first eight of Q; c, d at the other eight.
+  // Sixteen Q features, from j of the part on. A thread has two P features of them: a, b are P features 0-7 and 8-15 of
+  // the warp's sixteen at the first eight of Q; c, d at the other eight.
   DEVICE void put(int j, u32 a, u32 b, u32 c, u32 d) const {
     if constexpr (P_INNERMOST) {  // buffer [STORE_FEATURES q][64 p]
       const u32 q = j + (lane & 7) + (lane >> 4) * 8, chunk = warp * 2 + ((lane >> 3) & 1);
       store_matrices_transposed(buffer + swizzled(q, chunk), a, b, c, d);
-    } else {                      // STORE_FEATURES / 64 buffers [64 p][64 q]
+    } else {  // STORE_FEATURES / 64 buffers [64 p][64 q]
       const u32 p = warp * 16 + (lane & 7) + ((lane >> 3) & 1) * 8, chunk = j / 8 + (lane >> 4);
       store_matrices(buffer + (chunk >> 3) * BLOCK_BYTES + swizzled(p, chunk & 7), a, b, c, d);
     }
@@ -308,15 +320,16 @@ class Results {
       tma_store_3d(map, buffer, p, q, tile.expert);
     } else {
 #pragma unroll
-      for (int i = 0; i < STORE_FEATURES / 64; i++) tma_store_3d(map, buffer + i * BLOCK_BYTES, q + i * 64, p, tile.expert);
+      for (int i = 0; i < STORE_FEATURES / 64; i++)
+        tma_store_3d(map, buffer + i * BLOCK_BYTES, q + i * 64, p, tile.expert);
     }
     tma_store_commit();
   }
 
  public:
   DEVICE Results(const TensorMap* map, u32 stores, u32 rank, u32 warpgroup)
-      : map(map), buffer(stores + warpgroup * STORE_BYTES), rank(rank), warpgroup(warpgroup), warp((threadIdx.x >> 5) & 3),
-        lane(threadIdx.x & 31), storing((threadIdx.x & 127) == 0) {}
+      : map(map), buffer(stores + warpgroup * STORE_BYTES), rank(rank), warpgroup(warpgroup),
+        warp((threadIdx.x >> 5) & 3), lane(threadIdx.x & 31), storing((threadIdx.x & 127) == 0) {}
 
   // `pair(i)` is the thread's pair number i of this part, rounded.
   template <class Pair> DEVICE void store(const Tile& tile, int part, Pair pair) const {
@@ -344,8 +357,9 @@ DEVICE void consume(const TensorMap* map, Pipeline pipe, TileReader tiles, u32 r
     results.store(tile, 0, [&](int i) { return rounded(sums[0], i); });
   }
 #else
-  // The second part would wait for the first to leave the buffer. It stays in registers instead, rounded, and goes between two
-  // k-blocks of the next tile: behind the first one in one warpgroup and the second in the other, so that one of them multiplies.
+  // The second part would wait for the first to leave the buffer. It stays in registers instead, rounded, and goes
+  // between two k-blocks of the next tile: behind the first one in one warpgroup and the second in the other, so that
+  // one of them multiplies.
   u32 second[STORE_FEATURES / 4];
   Tile before;
   bool holds = false;
