@@ -11,8 +11,8 @@ TORCH ?= 2.11.0
 # The oldest release of transformers that moekern.hf serves, and one between it and the newest.
 TRANSFORMERS ?= 5.0.0 5.17.0
 # Tests of torch's compiler, exporter, profiler and libraries.
-TORCH_TESTS := integrations/test_torch_integration integrations/test_training_stacks layer/test_layer layer/test_balance \
-	verbs/test_eager costs/test_costs functional/test_experts backends/test_cuda_compilers
+TORCH_TESTS := integrations/test_torch_integration integrations/test_training_stacks layer/test_layer layer/test_masks \
+	layer/test_balance verbs/test_eager costs/test_costs functional/test_experts backends/test_cuda_compilers
 # Tests of the models of transformers.
 TRANSFORMERS_TESTS := integrations/test_hf integrations/test_hf_blocks routing/test_router layer/test_shared_expert
 # With the few of its dependencies that its experts import.

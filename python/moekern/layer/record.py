@@ -37,7 +37,9 @@ def record(layer: LayerAttributes, routing: Routing) -> None:
         return
     ids, mask = routing.topk_ids, routing.mask
     if mask is not None and ids is not None:
-        routing = routing._replace(tokens_per_expert=masks.counts(ids, mask, layer.num_experts))
+        counts = masks.counts(ids, mask, layer.num_experts)
+        # Not by _replace: the Dynamo of torch 2.11 cannot build what that returns.
+        routing = Routing(routing.logits, counts, ids, routing.shape, mask)
     layer._latest_routing = routing
     counts, total = routing.tokens_per_expert, inner(layer.gate, Router).tokens_since_update
     if total is not None:
