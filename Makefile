@@ -21,6 +21,8 @@ TORCHTITAN := torchtitan==0.3.0 spmd_types==0.2.3 tyro docstring_parser
 SUITES_NEED := parameterized datasets pytest-timeout
 # Commits made since then have subjects of 72 characters at most.
 SUBJECTS_SINCE := 2026-11-30T00:00:00Z
+# Test processes side by side, each with its share of the cores for torch; 0 runs the tests within pytest itself.
+WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(4, os.cpu_count() or 1))')
 # Which CuPy the tests compile the kernels with; cuda12 on a machine with an older driver, empty for none.
 CUDA ?= $(if $(filter Linux,$(shell uname -s)),cuda13)
 
@@ -37,6 +39,8 @@ EXTRAS := test,bench,hf$(if $(CUDA),$(comma)$(CUDA))
 # The cargo commands below must see the interpreter that the wheel is built for.
 export PYO3_PYTHON := $(abspath $(BIN))/python
 export UV_HTTP_TIMEOUT ?= 300
+
+pytest = $(BIN)/python -m pytest -n $(WORKERS)
 
 # uv installs torch and its five gigabytes of CUDA libraries in half a minute; pip serves where uv has no wheel.
 install = if [ -x $(BIN)/uv ]; then $(BIN)/uv pip install --python $(BIN)/python $(1); \
@@ -55,14 +59,14 @@ test: $(INSTALLED) ## set up, then run every test that needs no GPU, and each be
 	$(CARGO) test --workspace --locked --quiet
 	$(if $(CUDA),$(BIN)/moekern compile)
 	$(BIN)/python -m pytest benches --benchmark-disable -m "not gpu"
-	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+	$(pytest) -m "not gpu" $(ARGS)
 
 # Twice: under expandable segments too, whose addresses are low, as those of all virtual memory management are. The second
-# run follows even if the first one fails; with ARGS="-n 4" where pytest-xdist is installed.
+# run follows even if the first one fails.
 test-gpu: $(INSTALLED) ## the tests that need a GPU, with torch's usual allocator and again with expandable segments (needs a GPU)
 	@failed=0; for setting in expandable_segments:False expandable_segments:True; do \
 		echo "PYTORCH_ALLOC_CONF=$$setting"; \
-		env -u PYTORCH_CUDA_ALLOC_CONF PYTORCH_ALLOC_CONF=$$setting $(BIN)/python -m pytest -m gpu $(ARGS) || failed=1; \
+		env -u PYTORCH_CUDA_ALLOC_CONF PYTORCH_ALLOC_CONF=$$setting $(pytest) -m gpu $(ARGS) || failed=1; \
 	done; exit $$failed
 
 # Each in a folder of its own ahead of the environment, which keeps the newest.
@@ -71,7 +75,7 @@ releases: $(INSTALLED) ## the tests with older releases of torch and transformer
 		there=$(abspath $(VENV))/ahead-$$1; what="$$2"; which="$$3"; shift 3; \
 		[ -d $$there ] || { $(call install,-q --target $$there $$what) || { rm -rf $$there; exit 1; }; }; \
 		echo "$$what"; \
-		PYTHONPATH=$$there$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/python -m pytest -q -m "$$which" $(ARGS) $$@; \
+		PYTHONPATH=$$there$${PYTHONPATH:+:$$PYTHONPATH} $(pytest) -q -m "$$which" $(ARGS) $$@; \
 	}; \
 	ahead torch-$(TORCH) "torch==$(TORCH)" "not gpu" $(TORCH_TESTS:%=tests/%.py); \
 	for release in $(TRANSFORMERS); do \

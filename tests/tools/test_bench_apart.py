@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -152,6 +154,24 @@ def test_a_hang_is_a_loss(named: tuple[str, ...], seconds: int) -> None:
     session.options, session.began = Options((), (), "cpu", minutes=30, named=frozenset(named)), time.monotonic()
     session.link, session.tick, session.doing = Link(), lambda text: None, ""
     assert session.receive() == (LOST, ("deadly", f"it gave no sign of life for {seconds} s"))
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="no signal masks here")
+def test_ctrl_c_while_the_process_starts_reaches_this_one_alone() -> None:
+    script = "import os, signal; os.kill(os.getpid(), signal.SIGINT); print('alive')"
+    started = []
+
+    def start() -> None:
+        with apart.deaf_to_interrupts():
+            started.append(subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True))
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    (process,) = started
+    assert process.communicate(timeout=60)[0] == "alive\n"
+    assert process.returncode == 0
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 def test_the_process_tells_why_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:

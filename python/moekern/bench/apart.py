@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -41,6 +42,20 @@ def session_of(options: Options, tick: Tick) -> Iterator[Session | Apart]:
         yield apart
     finally:
         apart.stop()
+
+
+@contextmanager
+def deaf_to_interrupts() -> Iterator[None]:
+    """Processes started inside the block never see Ctrl-C, not even while they start; this one sees it afterwards."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # first: it would clear the mask when it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Apart:
@@ -70,7 +85,8 @@ class Apart:
         todo = list(self.pending)
         arguments = (theirs, self.options, todo, self.began, self.gave_up, torch.get_num_threads())
         self.process = context.Process(target=serve, args=arguments)
-        self.process.start()
+        with deaf_to_interrupts():
+            self.process.start()
         theirs.close()
         self.doing = ""
         return self.receive()

@@ -59,7 +59,10 @@ class _Process:
         script = Path(__file__).with_name("nvrtc_process.py")
         command = [sys.executable, "-I", "-S", str(script), loaded_library()]
         try:
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            # In a session of its own, where no terminal interrupts it: it ends when this process closes its input.
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+            )
         except OSError as error:
             raise NoProcessError(f"{' '.join(command)}: {error!r}") from error
         try:

@@ -10,7 +10,6 @@ import ctypes
 import glob
 import os
 import pickle
-import signal
 import sys
 
 
@@ -68,8 +67,6 @@ class Library:
 
 def main() -> None:
     """Serve jobs until standard input ends, or nobody reads the answers."""
-    # A terminal interrupts the parent too, which ends this process by closing its input.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Text that the library prints must not come between the messages.
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
